@@ -1,0 +1,256 @@
+//! The compiled form of what the grants of one identity permit: keys and entries of the tables.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId};
+
+/// `expires_at` of a permission that does not end.
+pub const NEVER: u64 = u64::MAX;
+
+/// Which scope and grant permit something, and until when.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct Permission {
+    /// Nanoseconds of boot time (`CLOCK_BOOTTIME`); [`NEVER`] for a standing grant.
+    pub expires_at: u64,
+    pub scope: ScopeId,
+    pub grant: GrantId,
+}
+
+impl Permission {
+    /// Permits nothing.
+    pub const NONE: Self = Self { expires_at: 0, scope: ScopeId::NONE, grant: GrantId::NONE };
+}
+
+/// The row of one workload: what the kernel holds it to. Replacing it is the switch from one
+/// generation to the next.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout,
+)]
+pub struct Tag {
+    pub allowlist: AllowlistId,
+    /// The rules for listening.
+    pub listening: RuleSetId,
+    /// [`IdentityId::NONE`] while the workload is known to be an agent but not yet which: it is
+    /// denied everything.
+    pub identity: IdentityId,
+    /// Row of the counters.
+    pub counters: u16,
+    mode: u8,
+    reserved: u8,
+}
+
+impl Tag {
+    #[must_use]
+    pub const fn new(
+        identity: IdentityId,
+        mode: Mode,
+        allowlist: AllowlistId,
+        listening: RuleSetId,
+        counters: u16,
+    ) -> Self {
+        Self { allowlist, listening, identity, counters, mode: mode as u8, reserved: 0 }
+    }
+
+    /// Anything that is not plainly audit enforces.
+    #[inline(always)]
+    #[must_use]
+    pub const fn mode(&self) -> Mode {
+        if self.mode == Mode::Audit as u8 { Mode::Audit } else { Mode::Enforce }
+    }
+}
+
+/// What is longest-prefix matched: the allow-list in full, then as much of the address as the
+/// prefix is long.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct DestinationKey {
+    pub allowlist: AllowlistId,
+    pub address: Address,
+}
+
+impl DestinationKey {
+    /// Bits of the key before the address.
+    pub const ALLOWLIST_BITS: u32 = 32;
+    /// Bits of the whole key.
+    pub const BITS: u32 = Self::ALLOWLIST_BITS + 128;
+}
+
+/// What the longest covering prefix permits: everything that its own and all wider blocks permit
+/// there, folded together when the allow-list was compiled.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct DestinationEntry {
+    /// [`RuleSetId::NONE`] where a block's exception leaves nothing.
+    pub rules: RuleSetId,
+    /// Bits of the address, 0 to 128.
+    pub prefix: u32,
+}
+
+/// One permission for a protocol and a range of ports.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct Rule {
+    pub permission: Permission,
+    /// First and last port, host byte order.
+    pub first_port: u16,
+    pub last_port: u16,
+    /// IP protocol number, canonical; zero for every protocol.
+    pub protocol: u8,
+    pub reserved: [u8; 3],
+}
+
+impl Rule {
+    /// Permits nothing: no IP packet has protocol 255.
+    pub const NOTHING: Self = Self {
+        permission: Permission::NONE,
+        first_port: 0,
+        last_port: 0,
+        protocol: 255,
+        reserved: [0; 3],
+    };
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn covers(&self, protocol: u8, port: u16) -> bool {
+        (self.protocol == 0 || self.protocol == protocol)
+            && self.first_port <= port
+            && port <= self.last_port
+    }
+}
+
+/// Rules in one row; a longer set goes on in another.
+pub const RULES_PER_ROW: usize = 8;
+/// Rows in one set.
+pub const ROWS_PER_SET: usize = 16;
+/// The most rules that one destination can have.
+pub const MAX_RULES: usize = RULES_PER_ROW * ROWS_PER_SET;
+
+/// A row of rules.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct RuleRow {
+    pub rules: [Rule; RULES_PER_ROW],
+    /// The row that goes on with this set.
+    pub next: RuleSetId,
+    pub reserved: u32,
+}
+
+/// Which file an allow-list permits to run.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct ExecutableKey {
+    pub inode: u64,
+    pub device: u32,
+    pub allowlist: AllowlistId,
+}
+
+impl ExecutableKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(allowlist: AllowlistId, file: &FileId) -> Self {
+        Self { inode: file.inode, device: file.device, allowlist }
+    }
+}
+
+/// The permission to run a file.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct ExecutableEntry {
+    pub permission: Permission,
+    /// [`FileId::generation`] when it was granted; zero where the file system could not tell.
+    pub generation: u32,
+    pub reserved: u32,
+}

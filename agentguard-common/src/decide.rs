@@ -1,0 +1,138 @@
+//! The one function that decides.
+//!
+//! Pure and generic over a read-only view of the tables: the kernel programs run it over BPF maps,
+//! `explain` and the fake datapath over ordinary collections. It allocates nothing, and its loops
+//! are bounded for the verifier.
+
+use crate::allowlist::{DestinationEntry, ExecutableEntry, Permission, ROWS_PER_SET, RuleRow, Tag};
+use crate::request::{Destination, Endpoint, FileId, Naming, Request};
+use crate::verdict::{Decision, Reason, Verdict};
+use crate::{Address, AllowlistId, RuleSetId};
+
+/// A read-only view of the compiled allow-lists.
+pub trait Tables {
+    /// The entry with the longest prefix that covers `address`.
+    fn destination(&self, allowlist: AllowlistId, address: &Address) -> Option<DestinationEntry>;
+
+    /// A row of rules.
+    fn rules(&self, id: RuleSetId) -> Option<&RuleRow>;
+
+    /// The permission to run a file, found by device and inode.
+    fn executable(&self, allowlist: AllowlistId, file: &FileId) -> Option<ExecutableEntry>;
+}
+
+/// Decides `request` of a workload with `tag` at `now` (nanoseconds of boot time).
+#[inline(always)]
+pub fn decide<T: Tables>(tables: &T, tag: &Tag, request: &Request, now: u64) -> Decision {
+    match *request {
+        Request::Malformed => return Decision::deny(Reason::Malformed),
+        Request::Leave => return Decision::deny(Reason::LeftWorkload),
+        Request::RawSocket { .. } => return Decision::deny(Reason::RawSocket),
+        Request::Connect(_)
+        | Request::Send(_)
+        | Request::Packet(_)
+        | Request::Reply(_)
+        | Request::Bind(_)
+        | Request::Exec(..) => {}
+    }
+    if !tag.identity.is_some() {
+        return Decision::deny(Reason::Unidentified);
+    }
+    match *request {
+        Request::Connect(destination)
+        | Request::Send(destination)
+        | Request::Packet(destination) => decide_destination(tables, tag, &destination, now),
+        // The kernel chooses a port nobody could have been told: that is how clients bind.
+        Request::Bind(Endpoint { port: 0, .. }) => Decision::ALLOW,
+        Request::Bind(endpoint) | Request::Reply(endpoint) => {
+            if !tag.listening.is_some() {
+                return Decision::deny(Reason::NotGranted);
+            }
+            decide_rules(tables, tag.listening, endpoint.protocol, endpoint.port, now)
+        }
+        Request::Exec(file, naming) => decide_executable(tables, tag, &file, naming, now),
+        Request::Malformed | Request::Leave | Request::RawSocket { .. } => {
+            Decision::deny(Reason::Malformed)
+        }
+    }
+}
+
+#[inline(always)]
+fn decide_destination<T: Tables>(
+    tables: &T,
+    tag: &Tag,
+    destination: &Destination,
+    now: u64,
+) -> Decision {
+    let address = destination.address.destination();
+    let entry = tables.destination(tag.allowlist, &address);
+    if address.is_metadata() && !entry.is_some_and(|entry| entry.prefix == 128) {
+        return Decision::deny(Reason::Metadata);
+    }
+    let Some(entry) = entry else { return Decision::deny(Reason::NotGranted) };
+    if !entry.rules.is_some() {
+        return Decision::deny(Reason::Excepted);
+    }
+    decide_rules(tables, entry.rules, destination.protocol, destination.port, now)
+}
+
+/// Of all rules that cover the port the one that lasts longest answers, so that the verdict does
+/// not depend on their order.
+#[inline(always)]
+fn decide_rules<T: Tables>(
+    tables: &T,
+    rules: RuleSetId,
+    protocol: u8,
+    port: u16,
+    now: u64,
+) -> Decision {
+    let mut best = Permission::NONE;
+    let mut row_id = rules;
+    for _ in 0..ROWS_PER_SET {
+        let Some(row) = tables.rules(row_id) else {
+            return Decision::deny(Reason::MissingTable);
+        };
+        for rule in &row.rules {
+            if rule.covers(protocol, port) && rule.permission.expires_at > best.expires_at {
+                best = rule.permission;
+            }
+        }
+        row_id = row.next;
+        if !row_id.is_some() {
+            break;
+        }
+    }
+    if best.expires_at > now {
+        Decision { verdict: Verdict::Allow, permission: best }
+    } else if best.expires_at > 0 {
+        Decision { verdict: Verdict::Deny(Reason::Expired), permission: best }
+    } else {
+        Decision::deny(Reason::PortNotGranted)
+    }
+}
+
+#[inline(always)]
+fn decide_executable<T: Tables>(
+    tables: &T,
+    tag: &Tag,
+    file: &FileId,
+    naming: Naming,
+    now: u64,
+) -> Decision {
+    match naming {
+        Naming::Unnamed => return Decision::deny(Reason::UnnamedFile),
+        Naming::Named => {}
+    }
+    let Some(entry) = tables.executable(tag.allowlist, file) else {
+        return Decision::deny(Reason::NotGranted);
+    };
+    if entry.generation != 0 && entry.generation != file.generation {
+        return Decision::deny(Reason::ReplacedFile);
+    }
+    let verdict = if entry.permission.expires_at > now {
+        Verdict::Allow
+    } else {
+        Verdict::Deny(Reason::Expired)
+    };
+    Decision { verdict, permission: entry.permission }
+}
