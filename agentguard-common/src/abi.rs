@@ -59,6 +59,18 @@ pub struct Attachment {
     pub reserved: u32,
 }
 
+/// A process that the host moved out of its workload's cgroup; it keeps its tag.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout,
+)]
+pub struct Moved {
+    /// The cgroup it is in now; it needs hooks.
+    pub cgroup: u64,
+    pub workload: WorkloadId,
+    pub reserved: u32,
+}
+
 /// Call numbers that stand in the object for kernel functions; user space writes the running
 /// kernel's own in their place before it loads a program.
 pub mod kfunc {

@@ -5,7 +5,7 @@
 //! are bounded for the verifier.
 
 use crate::allowlist::{DestinationEntry, ExecutableEntry, Permission, ROWS_PER_SET, RuleRow, Tag};
-use crate::request::{Destination, Endpoint, FileId, Naming, Request};
+use crate::request::{Destination, Endpoint, FileId, Mover, Naming, Request};
 use crate::verdict::{Decision, Reason, Verdict};
 use crate::{Address, AllowlistId, RuleSetId};
 
@@ -26,7 +26,8 @@ pub trait Tables {
 pub fn decide<T: Tables>(tables: &T, tag: &Tag, request: &Request, now: u64) -> Decision {
     match *request {
         Request::Malformed => return Decision::deny(Reason::Malformed),
-        Request::Leave => return Decision::deny(Reason::LeftWorkload),
+        Request::Leave(Mover::Workload) => return Decision::deny(Reason::LeftWorkload),
+        Request::Leave(Mover::Host) => return Decision::ALLOW,
         Request::RawSocket { .. } => return Decision::deny(Reason::RawSocket),
         Request::Connect(_)
         | Request::Send(_)
@@ -51,7 +52,7 @@ pub fn decide<T: Tables>(tables: &T, tag: &Tag, request: &Request, now: u64) -> 
             decide_rules(tables, tag.listening, endpoint.protocol, endpoint.port, now)
         }
         Request::Exec(file, naming) => decide_executable(tables, tag, &file, naming, now),
-        Request::Malformed | Request::Leave | Request::RawSocket { .. } => {
+        Request::Malformed | Request::Leave(_) | Request::RawSocket { .. } => {
             Decision::deny(Reason::Malformed)
         }
     }

@@ -134,7 +134,8 @@ impl TryFrom<u8> for RequestKind {
 pub struct RequestKey {
     pub workload: WorkloadId,
     pub allowlist: AllowlistId,
-    /// Network: the address. Exec: the [`FileId`]. Otherwise zero.
+    /// Network: the address. Exec: the [`FileId`]. Leave: the cgroup, in the first two words, low
+    /// word first. Otherwise zero.
     pub target: [u32; 4],
     /// Host byte order.
     pub port: u16,
@@ -235,14 +236,4 @@ pub struct Process {
     pub file: FileId,
     /// The path it was started by, NUL-terminated.
     pub path: [u8; PATH_BYTES],
-}
-
-/// What the datapath asks of user space.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes, KnownLayout)]
-pub struct Moved {
-    /// The cgroup that a task of a workload was moved to by the host; it needs hooks.
-    pub cgroup: u64,
-    pub pid: u32,
-    pub workload: WorkloadId,
 }

@@ -29,5 +29,5 @@ pub use decide::{Tables, decide};
 pub use id::{AllowlistId, CgroupId, GrantId, IdentityId, RuleSetId, ScopeId, WorkloadId};
 pub use mode::Mode;
 pub use protocol::Protocol;
-pub use request::{Destination, Endpoint, FileId, Naming, Request};
+pub use request::{Destination, Endpoint, FileId, Mover, Naming, Request};
 pub use verdict::{Action, Decision, Reason, Verdict};

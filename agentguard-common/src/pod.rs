@@ -1,6 +1,6 @@
 //! The shared records as aya's plain old data.
 
-use crate::abi::{Attachment, KernelOffsets, Membership, Settings};
+use crate::abi::{Attachment, KernelOffsets, Membership, Moved, Settings};
 use crate::allowlist::{
     DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
 };
@@ -28,6 +28,7 @@ pod!(
     ExecutableKey,
     KernelOffsets,
     Membership,
+    Moved,
     Process,
     RequestKey,
     RuleRow,

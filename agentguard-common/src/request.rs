@@ -81,6 +81,15 @@ pub enum Naming {
     Unnamed,
 }
 
+/// Who moves a process out of its workload's cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mover {
+    /// A process of a workload, this one or another.
+    Workload,
+    /// The host: the process keeps its tag wherever it goes.
+    Host,
+}
+
 /// What a workload's process asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -98,8 +107,8 @@ pub enum Request {
     RawSocket { protocol: u8 },
     /// Run a file.
     Exec(FileId, Naming),
-    /// Leave the workload's cgroup.
-    Leave,
+    /// Be moved to, or be born in, a cgroup outside the workload.
+    Leave(Mover),
     /// Something the hook could not read.
     Malformed,
 }

@@ -1,0 +1,45 @@
+//! `bind(2)` to a port of the caller's choice.
+
+use agentguard_common::event::Hook;
+use agentguard_common::request::ip;
+use agentguard_common::{Action, Endpoint, Request};
+use aya_ebpf::programs::SockAddrContext;
+
+use crate::context::{self, read};
+use crate::judge::{Judgement, socket_call};
+use crate::maps::{self, Role};
+
+#[inline(always)]
+pub(crate) fn v4(ctx: &SockAddrContext) -> Action {
+    bind(ctx, Hook::Bind4)
+}
+
+#[inline(always)]
+pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
+    bind(ctx, Hook::Bind6)
+}
+
+#[inline(always)]
+fn bind(ctx: &SockAddrContext, hook: Hook) -> Action {
+    let endpoint = context::endpoint(ctx);
+    let request = endpoint.map_or(Request::Malformed, Request::Bind);
+    let action = socket_call(&Judgement { hook, request });
+    match (action, endpoint) {
+        (Action::Pass, Some(endpoint)) => become_server(ctx, &endpoint),
+        (Action::Pass | Action::Refuse, _) => {}
+    }
+    action
+}
+
+/// Packets of a bound stream socket, and of those accepted from it, answer to whoever connected.
+/// Datagram sockets choose their peers themselves and stay judged by where they send.
+#[inline(always)]
+fn become_server(ctx: &SockAddrContext, endpoint: &Endpoint) {
+    if endpoint.protocol == ip::UDP || endpoint.port == 0 {
+        return;
+    }
+    // SAFETY: the hook's context always has a full socket.
+    if let Some(socket) = unsafe { maps::socket_or_new(read!(ctx, __bindgen_anon_1.sk)) } {
+        socket.role = Role::Server as u8;
+    }
+}

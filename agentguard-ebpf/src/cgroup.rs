@@ -1,0 +1,148 @@
+//! Who belongs to a workload: cgroups by birth, tasks by descent, and what happens to those that
+//! leave.
+
+use agentguard_common::event::Hook;
+use agentguard_common::{Action, CgroupId, Mode, Mover, Request, WorkloadId};
+use aya_ebpf::bindings::task_struct;
+use aya_ebpf::helpers::generated::bpf_get_current_task_btf;
+use aya_ebpf::programs::BtfTracePointContext;
+
+use crate::judge::{Judgement, judge_from};
+use crate::kernel::{self, Cgroup, Task};
+use crate::maps;
+use crate::record::Origin;
+
+/// A child cgroup is born with its parent's tag, before it is visible and can hold a process.
+#[inline(always)]
+pub(crate) fn mkdir(ctx: &BtfTracePointContext) -> i32 {
+    // SAFETY: the tracepoint's first argument is the new cgroup.
+    let cgroup = unsafe { Cgroup::new(ctx.arg::<*const core::ffi::c_void>(0)) };
+    if !cgroup.is_v2() {
+        return 0;
+    }
+    let Some(parent) = cgroup.parent() else { return 0 };
+    if let Some(workload) = maps::member(parent.id()) {
+        if !maps::adopt(cgroup.id(), workload) {
+            // No room: whoever makes cgroups until the table is full does not get one outside.
+            return kernel::kill_current();
+        }
+    }
+    0
+}
+
+#[inline(always)]
+pub(crate) fn rmdir(ctx: &BtfTracePointContext) -> i32 {
+    // SAFETY: the tracepoint's first argument is the cgroup.
+    let cgroup = unsafe { Cgroup::new(ctx.arg::<*const core::ffi::c_void>(0)) };
+    if cgroup.is_v2() {
+        maps::forget(cgroup.id());
+    }
+    0
+}
+
+/// The workload of a task: by descent, or by the cgroup it is in.
+#[inline(always)]
+fn workload_of(task: Task) -> Option<WorkloadId> {
+    // SAFETY: tasks here are tracepoint arguments or the calling task.
+    unsafe { maps::task(task.0) }.or_else(|| maps::member(task.cgroup()))
+}
+
+/// A child belongs where its parent belongs. One that is born in a foreign cgroup
+/// (`CLONE_INTO_CGROUP`) is judged as if it had been moved there.
+#[inline(always)]
+pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
+    let parent = Task(ctx.arg(0));
+    let child = Task(ctx.arg(1));
+    let Some(workload) = workload_of(parent) else { return 0 };
+    // SAFETY: an argument of the tracepoint.
+    if !unsafe { maps::tie(child.0, workload) } {
+        child.kill();
+        return 0;
+    }
+    if child.tgid() == parent.tgid() {
+        return 0;
+    }
+    maps::inherit_process(parent.tgid(), child.tgid(), child.start());
+    let home = maps::moved(parent.tgid());
+    let cgroup = child.cgroup();
+    if maps::member(cgroup) == Some(workload) {
+        return 0;
+    }
+    if home.is_some() {
+        // The parent was moved by the host, and the child follows.
+        maps::follow(child.tgid(), cgroup, workload);
+        return 0;
+    }
+    leave(child, cgroup, workload, Mover::Workload);
+    0
+}
+
+/// Arguments of the tracepoint: cgroup, path, task, whether the whole process moves.
+#[inline(always)]
+pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
+    // SAFETY: the tracepoint's first argument is the cgroup.
+    let cgroup = unsafe { Cgroup::new(ctx.arg::<*const core::ffi::c_void>(0)) };
+    if !cgroup.is_v2() {
+        return 0;
+    }
+    let task = Task(ctx.arg(2));
+    let destination = maps::member(cgroup.id());
+    // SAFETY: an argument of the tracepoint.
+    let origin = unsafe { maps::task(task.0) };
+    match (origin, destination) {
+        (None, None) => {}
+        (None, Some(workload)) => {
+            // SAFETY: an argument of the tracepoint.
+            if !unsafe { maps::tie(task.0, workload) } {
+                task.kill();
+            }
+        }
+        (Some(origin), Some(destination)) if origin == destination => {
+            maps::unfollow(task.tgid());
+        }
+        (Some(origin), _) => {
+            leave(task, cgroup.id(), origin, mover());
+        }
+    }
+    0
+}
+
+/// Whether the calling process, which moves another or itself, is a workload's.
+#[inline(always)]
+fn mover() -> Mover {
+    // SAFETY: a helper without arguments; the verifier trusts the task it returns.
+    let current: *mut task_struct = unsafe { bpf_get_current_task_btf() };
+    match workload_of(Task(current)) {
+        Some(_workload) => Mover::Workload,
+        None => Mover::Host,
+    }
+}
+
+/// A task of `workload` is in a cgroup outside of it.
+#[inline(always)]
+fn leave(task: Task, cgroup: CgroupId, workload: WorkloadId, mover: Mover) {
+    let judgement = Judgement { hook: Hook::Leave, request: Request::Leave(mover) };
+    let origin = Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 };
+    match judge_from(&judgement, workload, &origin, 0) {
+        Action::Refuse => {
+            task.kill();
+        }
+        Action::Pass => {
+            if !maps::follow(task.tgid(), cgroup, workload)
+                && maps::tag(workload).is_none_or(|tag| tag.mode() == Mode::Enforce)
+            {
+                task.kill();
+            }
+        }
+    }
+}
+
+/// Forgets a process with its last thread.
+#[inline(always)]
+pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
+    let task = Task(ctx.arg(0));
+    if task.pid() == task.tgid() {
+        maps::unfollow(task.tgid());
+    }
+    0
+}

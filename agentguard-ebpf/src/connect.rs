@@ -1,0 +1,43 @@
+//! `connect(2)`, also as a part of a TCP Fast Open send and of `io_uring`.
+
+use agentguard_common::event::Hook;
+use agentguard_common::request::ip;
+use agentguard_common::{Action, Destination, Request};
+use aya_ebpf::programs::SockAddrContext;
+
+use crate::context::{self, read};
+use crate::judge::{Judgement, socket_call};
+use crate::maps::{self, Role};
+
+#[inline(always)]
+pub(crate) fn v4(ctx: &SockAddrContext) -> Action {
+    connect(ctx, Hook::Connect4, context::destination_v4(ctx))
+}
+
+#[inline(always)]
+pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
+    connect(ctx, Hook::Connect6, context::destination_v6(ctx))
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, hook: Hook, destination: Option<Destination>) -> Action {
+    let request = match destination {
+        Some(destination) => {
+            if destination.protocol != ip::UDP {
+                become_client(ctx);
+            }
+            Request::Connect(destination)
+        }
+        None => Request::Malformed,
+    };
+    socket_call(&Judgement { hook, request })
+}
+
+/// A socket that was bound to a granted port is judged by where it goes once it connects.
+#[inline(always)]
+fn become_client(ctx: &SockAddrContext) {
+    // SAFETY: the hook's context always has a full socket.
+    if let Some(socket) = unsafe { maps::socket(read!(ctx, __bindgen_anon_1.sk)) } {
+        socket.role = Role::Client as u8;
+    }
+}

@@ -1,0 +1,236 @@
+//! Kernel memory: fields of BTF pointers, at the offsets of the running kernel, and the helpers
+//! that act on tasks.
+
+use agentguard_common::abi::{KernelOffsets, kfunc};
+use agentguard_common::{CgroupId, FileId, Naming};
+use aya_ebpf::bindings::task_struct;
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_jiffies64, bpf_ktime_get_boot_ns,
+    bpf_send_signal,
+};
+
+/// Filled in by user space before the object is loaded; to the verifier a constant.
+#[unsafe(no_mangle)]
+static OFFSETS: KernelOffsets = KernelOffsets {
+    bprm_file: 0,
+    bprm_filename: 0,
+    file_inode: 0,
+    inode_number: 0,
+    inode_super_block: 0,
+    inode_links: 0,
+    inode_generation: 0,
+    super_block_device: 0,
+    task_pid: 0,
+    task_tgid: 0,
+    task_start_boottime: 0,
+    task_real_parent: 0,
+    task_cgroups: 0,
+    css_set_default_cgroup: 0,
+    cgroup_kernfs_node: 0,
+    cgroup_parent: 0,
+    cgroup_root: 0,
+    cgroup_root_hierarchy: 0,
+    kernfs_node_id: 0,
+};
+
+const SIGKILL: u32 = 9;
+/// `PIDTYPE_TGID` of the kernel: the signal is for the whole process.
+const PIDTYPE_TGID: u32 = 1;
+
+/// Reads a field of the object `base` points to.
+///
+/// # Safety
+///
+/// `base` is a BTF pointer of the type that has this field, or one read from such a pointer: the
+/// verifier checks the type and the kernel guards the load.
+macro_rules! field {
+    ($base:expr, $offset:ident as $type:ty) => {{
+        let offset = core::ptr::read_volatile(&raw const OFFSETS.$offset) as usize;
+        core::ptr::read_volatile($base.cast::<u8>().add(offset).cast::<$type>())
+    }};
+}
+
+type Pointer = *const core::ffi::c_void;
+
+/// A cgroup of any hierarchy.
+#[derive(Clone, Copy)]
+pub(crate) struct Cgroup(Pointer);
+
+impl Cgroup {
+    /// # Safety
+    ///
+    /// `pointer` is a BTF pointer to a `struct cgroup`.
+    #[inline(always)]
+    pub(crate) unsafe fn new(pointer: Pointer) -> Self {
+        Self(pointer)
+    }
+
+    /// Whether this is the v2 hierarchy: ids of other hierarchies overlap with its ids.
+    #[inline(always)]
+    pub(crate) fn is_v2(self) -> bool {
+        // SAFETY: `new` promises a cgroup. The v2 hierarchy is registered first and is number 0
+        // (`cgroup_init_early`; the `0::` of /proc/<pid>/cgroup).
+        unsafe {
+            let root: Pointer = field!(self.0, cgroup_root as Pointer);
+            field!(root, cgroup_root_hierarchy as i32) == 0
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn id(self) -> CgroupId {
+        // SAFETY: `new` promises a cgroup.
+        unsafe {
+            let node: Pointer = field!(self.0, cgroup_kernfs_node as Pointer);
+            CgroupId(field!(node, kernfs_node_id as u64))
+        }
+    }
+
+    /// The cgroup above; `None` for the root.
+    #[inline(always)]
+    pub(crate) fn parent(self) -> Option<Self> {
+        // SAFETY: `new` promises a cgroup. Its own css is its first member, so that the parent's
+        // css stands at the address of the parent (`cgroup_parent`).
+        let parent: Pointer = unsafe { field!(self.0, cgroup_parent as Pointer) };
+        if parent.is_null() { None } else { Some(Self(parent)) }
+    }
+}
+
+/// A task.
+#[derive(Clone, Copy)]
+pub(crate) struct Task(pub(crate) *mut task_struct);
+
+impl Task {
+    #[inline(always)]
+    pub(crate) fn tgid(self) -> u32 {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe { field!(self.0, task_tgid as u32) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn pid(self) -> u32 {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe { field!(self.0, task_pid as u32) }
+    }
+
+    /// Nanoseconds of boot time.
+    #[inline(always)]
+    pub(crate) fn start(self) -> u64 {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe { field!(self.0, task_start_boottime as u64) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn parent_tgid(self) -> u32 {
+        // SAFETY: tasks come from tracepoint arguments only, and every task has a parent.
+        unsafe {
+            let parent: Pointer = field!(self.0, task_real_parent as Pointer);
+            field!(parent, task_tgid as u32)
+        }
+    }
+
+    /// The task's cgroup in the v2 hierarchy.
+    #[inline(always)]
+    pub(crate) fn cgroup(self) -> CgroupId {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe {
+            let css_set: Pointer = field!(self.0, task_cgroups as Pointer);
+            let cgroup: Pointer = field!(css_set, css_set_default_cgroup as Pointer);
+            Cgroup(cgroup).id()
+        }
+    }
+
+    /// Ends the task's process before it runs another instruction of user space. `false`: this
+    /// kernel cannot do that to another task.
+    #[inline(always)]
+    pub(crate) fn kill(self) -> bool {
+        if self.tgid() == current_tgid() {
+            kill_current();
+            return true;
+        }
+        type SendSignalTask = unsafe extern "C" fn(*mut task_struct, i32, u32, u64) -> i32;
+        // SAFETY: user space replaces the number by the kernel's own function, or by a constant
+        // error where there is none; the verifier checks the arguments.
+        unsafe {
+            let send: SendSignalTask =
+                core::mem::transmute(kfunc::SEND_SIGNAL_TASK as usize);
+            send(self.0, SIGKILL as i32, PIDTYPE_TGID, 0) == 0
+        }
+    }
+}
+
+/// The file an exec is about to run.
+#[derive(Clone, Copy)]
+pub(crate) struct Program(pub(crate) Pointer);
+
+impl Program {
+    /// The file as the kernel resolved it.
+    #[inline(always)]
+    pub(crate) fn file(self) -> (FileId, Naming) {
+        // SAFETY: a program comes from the exec tracepoint only; a `struct linux_binprm` has its
+        // file until the call ends, and a file its inode and super block.
+        unsafe {
+            let file: Pointer = field!(self.0, bprm_file as Pointer);
+            let inode: Pointer = field!(file, file_inode as Pointer);
+            let super_block: Pointer = field!(inode, inode_super_block as Pointer);
+            let id = FileId {
+                inode: field!(inode, inode_number as u64),
+                device: field!(super_block, super_block_device as u32),
+                generation: field!(inode, inode_generation as u32),
+            };
+            let naming = match field!(inode, inode_links as u32) {
+                0 => Naming::Unnamed,
+                1.. => Naming::Named,
+            };
+            (id, naming)
+        }
+    }
+
+    /// The path as the caller named it, a string in kernel memory.
+    #[inline(always)]
+    pub(crate) fn path(self) -> *const u8 {
+        // SAFETY: as for `file`.
+        unsafe { field!(self.0, bprm_filename as *const u8) }
+    }
+}
+
+/// Ends the calling process before it runs another instruction of user space.
+#[inline(always)]
+pub(crate) fn kill_current() -> i32 {
+    // SAFETY: a helper without pointers. It fails for kernel threads only, which run no exec.
+    unsafe { bpf_send_signal(SIGKILL) };
+    0
+}
+
+/// Nanoseconds of boot time, which goes on while the machine sleeps.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// A clock that costs next to nothing, in units of 1 to 10 ms.
+#[inline(always)]
+pub(crate) fn jiffies() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_jiffies64() }
+}
+
+/// The calling task's cgroup in the v2 hierarchy.
+#[inline(always)]
+pub(crate) fn current_cgroup() -> CgroupId {
+    // SAFETY: a helper without arguments.
+    CgroupId(unsafe { bpf_get_current_cgroup_id() })
+}
+
+/// The calling task's process id in the upper half, thread id in the lower.
+#[inline(always)]
+pub(crate) fn current_pid_tgid() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_get_current_pid_tgid() }
+}
+
+/// The calling task's process id.
+#[inline(always)]
+pub(crate) fn current_tgid() -> u32 {
+    (current_pid_tgid() >> 32) as u32
+}

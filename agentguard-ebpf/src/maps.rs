@@ -1,0 +1,415 @@
+//! The tables, private to this module; callers use verbs.
+//!
+//! Sizes are the defaults of the configuration; user space sets the real ones at load.
+
+use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
+use agentguard_common::allowlist::{
+    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
+};
+use agentguard_common::event::{Event, Process, RequestKey};
+use agentguard_common::stats::{Counters, OTHER};
+use agentguard_common::{
+    Address, AllowlistId, CgroupId, FileId, Permission, RuleSetId, Tables, WorkloadId,
+};
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_LOCAL_STORAGE_GET_F_CREATE, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, task_struct,
+};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::helpers::generated::{
+    bpf_get_local_storage, bpf_sk_storage_get, bpf_task_storage_get,
+};
+use aya_ebpf::macros::btf_map;
+
+/// `BPF_F_NO_PREALLOC`: entries are allocated as they come, so an empty table costs nothing.
+const NO_PREALLOC: usize = 1;
+/// `BPF_F_CLONE`: a socket accepted from a listener starts with a copy of the listener's value.
+const CLONE: usize = 512;
+
+#[btf_map]
+static WORKLOADS: HashMap<WorkloadId, Tag, 8192> = HashMap::new();
+#[btf_map]
+static CGROUPS: HashMap<CgroupId, Membership, 65536, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static MOVED: HashMap<u32, Moved, 8192, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static DESTINATIONS: LpmTrie<DestinationKey, DestinationEntry, 524_288> = LpmTrie::new();
+#[btf_map]
+static RULES: HashMap<RuleSetId, RuleRow, 65536, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static EXECUTABLES: HashMap<ExecutableKey, ExecutableEntry, 262_144, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static VERDICTS: LruHashMap<RequestKey, CachedVerdict, 32768> = LruHashMap::new();
+#[btf_map]
+static PROCESSES: LruHashMap<u32, Process, 8192> = LruHashMap::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<Counters, 129> = PerCpuArray::new();
+#[btf_map]
+static SETTINGS: Array<Settings, 1> = Array::new();
+#[btf_map]
+static DENIED: RingBuf<Event, 1_048_576> = RingBuf::new();
+#[btf_map]
+static ALLOWED: RingBuf<Event, 4_194_304> = RingBuf::new();
+#[btf_map]
+static ATTACHMENTS: CgroupStorage<Attachment> = CgroupStorage::new();
+#[btf_map]
+static SOCKETS: SocketStorage<SocketVerdict> = SocketStorage::new();
+#[btf_map]
+static TASKS: TaskStorage<Membership> = TaskStorage::new();
+
+macro_rules! local_storage {
+    ($(#[$doc:meta])* $name:ident, $map_type:literal, $key:ty, $flags:expr) => {
+        $(#[$doc])*
+        #[repr(C)]
+        struct $name<V> {
+            r#type: *const [i32; $map_type],
+            key: *const $key,
+            value: *const V,
+            max_entries: *const [i32; 0],
+            map_flags: *const [i32; $flags],
+        }
+
+        // SAFETY: the pointers only carry types to the loader and are never followed.
+        unsafe impl<V> Sync for $name<V> {}
+
+        impl<V> $name<V> {
+            const fn new() -> Self {
+                Self {
+                    r#type: core::ptr::null(),
+                    key: core::ptr::null(),
+                    value: core::ptr::null(),
+                    max_entries: core::ptr::null(),
+                    map_flags: core::ptr::null(),
+                }
+            }
+
+            #[inline(always)]
+            fn as_ptr(&'static self) -> *mut core::ffi::c_void {
+                core::ptr::from_ref(self).cast_mut().cast()
+            }
+        }
+    };
+}
+
+/// `struct bpf_cgroup_storage_key` of the kernel.
+#[repr(C)]
+struct CgroupStorageKey {
+    cgroup_inode_id: u64,
+    attach_type: u32,
+}
+
+local_storage!(
+    /// `BPF_MAP_TYPE_CGROUP_STORAGE`: what user space left for the programs of one attachment.
+    CgroupStorage, 19, CgroupStorageKey, 0
+);
+local_storage!(
+    /// `BPF_MAP_TYPE_SK_STORAGE`, cloned to accepted sockets; aya's own takes no other flags.
+    SocketStorage, 24, i32, NO_PREALLOC | CLONE
+);
+local_storage!(
+    /// `BPF_MAP_TYPE_TASK_STORAGE`, for which aya has no type.
+    TaskStorage, 29, i32, NO_PREALLOC
+);
+
+/// A verdict that was given lately, and how many like it were folded into its record.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct CachedVerdict {
+    pub(crate) permission: Permission,
+    /// Boot time of the last record.
+    pub(crate) logged_at: u64,
+    /// Jiffies until which nothing needs to be looked at again.
+    pub(crate) fresh_until: u64,
+    pub(crate) folded: u64,
+    pub(crate) verdict: u8,
+    pub(crate) reserved: [u8; 7],
+}
+
+/// Which rule a socket's packets are judged by.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// By where they go.
+    Client = 0,
+    /// By the port that others connected to.
+    Server = 1,
+}
+
+/// What is known of a socket: its role, and the verdict on its last packet.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SocketVerdict {
+    /// Jiffies until which the verdict needs no other look.
+    pub(crate) fresh_until: u64,
+    /// Packets that passed on this verdict since the last look.
+    pub(crate) folded: u64,
+    pub(crate) target: [u32; 4],
+    pub(crate) workload: WorkloadId,
+    pub(crate) allowlist: AllowlistId,
+    pub(crate) port: u16,
+    pub(crate) protocol: u8,
+    pub(crate) verdict: u8,
+    pub(crate) role: u8,
+    pub(crate) reserved: [u8; 3],
+}
+
+impl SocketVerdict {
+    pub(crate) const NEW: Self = Self {
+        fresh_until: 0,
+        folded: 0,
+        target: [0; 4],
+        workload: WorkloadId::NONE,
+        allowlist: AllowlistId::NONE,
+        port: 0,
+        protocol: 0,
+        verdict: 0,
+        role: Role::Client as u8,
+        reserved: [0; 3],
+    };
+}
+
+/// The compiled allow-lists, as the decision sees them.
+pub(crate) struct KernelTables;
+
+impl Tables for KernelTables {
+    #[inline(always)]
+    fn destination(&self, allowlist: AllowlistId, address: &Address) -> Option<DestinationEntry> {
+        let key =
+            Key::new(DestinationKey::BITS, DestinationKey { allowlist, address: *address });
+        DESTINATIONS.get(&key).copied()
+    }
+
+    #[inline(always)]
+    fn rules(&self, id: RuleSetId) -> Option<&RuleRow> {
+        // SAFETY: a row is written once, before any tag leads to it, and deleted a grace period
+        // after the last tag did.
+        unsafe { RULES.get(id) }
+    }
+
+    #[inline(always)]
+    fn executable(&self, allowlist: AllowlistId, file: &FileId) -> Option<ExecutableEntry> {
+        // SAFETY: as for rules.
+        unsafe { EXECUTABLES.get(ExecutableKey::new(allowlist, file)) }.copied()
+    }
+}
+
+/// The tag of a workload.
+#[inline(always)]
+pub(crate) fn tag(workload: WorkloadId) -> Option<Tag> {
+    // SAFETY: user space replaces a row as a whole (the kernel swaps the element), so a copy is
+    // wholly old or wholly new.
+    unsafe { WORKLOADS.get(workload) }.copied()
+}
+
+/// The workload whose cgroup this is.
+#[inline(always)]
+pub(crate) fn member(cgroup: CgroupId) -> Option<WorkloadId> {
+    // SAFETY: an entry never changes between its insertion and its removal.
+    unsafe { CGROUPS.get(cgroup) }.map(|membership| membership.workload)
+}
+
+/// Makes a cgroup part of a workload. `false`: there is no room.
+#[inline(always)]
+pub(crate) fn adopt(cgroup: CgroupId, workload: WorkloadId) -> bool {
+    CGROUPS.insert(cgroup, Membership { workload }, BPF_ANY.into()).is_ok()
+}
+
+/// Forgets a cgroup that is gone.
+#[inline(always)]
+pub(crate) fn forget(cgroup: CgroupId) {
+    // Most cgroups that go were nobody's, so there is often nothing to remove.
+    if member(cgroup).is_some() {
+        let _absent = CGROUPS.remove(cgroup);
+    }
+}
+
+/// The workload of a process that the host moved out of its cgroup.
+#[inline(always)]
+pub(crate) fn moved(tgid: u32) -> Option<WorkloadId> {
+    // SAFETY: an entry is replaced as a whole.
+    unsafe { MOVED.get(tgid) }.map(|moved| moved.workload)
+}
+
+/// Remembers a process that left its workload's cgroup and keeps its tag. `false`: no room.
+#[inline(always)]
+pub(crate) fn follow(tgid: u32, cgroup: CgroupId, workload: WorkloadId) -> bool {
+    let moved = Moved { cgroup: cgroup.0, workload, reserved: 0 };
+    MOVED.insert(tgid, moved, BPF_ANY.into()).is_ok()
+}
+
+/// Forgets a process that ended or came back.
+#[inline(always)]
+pub(crate) fn unfollow(tgid: u32) {
+    if moved(tgid).is_some() {
+        let _absent = MOVED.remove(tgid);
+    }
+}
+
+/// The verdict last given to the same request.
+#[inline(always)]
+pub(crate) fn cached(key: &RequestKey) -> Option<&'static mut CachedVerdict> {
+    // SAFETY: the element stays mapped while the program runs. CPUs that share it race on plain
+    // words only: a lost increment of `folded` makes a record's note smaller, never a counter.
+    VERDICTS.get_ptr_mut(key).map(|cached| unsafe { &mut *cached })
+}
+
+/// Remembers a verdict.
+#[inline(always)]
+pub(crate) fn cache(key: &RequestKey, verdict: &CachedVerdict) {
+    // A table of this kind makes room by itself; under contention it may refuse, and then the
+    // next request is decided afresh.
+    let _uncached = VERDICTS.insert(key, verdict, BPF_ANY.into());
+}
+
+/// This CPU's row of counters.
+#[inline(always)]
+pub(crate) fn counters(row: u16) -> Option<&'static mut Counters> {
+    let counters =
+        COUNTERS.get_ptr_mut(u32::from(row)).or_else(|| COUNTERS.get_ptr_mut(u32::from(OTHER)))?;
+    // SAFETY: the row belongs to this CPU and outlives the program. A program that interrupts
+    // another on the same CPU is never of the same attachment; the counters are added to with
+    // single instructions.
+    Some(unsafe { &mut *counters })
+}
+
+/// Nanoseconds in which the same request leaves only one record.
+#[inline(always)]
+pub(crate) fn aggregation_window() -> u64 {
+    SETTINGS.get(0).map_or(0, |settings| settings.aggregation_window)
+}
+
+/// Whether the datapath's own diagnostics are on.
+#[inline(always)]
+pub(crate) fn diagnostics() -> bool {
+    SETTINGS.get(0).is_some_and(|settings| settings.diagnostics != 0)
+}
+
+/// The ring for records of denials.
+#[inline(always)]
+pub(crate) fn denied() -> *mut core::ffi::c_void {
+    core::ptr::from_ref(&DENIED).cast_mut().cast()
+}
+
+/// The ring for all other records.
+#[inline(always)]
+pub(crate) fn allowed() -> *mut core::ffi::c_void {
+    core::ptr::from_ref(&ALLOWED).cast_mut().cast()
+}
+
+/// A process of which nothing is known yet; in a map because it is half a stack.
+#[btf_map]
+static BLANK: Array<Process, 1> = Array::new();
+
+/// Makes room for what is known of a process.
+#[inline(always)]
+pub(crate) fn remember_new(tgid: u32) {
+    if let Some(blank) = BLANK.get(0) {
+        // As for the cache: what does not fit is read from procfs, or said to be unknown.
+        let _forgotten = PROCESSES.insert(tgid, blank, BPF_ANY.into());
+    }
+}
+
+/// A child is known by what its parent runs, until it runs something else.
+#[inline(always)]
+pub(crate) fn inherit_process(parent: u32, child: u32, start: u64) {
+    let Some(known) = process(parent) else { return };
+    let _forgotten = PROCESSES.insert(child, &*known, BPF_ANY.into());
+    if let Some(known) = process(child) {
+        known.start = start;
+        known.parent = parent;
+    }
+}
+
+/// What is known of a process.
+#[inline(always)]
+pub(crate) fn process(tgid: u32) -> Option<&'static mut Process> {
+    // SAFETY: as for `cached`: the element stays mapped, and races touch a record's text only.
+    PROCESSES.get_ptr_mut(tgid).map(|process| unsafe { &mut *process })
+}
+
+/// What user space left with this attachment.
+#[inline(always)]
+pub(crate) fn attachment() -> Attachment {
+    // SAFETY: the helper never returns null for a program attached to a cgroup.
+    unsafe { *bpf_get_local_storage(ATTACHMENTS.as_ptr(), 0).cast::<Attachment>() }
+}
+
+/// What is known of a socket.
+///
+/// # Safety
+///
+/// `socket` is the kernel's pointer to a full socket.
+#[inline(always)]
+pub(crate) unsafe fn socket(socket: *mut bpf_sock) -> Option<&'static mut SocketVerdict> {
+    // SAFETY: the caller's promise; the value lives as long as the socket.
+    unsafe {
+        bpf_sk_storage_get(SOCKETS.as_ptr(), socket.cast(), core::ptr::null_mut(), 0)
+            .cast::<SocketVerdict>()
+            .as_mut()
+    }
+}
+
+/// What is known of a socket, nothing yet if it is new. `None`: no memory.
+///
+/// # Safety
+///
+/// As for [`socket`].
+#[inline(always)]
+pub(crate) unsafe fn socket_or_new(socket: *mut bpf_sock) -> Option<&'static mut SocketVerdict> {
+    let mut new = SocketVerdict::NEW;
+    // SAFETY: the caller's promise; the kernel copies `new`.
+    unsafe {
+        bpf_sk_storage_get(
+            SOCKETS.as_ptr(),
+            socket.cast(),
+            core::ptr::from_mut(&mut new).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast::<SocketVerdict>()
+        .as_mut()
+    }
+}
+
+/// The workload a task belongs to by descent, wherever it is now.
+///
+/// # Safety
+///
+/// `task` is a pointer the verifier trusts.
+#[inline(always)]
+pub(crate) unsafe fn task(task: *mut task_struct) -> Option<WorkloadId> {
+    // SAFETY: the caller's promise; the value lives as long as the task.
+    let membership = unsafe {
+        bpf_task_storage_get(TASKS.as_ptr(), task, core::ptr::null_mut(), 0)
+            .cast::<Membership>()
+            .as_ref()
+    };
+    membership.map(|membership| membership.workload)
+}
+
+/// Ties a task to a workload. `false`: no memory.
+///
+/// # Safety
+///
+/// As for [`task`].
+#[inline(always)]
+pub(crate) unsafe fn tie(task: *mut task_struct, workload: WorkloadId) -> bool {
+    let mut membership = Membership { workload };
+    // SAFETY: the caller's promise; the kernel copies `membership`, and the value it returns
+    // lives as long as the task.
+    unsafe {
+        let tied = bpf_task_storage_get(
+            TASKS.as_ptr(),
+            task,
+            core::ptr::from_mut(&mut membership).cast(),
+            BPF_LOCAL_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast::<Membership>();
+        match tied.as_mut() {
+            Some(tied) => {
+                tied.workload = workload;
+                true
+            }
+            None => false,
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! Every IP packet that leaves a socket of a workload's cgroup.
+//!
+//! This is the door behind the doors: it stops flows that outlive their grant, sockets whose
+//! address was set where no other hook sees it, and what raw sockets send. It decides on the
+//! socket's peer where the socket has one (the packet's own header may already be rewritten for a
+//! service) and on the header where it has none.
+
+use agentguard_common::event::Hook;
+use agentguard_common::request::ip;
+use agentguard_common::{
+    Action, Address, Destination, Endpoint, Reason, Request, Verdict, WorkloadId,
+};
+use aya_ebpf::bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock};
+use aya_ebpf::helpers::generated::{bpf_sk_fullsock, bpf_skb_load_bytes_relative};
+use aya_ebpf::programs::SkBuffContext;
+
+use crate::judge::{Judgement, judge_packet};
+use crate::kernel;
+use crate::maps::{self, Role, SocketVerdict};
+use crate::record::{self, Fate};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+/// `TCP_LISTEN` of the kernel.
+const LISTEN: u32 = 10;
+/// Jiffies for which a socket's verdict is given again unseen; see `judge`.
+const FRESH_JIFFIES: u64 = 25;
+/// IPv6 extension headers that are stepped over at the most.
+const EXTENSION_HEADERS: usize = 6;
+
+#[inline(always)]
+pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
+    let skb = ctx.skb.skb;
+    let attachment = maps::attachment();
+    // SAFETY: the kernel passes a context that lives as long as the program runs; the verifier
+    // makes sure that `sk` is checked before use.
+    let socket = unsafe {
+        let sk = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() { sk } else { bpf_sk_fullsock(sk) }
+    };
+    if socket.is_null() {
+        if !attachment.workload.is_some() {
+            return Action::Pass;
+        }
+        let request = header(skb).map_or(Request::Malformed, Request::Packet);
+        return judge_packet(&Judgement { hook: Hook::Egress, request }, attachment.workload, 0);
+    }
+    // SAFETY: checked above to be a full socket.
+    let request = unsafe { request(skb, socket) };
+    // SAFETY: as above.
+    let known = unsafe {
+        if attachment.workload.is_some() {
+            maps::socket_or_new(socket)
+        } else {
+            maps::socket(socket)
+        }
+    };
+    let Some(known) = known else {
+        if !attachment.workload.is_some() {
+            return Action::Pass;
+        }
+        return judge_packet(&Judgement { hook: Hook::Egress, request }, attachment.workload, 0);
+    };
+    let owner =
+        if attachment.workload.is_some() { attachment.workload } else { known.workload };
+    if !owner.is_some() {
+        return Action::Pass;
+    }
+    // SAFETY: as above.
+    let request = unsafe { as_server(socket, known, request) };
+    judge_on_socket(known, owner, request)
+}
+
+/// Gives the socket's last verdict again while nothing can have changed it.
+#[inline(always)]
+fn judge_on_socket(known: &mut SocketVerdict, owner: WorkloadId, request: Request) -> Action {
+    let (target, port, protocol) = match request {
+        Request::Packet(destination) => {
+            (destination.address.words(), destination.port, destination.protocol)
+        }
+        Request::Reply(endpoint) => ([0; 4], endpoint.port, endpoint.protocol),
+        Request::Connect(_)
+        | Request::Send(_)
+        | Request::Bind(_)
+        | Request::RawSocket { .. }
+        | Request::Exec(..)
+        | Request::Leave { .. }
+        | Request::Malformed => ([0; 4], 0, 0),
+    };
+    let Some(tag) = maps::tag(owner) else {
+        return judge_packet(&Judgement { hook: Hook::Egress, request }, owner, 0);
+    };
+    let jiffies = kernel::jiffies();
+    if jiffies < known.fresh_until
+        && known.allowlist == tag.allowlist
+        && known.workload == owner
+        && known.target == target
+        && known.port == port
+        && known.protocol == protocol
+    {
+        let verdict = match Verdict::try_from(known.verdict) {
+            Ok(verdict) => verdict,
+            Err(_unknown) => Verdict::Deny(Reason::MissingTable),
+        };
+        known.folded += 1;
+        record::count(&tag, Hook::Egress, verdict, Fate::Aggregated);
+        return verdict.action(tag.mode());
+    }
+    let folded = known.folded;
+    known.folded = 0;
+    known.fresh_until = 0;
+    let judgement = Judgement { hook: Hook::Egress, request };
+    let action = judge_packet(&judgement, owner, folded);
+    // What was just judged is in the cache of verdicts; the socket borrows its freshness.
+    let key = crate::judge::key_of(owner, &tag, &judgement.request);
+    if let Some(cached) = maps::cached(&key) {
+        known.workload = owner;
+        known.allowlist = tag.allowlist;
+        known.target = target;
+        known.port = port;
+        known.protocol = protocol;
+        known.verdict = cached.verdict;
+        let fresh = jiffies + FRESH_JIFFIES;
+        known.fresh_until =
+            if cached.fresh_until < fresh { cached.fresh_until } else { fresh };
+    }
+    action
+}
+
+/// What a packet of this socket asks for, as if the socket were a client's.
+///
+/// # Safety
+///
+/// `socket` is a full socket.
+#[inline(always)]
+unsafe fn request(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Request {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let port = u16::from_be((*socket).dst_port);
+        if port != 0 {
+            let address = match (*socket).family {
+                AF_INET => Some(Address::from_v4_word((*socket).dst_ip4)),
+                AF_INET6 => Some(Address::from_v6_words([
+                    core::ptr::read_volatile(&raw const (*socket).dst_ip6[0]),
+                    core::ptr::read_volatile(&raw const (*socket).dst_ip6[1]),
+                    core::ptr::read_volatile(&raw const (*socket).dst_ip6[2]),
+                    core::ptr::read_volatile(&raw const (*socket).dst_ip6[3]),
+                ])),
+                _ => None,
+            };
+            if let (Some(address), Some(protocol)) = (address, ip::canonical((*socket).protocol)) {
+                return Request::Packet(Destination { address, protocol, port });
+            }
+        }
+    }
+    header(skb).map_or(Request::Malformed, Request::Packet)
+}
+
+/// A listener, and a socket accepted from one, answer to whoever connected: their packets ask for
+/// the local port.
+///
+/// # Safety
+///
+/// `socket` is a full socket.
+#[inline(always)]
+unsafe fn as_server(
+    socket: *mut bpf_sock,
+    known: &mut SocketVerdict,
+    request: Request,
+) -> Request {
+    // SAFETY: the caller's promise.
+    let (state, protocol, port) =
+        unsafe { ((*socket).state, (*socket).protocol, (*socket).src_port as u16) };
+    let Some(protocol) = ip::canonical(protocol) else { return Request::Malformed };
+    if protocol == ip::TCP && state == LISTEN {
+        // The sockets it accepts start with a copy of this.
+        known.role = Role::Server as u8;
+    }
+    if known.role == Role::Server as u8 && (protocol == ip::TCP || protocol == ip::SCTP) {
+        return Request::Reply(Endpoint { protocol, port });
+    }
+    request
+}
+
+/// Reads `N` bytes of the packet, from its network header on.
+#[inline(always)]
+fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: the helper writes `N` bytes or none.
+    let status = unsafe {
+        bpf_skb_load_bytes_relative(
+            skb.cast(),
+            offset,
+            bytes.as_mut_ptr().cast(),
+            N as u32,
+            BPF_HDR_START_NET,
+        )
+    };
+    if status == 0 { Some(bytes) } else { None }
+}
+
+/// Where the packet's own header says it goes; `None` if it can not be read.
+#[inline(always)]
+fn header(skb: *mut __sk_buff) -> Option<Destination> {
+    let [first] = load::<1>(skb, 0)?;
+    match first >> 4 {
+        4 => header_v4(skb, first),
+        6 => header_v6(skb),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn header_v4(skb: *mut __sk_buff, first: u8) -> Option<Destination> {
+    let fragment = u16::from_be_bytes(load::<2>(skb, 6)?);
+    let [protocol] = load::<1>(skb, 9)?;
+    let address = Address::from_v4_word(u32::from_ne_bytes(load::<4>(skb, 16)?));
+    // Packets pass here before they are cut into fragments; one that comes as a fragment was made
+    // by hand, and a later fragment has no ports to judge.
+    if fragment & 0x1fff != 0 {
+        return None;
+    }
+    transport(skb, u32::from(first & 0x0f) * 4, address, protocol)
+}
+
+#[inline(always)]
+fn header_v6(skb: *mut __sk_buff) -> Option<Destination> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const DESTINATION_OPTIONS: u8 = 60;
+    let [mut next] = load::<1>(skb, 6)?;
+    let destination = load::<16>(skb, 24)?;
+    let word = |at: usize| {
+        u32::from_ne_bytes([
+            destination[at],
+            destination[at + 1],
+            destination[at + 2],
+            destination[at + 3],
+        ])
+    };
+    let address = Address::from_v6_words([word(0), word(4), word(8), word(12)]);
+    let mut offset = 40;
+    for _ in 0..EXTENSION_HEADERS {
+        match next {
+            HOP_BY_HOP | DESTINATION_OPTIONS => {
+                let [following, length] = load::<2>(skb, offset)?;
+                next = following;
+                offset += (u32::from(length) + 1) * 8;
+            }
+            // Source routing names the real destination elsewhere; fragments as for IPv4.
+            ROUTING => return None,
+            _ => return transport(skb, offset, address, next),
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn transport(
+    skb: *mut __sk_buff,
+    offset: u32,
+    address: Address,
+    protocol: u8,
+) -> Option<Destination> {
+    let protocol = ip::canonical(u32::from(protocol))?;
+    let port = match protocol {
+        ip::TCP | ip::UDP | ip::SCTP => u16::from_be_bytes(load::<2>(skb, offset + 2)?),
+        _ => 0,
+    };
+    Some(Destination { address, protocol, port })
+}

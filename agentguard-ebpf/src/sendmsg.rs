@@ -1,0 +1,24 @@
+//! Datagrams whose address comes with the call.
+
+use agentguard_common::event::Hook;
+use agentguard_common::{Action, Destination, Request};
+use aya_ebpf::programs::SockAddrContext;
+
+use crate::context;
+use crate::judge::{Judgement, socket_call};
+
+#[inline(always)]
+pub(crate) fn v4(ctx: &SockAddrContext) -> Action {
+    send(Hook::Sendmsg4, context::destination_v4(ctx))
+}
+
+#[inline(always)]
+pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
+    send(Hook::Sendmsg6, context::destination_v6(ctx))
+}
+
+#[inline(always)]
+fn send(hook: Hook, destination: Option<Destination>) -> Action {
+    let request = destination.map_or(Request::Malformed, Request::Send);
+    socket_call(&Judgement { hook, request })
+}

@@ -1,0 +1,40 @@
+//! Builds the kernel half and hands its object to the daemon, which embeds it.
+
+use std::env;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, ensure};
+
+#[path = "build/toolchain.rs"]
+mod toolchain;
+
+/// An object that was built elsewhere, instead of building one.
+const PREBUILT: &str = "AGENTGUARD_EBPF_OBJECT";
+
+fn main() -> anyhow::Result<()> {
+    println!("cargo::rerun-if-env-changed={PREBUILT}");
+    let object = match env::var_os(PREBUILT) {
+        Some(path) => PathBuf::from(path),
+        None => build()?,
+    };
+    println!("cargo::rerun-if-changed={}", object.display());
+    println!("cargo::rustc-env=AGENTGUARD_OBJECT={}", object.display());
+    Ok(())
+}
+
+fn build() -> anyhow::Result<PathBuf> {
+    let workspace = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("..");
+    for source in ["agentguard-ebpf", "agentguard-common", "agentguard/build", "Cargo.lock"] {
+        println!("cargo::rerun-if-changed={}", workspace.join(source).display());
+    }
+    let target_dir = PathBuf::from(env::var("OUT_DIR")?).join("bpf");
+    let toolchain = toolchain::find().map_err(|missing| {
+        anyhow::anyhow!("no toolchain builds the kernel half: {missing}; run `cargo xtask setup`")
+    })?;
+    let status = toolchain
+        .command(&workspace.join("agentguard-ebpf"), &target_dir)
+        .status()
+        .context("cargo for the kernel half does not start")?;
+    ensure!(status.success(), "the kernel half does not compile");
+    Ok(target_dir.join("bpfel-unknown-none/release/agentguard-ebpf"))
+}

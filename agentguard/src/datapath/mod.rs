@@ -1,0 +1,15 @@
+//! The kernel half as user space sees it: loading, tables, tags, hooks, events.
+//!
+//! The only module that knows aya. Its callers speak of workloads, allow-lists and cgroups.
+
+pub mod events;
+mod kernel;
+mod load;
+mod object;
+mod protection;
+mod tables;
+
+pub use kernel::{Kernel, KernelError};
+pub use load::{Datapath, LoadError, Options, Sizes, uninstall};
+pub use protection::{Door, DoorState, GAPS, Protection, doors};
+pub use tables::DatapathError;

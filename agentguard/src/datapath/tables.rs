@@ -1,0 +1,520 @@
+//! The verbs of the datapath over its tables and hooks.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
+use agentguard_common::allowlist::{
+    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
+};
+use agentguard_common::event::Process;
+use agentguard_common::stats::Counters;
+use agentguard_common::{AllowlistId, CgroupId, RuleSetId, WorkloadId};
+use aya::maps::cgroup_storage::{CgroupStorage, CgroupStorageKey};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::programs::links::FdLink;
+use aya::programs::{
+    CgroupAttachMode, CgroupSkbAttachType, CgroupSockAddrAttachType, CgroupSockAttachType,
+};
+
+use super::events::Rings;
+use super::load::{CgroupProgram, Datapath, LoadError};
+use crate::allowlist::Rows;
+
+/// The datapath did not take a change; nothing of it is in force.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    #[error("the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full")]
+    Table { table: &'static str, source: MapError },
+    #[error("the cgroup {path} can not be opened: {source}")]
+    Cgroup { path: PathBuf, source: io::Error },
+    #[error("{program} can not be attached to the cgroup {path}: {reason}")]
+    Attach { program: &'static str, path: PathBuf, reason: String },
+    #[error("the pin {path} can not be removed: {source}")]
+    Unpin { path: PathBuf, source: io::Error },
+}
+
+fn row(table: &'static str) -> impl Fn(MapError) -> DatapathError {
+    move |source| DatapathError::Table { table, source }
+}
+
+/// How full a table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    pub table: &'static str,
+    pub entries: usize,
+    pub capacity: usize,
+}
+
+/// The kernel's tables, by what they mean.
+pub(super) struct Tables {
+    workloads: HashMap<MapData, WorkloadId, Tag>,
+    cgroups: HashMap<MapData, CgroupId, Membership>,
+    moved: HashMap<MapData, u32, Moved>,
+    destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
+    rules: HashMap<MapData, RuleSetId, RuleRow>,
+    executables: HashMap<MapData, ExecutableKey, ExecutableEntry>,
+    processes: HashMap<MapData, u32, Process>,
+    counters: PerCpuArray<MapData, Counters>,
+    settings: Array<MapData, Settings>,
+    attachments: CgroupStorage<MapData, Attachment>,
+    directory: PathBuf,
+}
+
+impl Tables {
+    pub(super) fn open(directory: &Path) -> Result<Self, LoadError> {
+        fn open<T>(directory: &Path, name: &str) -> Result<T, LoadError>
+        where
+            T: TryFrom<Map, Error = MapError>,
+        {
+            let error = |error: MapError| LoadError::part(name, error);
+            let data = MapData::from_pin(directory.join(name)).map_err(error)?;
+            T::try_from(Map::from_map_data(data).map_err(error)?).map_err(error)
+        }
+        Ok(Self {
+            workloads: open(directory, "WORKLOADS")?,
+            cgroups: open(directory, "CGROUPS")?,
+            moved: open(directory, "MOVED")?,
+            destinations: open(directory, "DESTINATIONS")?,
+            rules: open(directory, "RULES")?,
+            executables: open(directory, "EXECUTABLES")?,
+            processes: open(directory, "PROCESSES")?,
+            counters: open(directory, "COUNTERS")?,
+            settings: open(directory, "SETTINGS")?,
+            attachments: open(directory, "ATTACHMENTS")?,
+            directory: directory.to_owned(),
+        })
+    }
+
+    fn ring(&self, name: &str) -> Result<RingBuf<MapData>, LoadError> {
+        let error = |error: MapError| LoadError::part(name, error);
+        let data = MapData::from_pin(self.directory.join(name)).map_err(error)?;
+        Map::from_map_data(data).and_then(RingBuf::try_from).map_err(error)
+    }
+}
+
+impl Datapath {
+    /// The rings of records; to be read by one reader.
+    ///
+    /// # Errors
+    ///
+    /// When a ring can not be mapped.
+    pub fn rings(&self) -> Result<Rings, LoadError> {
+        Ok(Rings::new(self.tables.ring("DENIED")?, self.tables.ring("ALLOWED")?))
+    }
+
+    /// Changes what can be changed while programs run.
+    ///
+    /// # Errors
+    ///
+    /// When the table does not take it.
+    pub fn set(&mut self, settings: Settings) -> Result<(), LoadError> {
+        self.tables
+            .settings
+            .set(0, settings, 0)
+            .map_err(|error| LoadError::part("SETTINGS", error))
+    }
+
+    /// Writes an allow-list beside those in force. It decides nothing until a tag leads to it.
+    ///
+    /// # Errors
+    ///
+    /// When a table is full; what was written is taken back.
+    pub fn load_allowlist(&mut self, rows: &Rows) -> Result<(), DatapathError> {
+        let written = self.write_rows(rows);
+        if written.is_err() {
+            // What can not be removed was never written.
+            let _incomplete = self.drop_allowlist(rows);
+        }
+        written
+    }
+
+    fn write_rows(&mut self, rows: &Rows) -> Result<(), DatapathError> {
+        let tables = &mut self.tables;
+        for (id, rules) in &rows.rules {
+            tables.rules.insert(id, rules, 0).map_err(row("RULES"))?;
+        }
+        for (prefix, key, entry) in &rows.destinations {
+            tables
+                .destinations
+                .insert(&Key::new(*prefix, *key), entry, 0)
+                .map_err(row("DESTINATIONS"))?;
+        }
+        for (key, entry) in &rows.executables {
+            tables.executables.insert(key, entry, 0).map_err(row("EXECUTABLES"))?;
+        }
+        Ok(())
+    }
+
+    /// Removes an allow-list that no tag leads to any more. To be called a grace period after the
+    /// switch, when no program can be reading it.
+    ///
+    /// # Errors
+    ///
+    /// When a row can not be removed.
+    pub fn drop_allowlist(&mut self, rows: &Rows) -> Result<(), DatapathError> {
+        let tables = &mut self.tables;
+        let mut result = Ok(());
+        let mut keep = |outcome: Result<(), MapError>, table| match outcome {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(source) => result = Err(DatapathError::Table { table, source }),
+        };
+        for (prefix, key, _) in &rows.destinations {
+            keep(tables.destinations.remove(&Key::new(*prefix, *key)), "DESTINATIONS");
+        }
+        for (key, _) in &rows.executables {
+            keep(tables.executables.remove(key), "EXECUTABLES");
+        }
+        for (id, _) in &rows.rules {
+            keep(tables.rules.remove(id), "RULES");
+        }
+        result
+    }
+
+    /// Removes every row of allow-lists below `first` and every row of rules below `first_rules`:
+    /// what an earlier daemon left and nobody leads to.
+    ///
+    /// # Errors
+    ///
+    /// When a row can not be removed.
+    pub fn sweep(&mut self, first: AllowlistId, first_rules: RuleSetId) -> Result<usize, DatapathError> {
+        let tables = &mut self.tables;
+        let destinations: Vec<_> = tables
+            .destinations
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| { key.data() }.allowlist < first)
+            .collect();
+        let executables: Vec<_> =
+            tables.executables.keys().filter_map(Result::ok).filter(|key| key.allowlist < first).collect();
+        let rules: Vec<_> =
+            tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
+        let swept = destinations.len() + executables.len() + rules.len();
+        for key in &destinations {
+            tables.destinations.remove(key).map_err(row("DESTINATIONS"))?;
+        }
+        for key in &executables {
+            tables.executables.remove(key).map_err(row("EXECUTABLES"))?;
+        }
+        for id in &rules {
+            tables.rules.remove(id).map_err(row("RULES"))?;
+        }
+        Ok(swept)
+    }
+
+    /// The highest numbers in use, so that an adopting daemon gives out higher ones.
+    #[must_use]
+    pub fn highest(&self) -> (AllowlistId, RuleSetId, WorkloadId) {
+        let tables = &self.tables;
+        let tags = tables.workloads.iter().filter_map(Result::ok);
+        let (mut allowlist, mut workload) = (AllowlistId::NONE, WorkloadId::NONE);
+        for (id, tag) in tags {
+            allowlist = allowlist.max(tag.allowlist);
+            workload = workload.max(id);
+        }
+        let listed = tables.destinations.keys().filter_map(Result::ok);
+        allowlist = listed.fold(allowlist, |high, key| high.max({ key.data() }.allowlist));
+        let listed = tables.executables.keys().filter_map(Result::ok);
+        allowlist = listed.fold(allowlist, |high, key| high.max(key.allowlist));
+        let rules = tables.rules.keys().filter_map(Result::ok).max().unwrap_or(RuleSetId::NONE);
+        (allowlist, rules, workload)
+    }
+
+    /// Holds a workload to `tag` from now on: one write, and every hook sees the old row or the
+    /// new one.
+    ///
+    /// # Errors
+    ///
+    /// When the table is full.
+    pub fn switch(&mut self, workload: WorkloadId, tag: Tag) -> Result<(), DatapathError> {
+        self.tables.workloads.insert(workload, tag, 0).map_err(row("WORKLOADS"))
+    }
+
+    /// Forgets a workload; its cgroups must be gone or released.
+    ///
+    /// # Errors
+    ///
+    /// When the row can not be removed.
+    pub fn forget(&mut self, workload: WorkloadId) -> Result<(), DatapathError> {
+        absent_is_fine(self.tables.workloads.remove(&workload)).map_err(row("WORKLOADS"))
+    }
+
+    /// The workloads the kernel holds, with their tags.
+    #[must_use]
+    pub fn workloads(&self) -> Vec<(WorkloadId, Tag)> {
+        self.tables.workloads.iter().filter_map(Result::ok).collect()
+    }
+
+    /// The cgroups the kernel takes for a workload's.
+    #[must_use]
+    pub fn cgroups(&self) -> Vec<(CgroupId, WorkloadId)> {
+        let cgroups = self.tables.cgroups.iter().filter_map(Result::ok);
+        cgroups.map(|(cgroup, membership)| (cgroup, membership.workload)).collect()
+    }
+
+    /// The workload of a cgroup, as the kernel sees it.
+    #[must_use]
+    pub fn workload_of(&self, cgroup: CgroupId) -> Option<WorkloadId> {
+        self.tables.cgroups.get(&cgroup, 0).ok().map(|membership| membership.workload)
+    }
+
+    /// Makes the cgroup at `path` and all below it the workload's, with every hook attached.
+    ///
+    /// Its tag must be in force already. The processes in it are tied to the workload.
+    ///
+    /// # Errors
+    ///
+    /// When a hook can not be attached or the table is full; what was attached stays attached.
+    pub fn capture(&mut self, path: &Path, workload: WorkloadId) -> Result<CgroupId, DatapathError> {
+        let id = cgroup_id(path)?;
+        self.attach(path, Attachment { cgroup: id.0, workload, reserved: 0 })?;
+        // From here on the kernel gives the tag to every child that is made; those that were
+        // there before are found by going through them afterwards.
+        self.join(path, workload)?;
+        Ok(id)
+    }
+
+    fn join(&mut self, path: &Path, workload: WorkloadId) -> Result<(), DatapathError> {
+        let id = cgroup_id(path)?;
+        let membership = Membership { workload };
+        self.tables.cgroups.insert(id, membership, 0).map_err(row("CGROUPS"))?;
+        tie_processes(path);
+        let error = |source| DatapathError::Cgroup { path: path.to_owned(), source };
+        for entry in fs::read_dir(path).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            if entry.file_type().map_err(error)?.is_dir() {
+                match self.join(&entry.path(), workload) {
+                    Ok(()) => {}
+                    // It went while we looked, and the kernel forgot it by itself.
+                    Err(DatapathError::Cgroup { source, .. })
+                        if source.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts hooks on a cgroup of the host into which the host moved a task that keeps its tag.
+    ///
+    /// # Errors
+    ///
+    /// When a hook can not be attached.
+    pub fn follow(&mut self, path: &Path) -> Result<(), DatapathError> {
+        let cgroup = cgroup_id(path)?.0;
+        if self.workload_of(CgroupId(cgroup)).is_some() {
+            return Ok(());
+        }
+        self.attach(path, Attachment { cgroup, workload: WorkloadId::NONE, reserved: 0 })
+    }
+
+    /// Processes that the host moved out of their workload's cgroup, and where to.
+    #[must_use]
+    pub fn moved(&self) -> Vec<(u32, Moved)> {
+        self.tables.moved.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Ends the hold on a cgroup: its processes and those below are nobody's from now on.
+    ///
+    /// # Errors
+    ///
+    /// When a pin can not be removed.
+    pub fn release(&mut self, cgroup: CgroupId, workload: WorkloadId) -> Result<(), DatapathError> {
+        let members: Vec<CgroupId> = self
+            .cgroups()
+            .into_iter()
+            .filter(|(_, owner)| *owner == workload)
+            .map(|(cgroup, _)| cgroup)
+            .collect();
+        for member in members {
+            absent_is_fine(self.tables.cgroups.remove(&member)).map_err(row("CGROUPS"))?;
+        }
+        for program in &self.programs {
+            let path = self.link(cgroup, program.name);
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(DatapathError::Unpin { path, source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the pins of hooks whose cgroup is gone; the kernel has detached them already.
+    ///
+    /// # Errors
+    ///
+    /// When a pin can not be removed.
+    pub fn prune(&self, alive: impl Fn(CgroupId) -> bool) -> Result<usize, DatapathError> {
+        let directory = self.pins.join("links");
+        let error = |source| DatapathError::Unpin { path: directory.clone(), source };
+        let mut pruned = 0;
+        for entry in fs::read_dir(&directory).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            let name = entry.file_name();
+            let cgroup = name.to_str().and_then(|name| name.split_once('-')?.0.parse().ok());
+            if cgroup.is_some_and(|cgroup| !alive(CgroupId(cgroup))) {
+                fs::remove_file(entry.path()).map_err(error)?;
+                pruned += 1;
+            }
+        }
+        Ok(pruned)
+    }
+
+    fn link(&self, cgroup: CgroupId, program: &str) -> PathBuf {
+        self.pins.join("links").join(format!("{}-{program}", cgroup.0))
+    }
+
+    fn attach(&mut self, path: &Path, attachment: Attachment) -> Result<(), DatapathError> {
+        let cgroup = CgroupId(attachment.cgroup);
+        let directory = File::open(path)
+            .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
+        for index in 0..self.programs.len() {
+            let name = self.programs[index].name;
+            let pin = self.link(cgroup, name);
+            let attached = if pin.exists() {
+                Ok(())
+            } else {
+                self.programs[index].kind.attach(&directory, &pin)
+            };
+            let kind = self.programs[index].kind.attach_type();
+            attached
+                .and_then(|()| {
+                    let key = CgroupStorageKey::new(cgroup.0, kind);
+                    self.tables
+                        .attachments
+                        .insert(key, attachment, 0)
+                        .map_err(|error| error.to_string())
+                })
+                .map_err(|reason| DatapathError::Attach {
+                    program: name,
+                    path: path.to_owned(),
+                    reason,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// A row of counters, summed over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not hand it out.
+    pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
+        let values = self
+            .tables
+            .counters
+            .get(&u32::from(row_number), 0)
+            .map_err(row("COUNTERS"))?;
+        let mut sum = Counters::ZERO;
+        for counters in values.iter() {
+            sum.add(counters);
+        }
+        Ok(sum)
+    }
+
+    /// How many rows of counters there are.
+    #[must_use]
+    pub fn counter_rows(&self) -> u16 {
+        u16::try_from(self.tables.counters.len()).unwrap_or(u16::MAX)
+    }
+
+    /// What the kernel knows of a process of a workload, also after its end.
+    #[must_use]
+    pub fn process(&self, pid: u32) -> Option<Process> {
+        self.tables.processes.get(&pid, 0).ok()
+    }
+
+    /// How full the tables are that can fill up.
+    #[must_use]
+    pub fn fill(&self, sizes: &super::Sizes) -> Vec<Fill> {
+        let tables = &self.tables;
+        let fill = |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
+        vec![
+            fill("workloads", tables.workloads.keys().count(), sizes.workloads),
+            fill("cgroups", tables.cgroups.keys().count(), sizes.cgroups),
+            fill("destinations", tables.destinations.keys().count(), sizes.destinations),
+            fill("rules", tables.rules.keys().count(), sizes.rules),
+            fill("executables", tables.executables.keys().count(), sizes.executables),
+        ]
+    }
+}
+
+impl CgroupProgram {
+    /// Attaches to a cgroup; the pin keeps it there.
+    fn attach(&mut self, cgroup: &File, pin: &Path) -> Result<(), String> {
+        fn text(error: impl std::fmt::Display) -> String {
+            error.to_string()
+        }
+        // With links this mode is the one that lets others attach beside and below.
+        let mode = CgroupAttachMode::Single;
+        let link: FdLink = match self {
+            Self::SockAddr(program, _) => {
+                let id = program.attach(cgroup, mode).map_err(text)?;
+                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+            }
+            Self::Sock(program, _) => {
+                let id = program.attach(cgroup, mode).map_err(text)?;
+                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+            }
+            Self::Skb(program, _) => {
+                let id = program.attach(cgroup, CgroupSkbAttachType::Egress, mode).map_err(text)?;
+                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+            }
+        };
+        link.pin(pin).map_err(text)?;
+        Ok(())
+    }
+
+    /// The kernel's number of the attach type (`enum bpf_attach_type`), which keys the storage.
+    const fn attach_type(&self) -> u32 {
+        match self {
+            Self::SockAddr(_, CgroupSockAddrAttachType::Bind4) => 8,
+            Self::SockAddr(_, CgroupSockAddrAttachType::Bind6) => 9,
+            Self::SockAddr(_, CgroupSockAddrAttachType::Connect4) => 10,
+            Self::SockAddr(_, CgroupSockAddrAttachType::Connect6) => 11,
+            Self::SockAddr(_, CgroupSockAddrAttachType::UDPSendMsg4) => 14,
+            Self::SockAddr(_, CgroupSockAddrAttachType::UDPSendMsg6) => 15,
+            Self::SockAddr(_, _) => u32::MAX,
+            Self::Sock(_, CgroupSockAttachType::SockCreate) => 2,
+            Self::Sock(_, _) => u32::MAX,
+            Self::Skb(_, CgroupSkbAttachType::Egress) => 1,
+            Self::Skb(_, CgroupSkbAttachType::Ingress) => 0,
+        }
+    }
+}
+
+fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        other => other,
+    }
+}
+
+/// The number of a cgroup is the inode of its directory.
+///
+/// # Errors
+///
+/// When there is no such directory.
+pub fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
+    let metadata = fs::metadata(path)
+        .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
+    Ok(CgroupId(metadata.ino()))
+}
+
+/// Ties the processes that are in a cgroup already to its workload: they are moved to where they
+/// are, and the kernel half takes that for their arrival.
+fn tie_processes(path: &Path) {
+    let procs = path.join("cgroup.procs");
+    let Ok(pids) = fs::read_to_string(&procs) else { return };
+    for pid in pids.lines() {
+        if let Err(error) = fs::write(&procs, pid) {
+            // It ended meanwhile, or it is a thread of a threaded cgroup: the cgroup's own tag
+            // holds it.
+            tracing::debug!(pid, %error, path = %path.display(), "a process was not tied");
+        }
+    }
+}
