@@ -1,0 +1,3 @@
+//! The kernel half as seen from user space.
+
+pub mod fake;
