@@ -127,6 +127,12 @@ pub struct DestinationEntry {
     pub prefix: u32,
 }
 
+impl DestinationEntry {
+    /// No block covers what this entry covers. It stands at `::ffff:0:0/96` where a wider IPv6
+    /// block would answer for IPv4 too, which an IPv6 block never permits.
+    pub const UNCOVERED: Self = Self { rules: RuleSetId::NONE, prefix: u32::MAX };
+}
+
 /// One permission for a protocol and a range of ports.
 #[repr(C)]
 #[derive(

@@ -67,12 +67,13 @@ fn decide_destination<T: Tables>(
 ) -> Decision {
     let address = destination.address.destination();
     let entry = tables.destination(tag.allowlist, &address);
-    if address.is_metadata() && !entry.is_some_and(|entry| entry.prefix == 128) {
+    if address.is_metadata() && entry.is_none_or(|entry| entry.prefix != 128) {
         return Decision::deny(Reason::Metadata);
     }
     let Some(entry) = entry else { return Decision::deny(Reason::NotGranted) };
     if !entry.rules.is_some() {
-        return Decision::deny(Reason::Excepted);
+        let uncovered = entry.prefix == DestinationEntry::UNCOVERED.prefix;
+        return Decision::deny(if uncovered { Reason::NotGranted } else { Reason::Excepted });
     }
     decide_rules(tables, entry.rules, destination.protocol, destination.port, now)
 }

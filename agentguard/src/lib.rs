@@ -1,1 +1,5 @@
 //! The user half.
+#![forbid(unsafe_code)]
+
+pub mod allowlist;
+pub mod datapath;

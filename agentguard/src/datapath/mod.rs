@@ -3,6 +3,7 @@
 //! The only module that knows aya. Its callers speak of workloads, allow-lists and cgroups.
 
 pub mod events;
+pub mod fake;
 mod kernel;
 mod load;
 mod object;

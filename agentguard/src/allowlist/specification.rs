@@ -1,0 +1,142 @@
+//! The naive reading of the permits: what a decision means, written as directly as possible.
+//!
+//! The compiled tables are tested against it; enforcement never calls it. It must not know how
+//! tables are compiled. Every decision looks at every permit.
+
+use agentguard_common::{
+    Address, Decision, Destination, Endpoint, FileId, Naming, Permission, Reason, Request, Verdict,
+};
+use ipnet::IpNet;
+
+use super::{Permit, PortRange, precedence, prefix::Prefix};
+
+/// What the permits of one identity mean.
+#[derive(Clone, Debug)]
+pub struct Specification {
+    permits: Vec<Permit>,
+}
+
+impl Specification {
+    #[must_use]
+    pub fn new(permits: &[Permit]) -> Self {
+        Self { permits: permits.to_vec() }
+    }
+
+    /// Decides `request` at `now` (nanoseconds of boot time) for a workload whose identity is
+    /// known.
+    #[must_use]
+    pub fn decide(&self, request: &Request, now: u64) -> Decision {
+        match *request {
+            Request::Connect(destination)
+            | Request::Send(destination)
+            | Request::Packet(destination) => self.destination(&destination, now),
+            Request::Bind(Endpoint { port: 0, .. }) => Decision::ALLOW,
+            Request::Bind(endpoint) | Request::Reply(endpoint) => self.listening(endpoint, now),
+            Request::RawSocket { .. } => Decision::deny(Reason::RawSocket),
+            Request::Exec(_, Naming::Unnamed) => Decision::deny(Reason::UnnamedFile),
+            Request::Exec(file, Naming::Named) => self.executable(&file, now),
+            Request::Leave => Decision::deny(Reason::LeftWorkload),
+            Request::Malformed => Decision::deny(Reason::Malformed),
+        }
+    }
+
+    /// A destination is permitted by a block that covers it, does not except it, and comes with a
+    /// range that covers the port. A metadata address is covered only by a block that is exactly
+    /// that address.
+    fn destination(&self, destination: &Destination, now: u64) -> Decision {
+        let address = destination.address.destination();
+        let mut covered = false;
+        let mut excepted_everywhere = true;
+        let mut permissions = Vec::new();
+        for permit in &self.permits {
+            for egress in &permit.egress {
+                for block in &egress.blocks {
+                    if !covers(&block.cidr, &address) {
+                        continue;
+                    }
+                    if address.is_metadata() && !is_exactly(&block.cidr, &address) {
+                        continue;
+                    }
+                    covered = true;
+                    if block.except.iter().any(|except| covers(except, &address)) {
+                        continue;
+                    }
+                    excepted_everywhere = false;
+                    if permits(&egress.ports, destination.protocol, destination.port) {
+                        permissions.push(permit.permission());
+                    }
+                }
+            }
+        }
+        match () {
+            () if !covered && address.is_metadata() => Decision::deny(Reason::Metadata),
+            () if !covered => Decision::deny(Reason::NotGranted),
+            () if excepted_everywhere => Decision::deny(Reason::Excepted),
+            () => answer(permissions, now),
+        }
+    }
+
+    fn listening(&self, endpoint: Endpoint, now: u64) -> Decision {
+        if self.permits.iter().all(|permit| permit.listening.is_empty()) {
+            return Decision::deny(Reason::NotGranted);
+        }
+        let permissions = self
+            .permits
+            .iter()
+            .filter(|permit| permits(&permit.listening, endpoint.protocol, endpoint.port))
+            .map(Permit::permission)
+            .collect();
+        answer(permissions, now)
+    }
+
+    /// Of the permits that name a file's device and inode the one that answers also says which
+    /// generation it must have: a file has one at a time, and the permits were all resolved at the
+    /// same time. Where one permit was resolved twice, the highest counts.
+    fn executable(&self, file: &FileId, now: u64) -> Decision {
+        let mut named = Vec::new();
+        for permit in &self.permits {
+            for executable in &permit.executables {
+                if (executable.device, executable.inode) == (file.device, file.inode) {
+                    named.push((permit.permission(), executable.generation));
+                }
+            }
+        }
+        named.sort_by_key(|(permission, generation)| {
+            (precedence(permission), std::cmp::Reverse(*generation))
+        });
+        match named.first() {
+            None => Decision::deny(Reason::NotGranted),
+            Some((_, generation)) if *generation != 0 && *generation != file.generation => {
+                Decision::deny(Reason::ReplacedFile)
+            }
+            Some((permission, _)) => answer(vec![*permission], now),
+        }
+    }
+}
+
+fn covers(cidr: &IpNet, address: &Address) -> bool {
+    Prefix::canonical(cidr).any(|prefix| prefix.covers(address))
+}
+
+fn is_exactly(cidr: &IpNet, address: &Address) -> bool {
+    Prefix::canonical(cidr).any(|prefix| prefix.covers(address) && prefix.length() == 128)
+}
+
+fn permits(ranges: &[PortRange], protocol: u8, port: u16) -> bool {
+    ranges.iter().any(|range| {
+        let any = agentguard_common::Protocol::Any;
+        (range.protocol == any || range.protocol as u8 == protocol)
+            && (range.first..=range.last).contains(&port)
+    })
+}
+
+/// Of the permissions that cover a request the first in [`precedence`] answers.
+fn answer(permissions: Vec<Permission>, now: u64) -> Decision {
+    match permissions.into_iter().min_by_key(precedence) {
+        None => Decision::deny(Reason::PortNotGranted),
+        Some(permission) if permission.expires_at > now => {
+            Decision { verdict: Verdict::Allow, permission }
+        }
+        Some(permission) => Decision { verdict: Verdict::Deny(Reason::Expired), permission },
+    }
+}
