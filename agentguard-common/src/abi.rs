@@ -31,6 +31,7 @@ pub struct KernelOffsets {
     pub css_set_default_cgroup: u32,
     pub cgroup_kernfs_node: u32,
     pub cgroup_parent: u32,
+    pub css_cgroup: u32,
     pub cgroup_root: u32,
     pub cgroup_root_hierarchy: u32,
     pub kernfs_node_id: u32,

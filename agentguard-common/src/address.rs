@@ -101,6 +101,13 @@ impl Address {
         self
     }
 
+    /// The address of words that were taken from one, by [`Address::words`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        Self { words }
+    }
+
     /// The four words in network byte order.
     #[inline(always)]
     #[must_use]

@@ -4,8 +4,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId};
 
-/// `expires_at` of a permission that does not end.
-pub const NEVER: u64 = u64::MAX;
+/// `expires_at` of a permission that does not end. The upper half of the numbers is not used, so
+/// that the sign of a difference tells which of two ends later.
+pub const NEVER: u64 = i64::MAX as u64;
 
 /// Which scope and grant permit something, and until when.
 #[repr(C)]
@@ -154,34 +155,48 @@ pub struct Rule {
     /// First and last port, host byte order.
     pub first_port: u16,
     pub last_port: u16,
-    /// IP protocol number, canonical; zero for every protocol.
-    pub protocol: u8,
-    pub reserved: [u8; 3],
+    protocol: u8,
+    /// Which bits of the protocol count: all, or none where the rule is for every protocol.
+    mask: u8,
+    reserved: [u8; 2],
 }
 
 impl Rule {
-    /// Permits nothing: no IP packet has protocol 255.
-    pub const NOTHING: Self = Self {
-        permission: Permission::NONE,
-        first_port: 0,
-        last_port: 0,
-        protocol: 255,
-        reserved: [0; 3],
-    };
+    /// Permits nothing: no port is at least 1 and at most 0.
+    pub const NOTHING: Self =
+        Self { permission: Permission::NONE, first_port: 1, last_port: 0, protocol: 0, mask: 0, reserved: [0; 2] };
 
+    /// A permission for ports `first_port` to `last_port` (host byte order, both included) of
+    /// `protocol`, a canonical IP protocol number; zero for every protocol.
+    #[must_use]
+    pub const fn new(permission: Permission, protocol: u8, first_port: u16, last_port: u16) -> Self {
+        let mask = if protocol == 0 { 0 } else { u8::MAX };
+        Self { permission, first_port, last_port, protocol, mask, reserved: [0; 2] }
+    }
+
+    /// The protocol this rule is for; zero for every protocol.
+    #[must_use]
+    pub const fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    /// One if the rule is for this protocol and port, else zero; without a branch, see
+    /// [`decide`](crate::decide()).
     #[inline(always)]
     #[must_use]
-    pub const fn covers(&self, protocol: u8, port: u16) -> bool {
-        (self.protocol == 0 || self.protocol == protocol)
-            && self.first_port <= port
-            && port <= self.last_port
+    pub const fn covers(&self, protocol: u8, port: u16) -> u64 {
+        let below = port as i64 - self.first_port as i64;
+        let above = self.last_port as i64 - port as i64;
+        let outside = ((below | above) as u64) >> 63;
+        let other = ((self.protocol ^ protocol) & self.mask) as u64;
+        (outside | (other.wrapping_neg() >> 63)) ^ 1
     }
 }
 
 /// Rules in one row; a longer set goes on in another.
 pub const RULES_PER_ROW: usize = 8;
 /// Rows in one set.
-pub const ROWS_PER_SET: usize = 16;
+pub const ROWS_PER_SET: usize = 8;
 /// The most rules that one destination can have.
 pub const MAX_RULES: usize = RULES_PER_ROW * ROWS_PER_SET;
 

@@ -22,8 +22,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// Room for hooks in the counters.
-    pub const SLOTS: usize = 12;
+    /// Room for hooks in the counters; a power of two, so that the verifier sees a mask.
+    pub const SLOTS: usize = 16;
 
     pub const ALL: [Self; 10] = [
         Self::Connect4,
@@ -142,6 +142,7 @@ pub struct RequestKey {
     pub protocol: u8,
     /// Which requests share a verdict: see [`Class`].
     pub class: u8,
+    /// Class [`Class::Other`]: the [`RequestKind`]. Otherwise zero.
     pub reserved: u32,
 }
 
@@ -195,14 +196,13 @@ impl Event {
     /// The target of a network request.
     #[must_use]
     pub const fn address(&self) -> Address {
-        Address::from_v6_words(self.key.target)
+        Address::from_words(self.key.target)
     }
 
     /// The target of an exec.
     #[must_use]
     pub const fn file(&self) -> FileId {
-        let [a, b, device, generation] = self.key.target;
-        FileId { inode: (b as u64) << 32 | a as u64, device, generation }
+        RequestKey::file_of(&self.key.target)
     }
 }
 
@@ -212,6 +212,14 @@ impl RequestKey {
     #[must_use]
     pub const fn file_words(file: &FileId) -> [u32; 4] {
         [file.inode as u32, (file.inode >> 32) as u32, file.device, file.generation]
+    }
+
+    /// The [`FileId`] of such words.
+    #[inline(always)]
+    #[must_use]
+    pub const fn file_of(words: &[u32; 4]) -> FileId {
+        let [low, high, device, generation] = *words;
+        FileId { inode: (high as u64) << 32 | low as u64, device, generation }
     }
 }
 

@@ -32,8 +32,15 @@ impl Counters {
     #[inline(always)]
     #[must_use]
     pub const fn cell(hook: Hook, mode: Mode, verdict: Verdict) -> usize {
+        Self::cell_of(hook, mode, verdict.code())
+    }
+
+    /// As [`Counters::cell`], for a verdict's code out of a table.
+    #[inline(always)]
+    #[must_use]
+    pub const fn cell_of(hook: Hook, mode: Mode, code: u8) -> usize {
         ((hook as usize) * Mode::ALL.len() + mode as usize) * Verdict::CODES
-            + verdict.code() as usize
+            + (code as usize) % Verdict::CODES
     }
 
     /// All verdicts.

@@ -1,12 +1,12 @@
 //! `bind(2)` to a port of the caller's choice.
 
-use agentguard_common::event::Hook;
+use agentguard_common::event::{Hook, RequestKind};
 use agentguard_common::request::ip;
-use agentguard_common::{Action, Endpoint, Request};
+use agentguard_common::{Action, Endpoint};
 use aya_ebpf::programs::SockAddrContext;
 
 use crate::context::{self, read};
-use crate::judge::{Judgement, socket_call};
+use crate::judge::{Inquiry, Locals, socket_call};
 use crate::maps::{self, Role};
 
 #[inline(always)]
@@ -22,8 +22,7 @@ pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
 #[inline(always)]
 fn bind(ctx: &SockAddrContext, hook: Hook) -> Action {
     let endpoint = context::endpoint(ctx);
-    let request = endpoint.map_or(Request::Malformed, Request::Bind);
-    let action = socket_call(&Judgement { hook, request });
+    let action = socket_call::<Locals>(&Inquiry::endpoint(hook, RequestKind::Bind, endpoint));
     match (action, endpoint) {
         (Action::Pass, Some(endpoint)) => become_server(ctx, &endpoint),
         (Action::Pass | Action::Refuse, _) => {}

@@ -2,12 +2,12 @@
 //! leave.
 
 use agentguard_common::event::Hook;
-use agentguard_common::{Action, CgroupId, Mode, Mover, Request, WorkloadId};
+use agentguard_common::{Action, CgroupId, Mode, Mover, WorkloadId};
 use aya_ebpf::bindings::task_struct;
 use aya_ebpf::helpers::generated::bpf_get_current_task_btf;
 use aya_ebpf::programs::BtfTracePointContext;
 
-use crate::judge::{Judgement, judge_from};
+use crate::judge::{Inquiry, Others, judge_from};
 use crate::kernel::{self, Cgroup, Task};
 use crate::maps;
 use crate::record::Origin;
@@ -121,9 +121,9 @@ fn mover() -> Mover {
 /// A task of `workload` is in a cgroup outside of it.
 #[inline(always)]
 fn leave(task: Task, cgroup: CgroupId, workload: WorkloadId, mover: Mover) {
-    let judgement = Judgement { hook: Hook::Leave, request: Request::Leave(mover) };
+    let inquiry = Inquiry::leave(Hook::Leave, cgroup, mover);
     let origin = Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 };
-    match judge_from(&judgement, workload, &origin, 0) {
+    match judge_from::<Others>(&inquiry, workload, &origin, 0) {
         Action::Refuse => {
             task.kill();
         }

@@ -1,12 +1,12 @@
 //! `connect(2)`, also as a part of a TCP Fast Open send and of `io_uring`.
 
-use agentguard_common::event::Hook;
+use agentguard_common::event::{Hook, RequestKind};
 use agentguard_common::request::ip;
-use agentguard_common::{Action, Destination, Request};
+use agentguard_common::{Action, Destination};
 use aya_ebpf::programs::SockAddrContext;
 
 use crate::context::{self, read};
-use crate::judge::{Judgement, socket_call};
+use crate::judge::{Destinations, Inquiry, socket_call};
 use crate::maps::{self, Role};
 
 #[inline(always)]
@@ -21,16 +21,10 @@ pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
 
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, hook: Hook, destination: Option<Destination>) -> Action {
-    let request = match destination {
-        Some(destination) => {
-            if destination.protocol != ip::UDP {
-                become_client(ctx);
-            }
-            Request::Connect(destination)
-        }
-        None => Request::Malformed,
-    };
-    socket_call(&Judgement { hook, request })
+    if destination.is_some_and(|destination| destination.protocol != ip::UDP) {
+        become_client(ctx);
+    }
+    socket_call::<Destinations>(&Inquiry::destination(hook, RequestKind::Connect, destination))
 }
 
 /// A socket that was bound to a granted port is judged by where it goes once it connects.

@@ -1,11 +1,11 @@
 //! `execve(2)`, at the point where the new program is in place and has not run yet.
 
 use agentguard_common::event::{Hook, PATH_BYTES};
-use agentguard_common::{Action, Request};
+use agentguard_common::Action;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::programs::BtfTracePointContext;
 
-use crate::judge::{Judgement, judge_from};
+use crate::judge::{Execs, Inquiry, judge_from};
 use crate::kernel::{self, Program, Task};
 use crate::maps;
 use crate::record::Origin;
@@ -26,8 +26,8 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
-    let judgement = Judgement { hook: Hook::Exec, request: Request::Exec(file, naming) };
-    judge_from(&judgement, workload, &Origin::Exec { path: program.path() }, 0)
+    let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
+    judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
 }
 
 /// Keeps the process for the records of its descendants.

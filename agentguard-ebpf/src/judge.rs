@@ -3,7 +3,8 @@
 use agentguard_common::event::{Class, Hook, RequestKey, RequestKind};
 use agentguard_common::stats::OTHER;
 use agentguard_common::{
-    Action, Decision, Mode, Naming, Permission, Reason, Request, Tag, Verdict, WorkloadId, decide,
+    Action, Address, CgroupId, Decision, Destination, Endpoint, FileId, Mode, Mover, Naming,
+    Permission, Reason, Request, Tag, Verdict, WorkloadId, decide,
 };
 
 use crate::kernel;
@@ -17,36 +18,184 @@ const FRESH_JIFFIES: u64 = 25;
 const FRESH_NANOSECONDS: u64 = 250_000_000;
 
 /// What a hook met, and where.
-pub(crate) struct Judgement {
-    pub(crate) hook: Hook,
-    pub(crate) request: Request,
+///
+/// A [`Request`] laid flat: every byte of it is written, whatever is asked, because the verifier
+/// lets no byte pass that was not, and an enum leaves those of its other variants alone.
+pub(crate) struct Inquiry {
+    hook: Hook,
+    kind: RequestKind,
+    protocol: u8,
+    port: u16,
+    target: [u32; 4],
 }
 
-/// Judges a call on a socket: by the workload whose socket it is and, when that is another, by the
-/// workload whose process calls.
+/// Which requests a program judges, known when it is compiled: what it can not meet, the verifier
+/// need not follow.
+pub(crate) trait Classed {
+    const CLASS: Class;
+}
+
+pub(crate) struct Destinations;
+pub(crate) struct Locals;
+pub(crate) struct Execs;
+pub(crate) struct Others;
+
+impl Classed for Destinations {
+    const CLASS: Class = Class::Destination;
+}
+impl Classed for Locals {
+    const CLASS: Class = Class::Local;
+}
+impl Classed for Execs {
+    const CLASS: Class = Class::Exec;
+}
+impl Classed for Others {
+    const CLASS: Class = Class::Other;
+}
+
+/// [`Inquiry::port`] of an exec of a file that has no name.
+const UNNAMED: u16 = 1;
+/// [`Inquiry::protocol`] of a move that the host made.
+const BY_HOST: u8 = 1;
+
+impl Inquiry {
+    #[inline(always)]
+    const fn new(hook: Hook, kind: RequestKind) -> Self {
+        Self { hook, kind, protocol: 0, port: 0, target: [0; 4] }
+    }
+
+    /// A connect, send or packet; what could not be read is malformed.
+    #[inline(always)]
+    pub(crate) fn destination(
+        hook: Hook,
+        kind: RequestKind,
+        destination: Option<Destination>,
+    ) -> Self {
+        match destination {
+            Some(Destination { address, protocol, port }) => Self {
+                protocol,
+                port,
+                target: address.words(),
+                ..Self::new(hook, kind)
+            },
+            None => Self::malformed(hook),
+        }
+    }
+
+    /// A bind or a reply; what could not be read is malformed.
+    #[inline(always)]
+    pub(crate) fn endpoint(hook: Hook, kind: RequestKind, endpoint: Option<Endpoint>) -> Self {
+        match endpoint {
+            Some(Endpoint { protocol, port }) => {
+                Self { protocol, port, ..Self::new(hook, kind) }
+            }
+            None => Self::malformed(hook),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn raw_socket(hook: Hook, protocol: u8) -> Self {
+        Self { protocol, ..Self::new(hook, RequestKind::RawSocket) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn exec(hook: Hook, file: &FileId, naming: Naming) -> Self {
+        let port = match naming {
+            Naming::Named => 0,
+            Naming::Unnamed => UNNAMED,
+        };
+        let target = RequestKey::file_words(file);
+        Self { port, target, ..Self::new(hook, RequestKind::Exec) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn leave(hook: Hook, cgroup: CgroupId, mover: Mover) -> Self {
+        let protocol = match mover {
+            Mover::Workload => 0,
+            Mover::Host => BY_HOST,
+        };
+        let target = [cgroup.0 as u32, (cgroup.0 >> 32) as u32, 0, 0];
+        Self { protocol, target, ..Self::new(hook, RequestKind::Leave) }
+    }
+
+    #[inline(always)]
+    fn malformed(hook: Hook) -> Self {
+        Self::new(hook, RequestKind::Malformed)
+    }
+
+    /// The request, of which only those of class `C` are possible. A destination is decided alike
+    /// for a connect, a send and a packet, and a local port for a bind and a reply.
+    #[inline(always)]
+    fn request<C: Classed>(&self) -> Request {
+        match C::CLASS {
+            // No hook asks for the protocol of nothing.
+            Class::Destination if self.kind as u8 == RequestKind::Malformed as u8 => {
+                Request::Malformed
+            }
+            Class::Destination => Request::Connect(Destination {
+                address: Address::from_words(self.target),
+                protocol: self.protocol,
+                port: self.port,
+            }),
+            Class::Local if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,
+            Class::Local => {
+                Request::Bind(Endpoint { protocol: self.protocol, port: self.port })
+            }
+            Class::Exec => {
+                let naming = if self.port == UNNAMED { Naming::Unnamed } else { Naming::Named };
+                Request::Exec(RequestKey::file_of(&self.target), naming)
+            }
+            Class::Other if self.kind as u8 == RequestKind::RawSocket as u8 => {
+                Request::RawSocket { protocol: self.protocol }
+            }
+            Class::Other => {
+                let mover =
+                    if self.protocol == BY_HOST { Mover::Host } else { Mover::Workload };
+                Request::Leave(mover)
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn target(&self) -> ([u32; 4], u16, u8) {
+        (self.target, self.port, self.protocol)
+    }
+
+    #[inline(always)]
+    pub(crate) fn key<C: Classed>(&self, workload: WorkloadId, tag: &Tag) -> RequestKey {
+        RequestKey {
+            workload,
+            allowlist: tag.allowlist,
+            target: self.target,
+            port: self.port,
+            protocol: self.protocol,
+            class: C::CLASS as u8,
+            // What has no target must not be taken for something else that has none.
+            reserved: match C::CLASS {
+                Class::Other => self.kind as u32,
+                Class::Destination | Class::Local | Class::Exec => {
+                    u32::from(self.kind as u8 == RequestKind::Malformed as u8)
+                }
+            },
+        }
+    }
+}
+
+/// Judges a call on a socket: by the workload whose process calls or, where the caller is a
+/// process of the host, by the workload whose socket it is. What a socket that one workload made
+/// and another uses sends is judged by its maker too, packet by packet.
 #[inline(always)]
-pub(crate) fn socket_call(judgement: &Judgement) -> Action {
+pub(crate) fn socket_call<C: Classed>(inquiry: &Inquiry) -> Action {
     let attachment = maps::attachment();
     let current = kernel::current_cgroup();
-    let owner = attachment.workload;
-    let caller = if owner.is_some() && current.0 == attachment.cgroup {
-        owner
-    } else {
-        caller_in(current)
-    };
-    if owner.is_some() && caller.is_some() && owner != caller {
-        // A socket that one workload made and another uses is held to what both may do.
-        match judge(judgement, owner) {
-            Action::Refuse => Action::Refuse,
-            Action::Pass => judge(judgement, caller),
+    let mut workload = attachment.workload;
+    if !workload.is_some() || current.0 != attachment.cgroup {
+        let caller = caller_in(current);
+        if caller.is_some() {
+            workload = caller;
         }
-    } else if owner.is_some() {
-        judge(judgement, owner)
-    } else if caller.is_some() {
-        judge(judgement, caller)
-    } else {
-        Action::Pass
     }
+    if workload.is_some() { judge::<C>(inquiry, workload) } else { Action::Pass }
 }
 
 /// The workload of the calling process; none for a process of the host.
@@ -60,25 +209,25 @@ fn caller_in(current: agentguard_common::CgroupId) -> WorkloadId {
 
 /// Judges a request of a workload that its own process makes.
 #[inline(never)]
-pub(crate) fn judge(judgement: &Judgement, workload: WorkloadId) -> Action {
-    judge_from(judgement, workload, &Origin::Caller, 0)
+pub(crate) fn judge<C: Classed>(inquiry: &Inquiry, workload: WorkloadId) -> Action {
+    judge_from::<C>(inquiry, workload, &Origin::Caller, 0)
 }
 
 /// Judges a packet, on whose way out the calling process is anybody; `folded` like it have passed
 /// on its socket since the last look.
 #[inline(never)]
-pub(crate) fn judge_packet(judgement: &Judgement, workload: WorkloadId, folded: u64) -> Action {
-    judge_from(judgement, workload, &Origin::Nobody, folded)
+pub(crate) fn judge_packet<C: Classed>(inquiry: &Inquiry, workload: WorkloadId, folded: u64) -> Action {
+    judge_from::<C>(inquiry, workload, &Origin::Nobody, folded)
 }
 
 #[inline(always)]
-pub(crate) fn judge_from(
-    judgement: &Judgement,
+pub(crate) fn judge_from<C: Classed>(
+    inquiry: &Inquiry,
     workload: WorkloadId,
     origin: &Origin,
     carried: u64,
 ) -> Action {
-    let Judgement { hook, request } = judgement;
+    let hook = &inquiry.hook;
     let Some(tag) = maps::tag(workload) else {
         // A cgroup says it is a workload's, and the workload has no row.
         let tag = Tag::new(
@@ -88,175 +237,108 @@ pub(crate) fn judge_from(
             agentguard_common::RuleSetId::NONE,
             OTHER,
         );
-        let key = key_of(workload, &tag, request);
+        let key = inquiry.key::<C>(workload, &tag);
         let decision = Decision::deny(Reason::MissingTable);
         let record =
-            Record { hook: *hook, kind: kind_of(request), decision, folded: carried, now: kernel::now() };
+            Record { hook: *hook, kind: inquiry.kind, decision, folded: carried, now: kernel::now() };
         let fate = record::write(&record, &key, &tag, origin);
-        record::count(&tag, *hook, decision.verdict, fate);
+        record::count(&tag, *hook, decision.verdict.code(), fate);
         return Action::Refuse;
     };
-    let key = key_of(workload, &tag, request);
+    let key = inquiry.key::<C>(workload, &tag);
     let cached = maps::cached(&key);
     if let Some(&mut ref mut cached) = cached {
         if kernel::jiffies() < cached.fresh_until {
             cached.folded += 1 + carried;
-            let verdict = verdict_of(cached);
-            record::count(&tag, *hook, verdict, Fate::Aggregated);
-            return verdict.action(tag.mode());
+            let code = cached.verdict;
+            record::count(&tag, *hook, code, Fate::Aggregated);
+            return action_of(code, tag.mode());
         }
     }
-    let verdict = judge_afresh(judgement, &tag, &key, origin, carried);
-    verdict.action(tag.mode())
+    let code = judge_afresh::<C>(inquiry, &tag, &key, origin, carried);
+    action_of(code, tag.mode())
 }
 
 /// The way that a request takes once in a while: clock, decision, record.
 #[inline(always)]
-fn judge_afresh(
-    judgement: &Judgement,
+fn judge_afresh<C: Classed>(
+    inquiry: &Inquiry,
     tag: &Tag,
     key: &RequestKey,
     origin: &Origin,
     carried: u64,
-) -> Verdict {
-    let Judgement { hook, request } = judgement;
+) -> u8 {
+    let hook = &inquiry.hook;
     let now = kernel::now();
     let window = maps::aggregation_window();
     let mut folded = carried;
     if let Some(cached) = maps::cached(key) {
-        let verdict = verdict_of(cached);
-        if holds(verdict, &cached.permission, now) {
-            if now.wrapping_sub(cached.logged_at) < window {
-                cached.folded += 1 + carried;
-                cached.fresh_until =
-                    fresh_until(verdict, &cached.permission, cached.logged_at, window, now);
-                record::count(tag, *hook, verdict, Fate::Aggregated);
-                return verdict;
-            }
+        let code = cached.verdict;
+        if now.wrapping_sub(cached.logged_at) < window && ends(code, &cached.permission) > now {
+            cached.folded += 1 + carried;
+            cached.fresh_until =
+                fresh_until(code, &cached.permission, cached.logged_at, window, now);
+            record::count(tag, *hook, code, Fate::Aggregated);
+            return code;
         }
         folded += cached.folded;
     }
-    let decision = decide(&KernelTables, tag, request, now);
-    let record = Record { hook: *hook, kind: kind_of(request), decision, folded, now };
+    let decision = decide(&KernelTables, tag, &inquiry.request::<C>(), now);
+    let record = Record { hook: *hook, kind: inquiry.kind, decision, folded, now };
     let fate = record::write(&record, key, tag, origin);
-    record::count(tag, *hook, decision.verdict, fate);
     let Decision { verdict, permission } = decision;
+    let code = verdict.code();
+    record::count(tag, *hook, code, fate);
     maps::cache(
         key,
         &CachedVerdict {
             permission,
             logged_at: now,
-            fresh_until: fresh_until(verdict, &permission, now, window, now),
+            fresh_until: fresh_until(code, &permission, now, window, now),
             folded: 0,
-            verdict: verdict.code(),
+            verdict: code,
             reserved: [0; 7],
         },
     );
-    verdict
+    code
 }
 
-/// Whether a cached verdict still stands. The key holds the allow-list's generation, so only time
-/// can change a verdict.
+/// When a verdict ends by itself, in boot time. The key holds the allow-list's generation, so only
+/// the end of a permission can change a verdict; a denial stands until the record's window is over
+/// and it is decided afresh.
 #[inline(always)]
-fn holds(verdict: Verdict, permission: &Permission, now: u64) -> bool {
-    match verdict {
-        Verdict::Allow => ends(verdict, permission) > now,
-        Verdict::Unmanaged => false,
-        Verdict::Deny(Reason::MissingTable) => false,
-        Verdict::Deny(_) => true,
+fn ends(code: u8, permission: &Permission) -> u64 {
+    // What needs no permission does not end with one.
+    if code == Verdict::Allow.code() && permission.expires_at != 0 {
+        permission.expires_at
+    } else {
+        u64::MAX
     }
 }
 
-/// When a verdict ends by itself, in boot time.
+/// As [`Verdict::action`], for a verdict out of a table: told apart by one comparison, since the
+/// verifier follows every arm of a match. Whatever is not plainly allowed is a denial.
 #[inline(always)]
-fn ends(verdict: Verdict, permission: &Permission) -> u64 {
-    match verdict {
-        // What needs no permission does not end with one.
-        Verdict::Allow if permission.expires_at == 0 => u64::MAX,
-        Verdict::Allow => permission.expires_at,
-        Verdict::Unmanaged | Verdict::Deny(_) => u64::MAX,
+pub(crate) fn action_of(code: u8, mode: Mode) -> Action {
+    match mode {
+        Mode::Enforce if code != Verdict::Allow.code() => Action::Refuse,
+        Mode::Enforce | Mode::Audit => Action::Pass,
     }
 }
 
 /// Until when, in jiffies, a cached verdict can be given again without a look at the clock.
 #[inline(always)]
 fn fresh_until(
-    verdict: Verdict,
+    code: u8,
     permission: &Permission,
     logged_at: u64,
     window: u64,
     now: u64,
 ) -> u64 {
     let soon = now + FRESH_NANOSECONDS;
-    if logged_at + window > soon && ends(verdict, permission) > soon {
+    if logged_at + window > soon && ends(code, permission) > soon {
         kernel::jiffies() + FRESH_JIFFIES
     } else {
         0
     }
-}
-
-#[inline(always)]
-fn verdict_of(cached: &CachedVerdict) -> Verdict {
-    match Verdict::try_from(cached.verdict) {
-        Ok(verdict) => verdict,
-        Err(_unknown) => Verdict::Deny(Reason::MissingTable),
-    }
-}
-
-#[inline(always)]
-fn kind_of(request: &Request) -> RequestKind {
-    match request {
-        Request::Connect(_) => RequestKind::Connect,
-        Request::Send(_) => RequestKind::Send,
-        Request::Packet(_) => RequestKind::Packet,
-        Request::Reply(_) => RequestKind::Reply,
-        Request::Bind(_) => RequestKind::Bind,
-        Request::RawSocket { .. } => RequestKind::RawSocket,
-        Request::Exec(..) => RequestKind::Exec,
-        Request::Leave { .. } => RequestKind::Leave,
-        Request::Malformed => RequestKind::Malformed,
-    }
-}
-
-#[inline(always)]
-pub(crate) fn key_of(workload: WorkloadId, tag: &Tag, request: &Request) -> RequestKey {
-    let mut key = RequestKey {
-        workload,
-        allowlist: tag.allowlist,
-        target: [0; 4],
-        port: 0,
-        protocol: 0,
-        class: Class::Other as u8,
-        reserved: 0,
-    };
-    match request {
-        Request::Connect(destination)
-        | Request::Send(destination)
-        | Request::Packet(destination) => {
-            key.class = Class::Destination as u8;
-            key.target = destination.address.words();
-            key.port = destination.port;
-            key.protocol = destination.protocol;
-        }
-        Request::Bind(endpoint) | Request::Reply(endpoint) => {
-            key.class = Class::Local as u8;
-            key.port = endpoint.port;
-            key.protocol = endpoint.protocol;
-        }
-        Request::Exec(file, naming) => {
-            key.class = Class::Exec as u8;
-            key.target = RequestKey::file_words(file);
-            key.port = match naming {
-                Naming::Named => 0,
-                Naming::Unnamed => 1,
-            };
-        }
-        Request::RawSocket { protocol } => {
-            key.port = RequestKind::RawSocket as u16;
-            key.protocol = *protocol;
-        }
-        Request::Leave { .. } => key.port = RequestKind::Leave as u16,
-        Request::Malformed => key.port = RequestKind::Malformed as u16,
-    }
-    key
 }

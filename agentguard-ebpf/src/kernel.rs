@@ -28,6 +28,7 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     css_set_default_cgroup: 0,
     cgroup_kernfs_node: 0,
     cgroup_parent: 0,
+    css_cgroup: 0,
     cgroup_root: 0,
     cgroup_root_hierarchy: 0,
     kernfs_node_id: 0,
@@ -88,10 +89,11 @@ impl Cgroup {
     /// The cgroup above; `None` for the root.
     #[inline(always)]
     pub(crate) fn parent(self) -> Option<Self> {
-        // SAFETY: `new` promises a cgroup. Its own css is its first member, so that the parent's
-        // css stands at the address of the parent (`cgroup_parent`).
-        let parent: Pointer = unsafe { field!(self.0, cgroup_parent as Pointer) };
-        if parent.is_null() { None } else { Some(Self(parent)) }
+        // SAFETY: `new` promises a cgroup; a css that is not null has its cgroup.
+        unsafe {
+            let parent: Pointer = field!(self.0, cgroup_parent as Pointer);
+            if parent.is_null() { None } else { Some(Self(field!(parent, css_cgroup as Pointer))) }
+        }
     }
 }
 
@@ -233,4 +235,21 @@ pub(crate) fn current_pid_tgid() -> u64 {
 #[inline(always)]
 pub(crate) fn current_tgid() -> u32 {
     (current_pid_tgid() >> 32) as u32
+}
+
+/// Hides what the compiler knows of a number.
+#[inline(always)]
+pub(crate) fn opaque(number: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut number = number;
+        // SAFETY: a register is moved to itself. Without an instruction the line table of the
+        // object would have two entries for the next one, which the kernel refuses.
+        unsafe {
+            core::arch::asm!("{0} = {0}", inout(reg) number, options(nostack, nomem, pure));
+        }
+        number
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    number
 }

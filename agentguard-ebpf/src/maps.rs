@@ -187,6 +187,11 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn opaque(&self, number: u64) -> u64 {
+        crate::kernel::opaque(number)
+    }
+
+    #[inline(always)]
     fn executable(&self, allowlist: AllowlistId, file: &FileId) -> Option<ExecutableEntry> {
         // SAFETY: as for rules.
         unsafe { EXECUTABLES.get(ExecutableKey::new(allowlist, file)) }.copied()

@@ -5,16 +5,16 @@
 //! socket's peer where the socket has one (the packet's own header may already be rewritten for a
 //! service) and on the header where it has none.
 
-use agentguard_common::event::Hook;
+use agentguard_common::event::{Hook, RequestKind};
 use agentguard_common::request::ip;
 use agentguard_common::{
-    Action, Address, Destination, Endpoint, Reason, Request, Verdict, WorkloadId,
+    Action, Address, Destination, Endpoint, WorkloadId,
 };
 use aya_ebpf::bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock};
 use aya_ebpf::helpers::generated::{bpf_sk_fullsock, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::SkBuffContext;
 
-use crate::judge::{Judgement, judge_packet};
+use crate::judge::{Classed, Destinations, Inquiry, Locals, action_of, judge_packet};
 use crate::kernel;
 use crate::maps::{self, Role, SocketVerdict};
 use crate::record::{self, Fate};
@@ -38,28 +38,21 @@ pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
         let sk = (*skb).__bindgen_anon_2.sk;
         if sk.is_null() { sk } else { bpf_sk_fullsock(sk) }
     };
-    if socket.is_null() {
-        if !attachment.workload.is_some() {
-            return Action::Pass;
-        }
-        let request = header(skb).map_or(Request::Malformed, Request::Packet);
-        return judge_packet(&Judgement { hook: Hook::Egress, request }, attachment.workload, 0);
-    }
-    // SAFETY: checked above to be a full socket.
-    let request = unsafe { request(skb, socket) };
     // SAFETY: as above.
     let known = unsafe {
-        if attachment.workload.is_some() {
-            maps::socket_or_new(socket)
-        } else {
-            maps::socket(socket)
+        match (socket.is_null(), attachment.workload.is_some()) {
+            (true, _) => None,
+            (false, true) => maps::socket_or_new(socket),
+            (false, false) => maps::socket(socket),
         }
     };
     let Some(known) = known else {
+        // No socket that could be known, or no memory to know it.
         if !attachment.workload.is_some() {
             return Action::Pass;
         }
-        return judge_packet(&Judgement { hook: Hook::Egress, request }, attachment.workload, 0);
+        let inquiry = Inquiry::destination(Hook::Egress, RequestKind::Packet, header(skb));
+        return judge_packet::<Destinations>(&inquiry, attachment.workload, 0);
     };
     let owner =
         if attachment.workload.is_some() { attachment.workload } else { known.workload };
@@ -67,53 +60,47 @@ pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
         return Action::Pass;
     }
     // SAFETY: as above.
-    let request = unsafe { as_server(socket, known, request) };
-    judge_on_socket(known, owner, request)
+    match unsafe { local(socket, known) } {
+        Some(inquiry) => judge_on_socket::<Locals>(known, owner, &inquiry),
+        None => {
+            // SAFETY: as above.
+            let inquiry = unsafe { peer(skb, socket) };
+            judge_on_socket::<Destinations>(known, owner, &inquiry)
+        }
+    }
 }
 
 /// Gives the socket's last verdict again while nothing can have changed it.
 #[inline(always)]
-fn judge_on_socket(known: &mut SocketVerdict, owner: WorkloadId, request: Request) -> Action {
-    let (target, port, protocol) = match request {
-        Request::Packet(destination) => {
-            (destination.address.words(), destination.port, destination.protocol)
-        }
-        Request::Reply(endpoint) => ([0; 4], endpoint.port, endpoint.protocol),
-        Request::Connect(_)
-        | Request::Send(_)
-        | Request::Bind(_)
-        | Request::RawSocket { .. }
-        | Request::Exec(..)
-        | Request::Leave { .. }
-        | Request::Malformed => ([0; 4], 0, 0),
-    };
-    let Some(tag) = maps::tag(owner) else {
-        return judge_packet(&Judgement { hook: Hook::Egress, request }, owner, 0);
-    };
+fn judge_on_socket<C: Classed>(
+    known: &mut SocketVerdict,
+    owner: WorkloadId,
+    inquiry: &Inquiry,
+) -> Action {
+    let (target, port, protocol) = inquiry.target();
     let jiffies = kernel::jiffies();
-    if jiffies < known.fresh_until
+    let tag = maps::tag(owner);
+    if let Some(tag) = tag
+        && jiffies < known.fresh_until
         && known.allowlist == tag.allowlist
         && known.workload == owner
         && known.target == target
         && known.port == port
         && known.protocol == protocol
     {
-        let verdict = match Verdict::try_from(known.verdict) {
-            Ok(verdict) => verdict,
-            Err(_unknown) => Verdict::Deny(Reason::MissingTable),
-        };
+        let code = known.verdict;
         known.folded += 1;
-        record::count(&tag, Hook::Egress, verdict, Fate::Aggregated);
-        return verdict.action(tag.mode());
+        record::count(&tag, Hook::Egress, code, Fate::Aggregated);
+        return action_of(code, tag.mode());
     }
     let folded = known.folded;
     known.folded = 0;
     known.fresh_until = 0;
-    let judgement = Judgement { hook: Hook::Egress, request };
-    let action = judge_packet(&judgement, owner, folded);
+    let action = judge_packet::<C>(inquiry, owner, folded);
     // What was just judged is in the cache of verdicts; the socket borrows its freshness.
-    let key = crate::judge::key_of(owner, &tag, &judgement.request);
-    if let Some(cached) = maps::cached(&key) {
+    if let Some(tag) = tag
+        && let Some(cached) = maps::cached(&inquiry.key::<C>(owner, &tag))
+    {
         known.workload = owner;
         known.allowlist = tag.allowlist;
         known.target = target;
@@ -127,18 +114,47 @@ fn judge_on_socket(known: &mut SocketVerdict, owner: WorkloadId, request: Reques
     action
 }
 
-/// What a packet of this socket asks for, as if the socket were a client's.
+/// A listener, and a socket accepted from one, answer to whoever connected: their packets ask for
+/// the local port. `None` for all others.
 ///
 /// # Safety
 ///
 /// `socket` is a full socket.
 #[inline(always)]
-unsafe fn request(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Request {
+unsafe fn local(socket: *mut bpf_sock, known: &mut SocketVerdict) -> Option<Inquiry> {
     // SAFETY: the caller's promise.
-    unsafe {
-        let port = u16::from_be((*socket).dst_port);
-        if port != 0 {
-            let address = match (*socket).family {
+    let (state, protocol, port) =
+        unsafe { ((*socket).state, (*socket).protocol, (*socket).src_port as u16) };
+    let protocol = ip::canonical(protocol)?;
+    if protocol == ip::TCP && state == LISTEN {
+        // The sockets it accepts start with a copy of this.
+        known.role = Role::Server as u8;
+    }
+    if known.role != Role::Server as u8 || (protocol != ip::TCP && protocol != ip::SCTP) {
+        return None;
+    }
+    let endpoint = Some(Endpoint { protocol, port });
+    Some(Inquiry::endpoint(Hook::Egress, RequestKind::Reply, endpoint))
+}
+
+/// All other packets ask for the socket's peer, or for what the header says where there is none.
+///
+/// # Safety
+///
+/// `socket` is a full socket.
+#[inline(always)]
+unsafe fn peer(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Inquiry {
+    // SAFETY: the caller's promise.
+    let (protocol, port, family) = unsafe {
+        ((*socket).protocol, u16::from_be((*socket).dst_port), (*socket).family)
+    };
+    let mut destination = None;
+    if let Some(protocol) = ip::canonical(protocol)
+        && port != 0
+    {
+        // SAFETY: the caller's promise.
+        let address = unsafe {
+            match family {
                 AF_INET => Some(Address::from_v4_word((*socket).dst_ip4)),
                 AF_INET6 => Some(Address::from_v6_words([
                     core::ptr::read_volatile(&raw const (*socket).dst_ip6[0]),
@@ -147,39 +163,14 @@ unsafe fn request(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Request {
                     core::ptr::read_volatile(&raw const (*socket).dst_ip6[3]),
                 ])),
                 _ => None,
-            };
-            if let (Some(address), Some(protocol)) = (address, ip::canonical((*socket).protocol)) {
-                return Request::Packet(Destination { address, protocol, port });
             }
-        }
+        };
+        destination = address.map(|address| Destination { address, protocol, port });
     }
-    header(skb).map_or(Request::Malformed, Request::Packet)
-}
-
-/// A listener, and a socket accepted from one, answer to whoever connected: their packets ask for
-/// the local port.
-///
-/// # Safety
-///
-/// `socket` is a full socket.
-#[inline(always)]
-unsafe fn as_server(
-    socket: *mut bpf_sock,
-    known: &mut SocketVerdict,
-    request: Request,
-) -> Request {
-    // SAFETY: the caller's promise.
-    let (state, protocol, port) =
-        unsafe { ((*socket).state, (*socket).protocol, (*socket).src_port as u16) };
-    let Some(protocol) = ip::canonical(protocol) else { return Request::Malformed };
-    if protocol == ip::TCP && state == LISTEN {
-        // The sockets it accepts start with a copy of this.
-        known.role = Role::Server as u8;
+    if destination.is_none() {
+        destination = header(skb);
     }
-    if known.role == Role::Server as u8 && (protocol == ip::TCP || protocol == ip::SCTP) {
-        return Request::Reply(Endpoint { protocol, port });
-    }
-    request
+    Inquiry::destination(Hook::Egress, RequestKind::Packet, destination)
 }
 
 /// Reads `N` bytes of the packet, from its network header on.

@@ -1,11 +1,11 @@
 //! Datagrams whose address comes with the call.
 
-use agentguard_common::event::Hook;
-use agentguard_common::{Action, Destination, Request};
+use agentguard_common::event::{Hook, RequestKind};
+use agentguard_common::{Action, Destination};
 use aya_ebpf::programs::SockAddrContext;
 
 use crate::context;
-use crate::judge::{Judgement, socket_call};
+use crate::judge::{Destinations, Inquiry, socket_call};
 
 #[inline(always)]
 pub(crate) fn v4(ctx: &SockAddrContext) -> Action {
@@ -19,6 +19,5 @@ pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
 
 #[inline(always)]
 fn send(hook: Hook, destination: Option<Destination>) -> Action {
-    let request = destination.map_or(Request::Malformed, Request::Send);
-    socket_call(&Judgement { hook, request })
+    socket_call::<Destinations>(&Inquiry::destination(hook, RequestKind::Send, destination))
 }

@@ -1,10 +1,10 @@
 //! Creation of IP sockets: raw ones are refused here, the others have nothing to ask yet.
 
 use agentguard_common::event::Hook;
-use agentguard_common::{Action, Request};
+use agentguard_common::Action;
 use aya_ebpf::programs::SockContext;
 
-use crate::judge::{Judgement, socket_call};
+use crate::judge::{Inquiry, Others, socket_call};
 
 /// `SOCK_RAW` of the kernel.
 const SOCK_RAW: u32 = 3;
@@ -21,6 +21,5 @@ pub(crate) fn create(ctx: &SockContext) -> Action {
     if kind != SOCK_RAW {
         return Action::Pass;
     }
-    let request = Request::RawSocket { protocol: protocol as u8 };
-    socket_call(&Judgement { hook: Hook::SockCreate, request })
+    socket_call::<Others>(&Inquiry::raw_socket(Hook::SockCreate, protocol as u8))
 }

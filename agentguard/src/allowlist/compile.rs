@@ -569,12 +569,8 @@ impl RuleSets {
 /// The rules by which `permit` permits `ranges`.
 fn rules_of(permit: &Permit, ranges: &[PortRange]) -> impl Iterator<Item = Rule> {
     let permission = permit.permission();
-    ranges.iter().filter(|range| range.first <= range.last).map(move |range| Rule {
-        permission,
-        first_port: range.first,
-        last_port: range.last,
-        protocol: range.protocol as u8,
-        reserved: [0; 3],
+    ranges.iter().filter(|range| range.first <= range.last).map(move |range| {
+        Rule::new(permission, range.protocol as u8, range.first, range.last)
     })
 }
 
@@ -582,11 +578,11 @@ fn rules_of(permit: &Permit, ranges: &[PortRange]) -> impl Iterator<Item = Rule>
 /// protocol that overlap or touch.
 fn join(mut rules: Vec<Rule>) -> Vec<Rule> {
     rules.sort_unstable_by_key(|rule| {
-        (precedence(&rule.permission), rule.protocol, rule.first_port, rule.last_port)
+        (precedence(&rule.permission), rule.protocol(), rule.first_port, rule.last_port)
     });
     rules.dedup_by(|rule, before| {
         let joined = rule.permission == before.permission
-            && rule.protocol == before.protocol
+            && rule.protocol() == before.protocol()
             && u32::from(rule.first_port) <= u32::from(before.last_port) + 1;
         if joined {
             before.last_port = before.last_port.max(rule.last_port);
@@ -612,7 +608,7 @@ fn reduce(rules: Vec<Rule>) -> Result<Vec<Rule>, ScopeId> {
 }
 
 fn implies(before: &Rule, rule: &Rule) -> bool {
-    (before.protocol == Protocol::Any as u8 || before.protocol == rule.protocol)
+    (before.protocol() == Protocol::Any as u8 || before.protocol() == rule.protocol())
         && before.first_port <= rule.first_port
         && rule.last_port <= before.last_port
 }

@@ -4,7 +4,7 @@
 //! tables are compiled. Every decision looks at every permit.
 
 use agentguard_common::{
-    Address, Decision, Destination, Endpoint, FileId, Naming, Permission, Reason, Request, Verdict,
+    Address, Decision, Destination, Endpoint, FileId, Mover, Naming, Permission, Reason, Request, Verdict,
 };
 use ipnet::IpNet;
 
@@ -35,7 +35,8 @@ impl Specification {
             Request::RawSocket { .. } => Decision::deny(Reason::RawSocket),
             Request::Exec(_, Naming::Unnamed) => Decision::deny(Reason::UnnamedFile),
             Request::Exec(file, Naming::Named) => self.executable(&file, now),
-            Request::Leave => Decision::deny(Reason::LeftWorkload),
+            Request::Leave(Mover::Workload) => Decision::deny(Reason::LeftWorkload),
+            Request::Leave(Mover::Host) => Decision::ALLOW,
             Request::Malformed => Decision::deny(Reason::Malformed),
         }
     }

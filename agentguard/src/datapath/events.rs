@@ -1,17 +1,18 @@
 //! Records on their way from the kernel: decoded, nothing joined yet.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::time::Duration;
 
 use agentguard_common::event::{Event, ExecEvent};
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
-use tokio::io::unix::AsyncFd;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::FromBytes as _;
 
 /// A record of the kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum KernelRecord {
     /// Of anything but an exec.
     Request(Event),
@@ -55,20 +56,15 @@ pub fn decode(bytes: &[u8]) -> Result<KernelRecord, UnknownRecord> {
     }
 }
 
-/// Both rings of records.
+/// Both rings of records; for one reader on a thread of its own.
 pub struct Rings {
     denied: RingBuf<MapData>,
     allowed: RingBuf<MapData>,
-    denied_ready: AsyncRing,
-    allowed_ready: AsyncRing,
 }
-
-/// A ring's descriptor, registered with the runtime when it is first waited for.
-struct AsyncRing(Option<AsyncFd<RawFd>>);
 
 impl Rings {
     pub(super) const fn new(denied: RingBuf<MapData>, allowed: RingBuf<MapData>) -> Self {
-        Self { denied, allowed, denied_ready: AsyncRing(None), allowed_ready: AsyncRing(None) }
+        Self { denied, allowed }
     }
 
     /// Takes what is there, denials first, at most `limit` records. Returns how many were taken.
@@ -89,29 +85,24 @@ impl Rings {
         taken
     }
 
-    /// Waits until a ring has something.
+    /// Sleeps until a ring has something, or `timeout` is over.
     ///
     /// # Errors
     ///
-    /// When the runtime can not watch a ring.
-    pub async fn ready(&mut self) -> io::Result<()> {
-        let denied = self.denied_ready.wait(self.denied.as_raw_fd());
-        let allowed = self.allowed_ready.wait(self.allowed.as_raw_fd());
-        tokio::select! {
-            ready = denied => ready,
-            ready = allowed => ready,
-        }
+    /// When the rings can not be watched.
+    pub fn wait(&self, timeout: Duration) -> Result<(), Errno> {
+        wait(&[self.denied.as_fd(), self.allowed.as_fd()], timeout)
     }
 }
 
-impl AsyncRing {
-    async fn wait(&mut self, descriptor: RawFd) -> io::Result<()> {
-        let ring = match &mut self.0 {
-            Some(ring) => ring,
-            empty => empty.insert(AsyncFd::new(descriptor)?),
-        };
-        ring.readable().await?.clear_ready();
-        Ok(())
+fn wait(descriptors: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), Errno> {
+    let mut watched: Vec<PollFd<'_>> =
+        descriptors.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    match poll(&mut watched, timeout) {
+        Ok(_ready) => Ok(()),
+        Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -137,16 +128,14 @@ impl Diagnostics {
         }
     }
 
-    /// Hands the programs' lines to the daemon's log until the daemon ends.
+    /// Hands the programs' lines to the daemon's log, those of the next `timeout` included.
     ///
     /// # Errors
     ///
-    /// When the runtime can not watch the ring.
-    pub async fn run(mut self) -> io::Result<()> {
-        let ring = AsyncFd::new(self.0.as_raw_fd())?;
-        loop {
-            ring.readable().await?.clear_ready();
-            self.0.flush();
-        }
+    /// When the ring can not be watched.
+    pub fn pump(&mut self, timeout: Duration) -> Result<(), Errno> {
+        wait(&[self.0.as_fd()], timeout)?;
+        self.0.flush();
+        Ok(())
     }
 }

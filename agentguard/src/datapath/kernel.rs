@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use agentguard_common::abi::KernelOffsets;
-use btf_rs::{Btf, BtfType, Struct, Type};
+use btf_rs::{Btf, Struct, Type};
 
 /// Where the kernel describes its own types.
 pub const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -15,7 +15,7 @@ pub const BTF: &str = "/sys/kernel/btf/vmlinux";
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     #[error("{BTF} can not be read ({source}); boot a kernel built with CONFIG_DEBUG_INFO_BTF=y")]
-    NoBtf { source: btf_rs::Error },
+    NoBtf { source: anyhow::Error },
     #[error("the kernel's BTF has no field {path}; this kernel is too different to be guarded")]
     NoField { path: String },
 }
@@ -63,6 +63,7 @@ impl Kernel {
             css_set_default_cgroup: at("css_set", &["dfl_cgrp"])?,
             cgroup_kernfs_node: at("cgroup", &["kn"])?,
             cgroup_parent: at("cgroup", &["self", "parent"])?,
+            css_cgroup: at("cgroup_subsys_state", &["cgroup"])?,
             cgroup_root: at("cgroup", &["root"])?,
             cgroup_root_hierarchy: at("cgroup_root", &["hierarchy_id"])?,
             kernfs_node_id: at("kernfs_node", &["id"])?,

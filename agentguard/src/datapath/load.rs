@@ -20,9 +20,8 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use agentguard_common::abi::{self, KernelOffsets, Settings};
-use aya::programs::links::FdLink;
 use aya::programs::{
-    BtfTracePoint, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr,
+    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr,
     CgroupSockAddrAttachType, CgroupSockAttachType, Program, ProgramError,
 };
 use aya::{Btf, Ebpf, EbpfLoader};
@@ -35,7 +34,7 @@ use super::events::Diagnostics;
 use super::kernel::{Kernel, KernelError};
 use super::object;
 use super::protection::{Door, DoorState, doors};
-use super::tables::Tables;
+use super::tables::{Tables, fd_link};
 
 /// How much each table holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -465,8 +464,7 @@ fn attach_tracepoint(door: &Door, program: &mut Program, pins: &Path) -> DoorSta
     let mut attach = || -> Result<(), String> {
         let id = program.attach().map_err(|error| error.to_string())?;
         let link = program.take_link(id).map_err(|error| error.to_string())?;
-        let link: FdLink = link.try_into().map_err(|error: aya::programs::links::LinkError| error.to_string())?;
-        link.pin(pins.join("links").join(door.program)).map_err(|error| error.to_string())?;
+        fd_link(link)?.pin(pins.join("links").join(door.program)).map_err(|error| error.to_string())?;
         Ok(())
     };
     match attach() {

@@ -12,7 +12,7 @@ use agentguard_common::allowlist::{
 use agentguard_common::event::Process;
 use agentguard_common::stats::Counters;
 use agentguard_common::{AllowlistId, CgroupId, RuleSetId, WorkloadId};
-use aya::maps::cgroup_storage::{CgroupStorage, CgroupStorageKey};
+use aya::maps::cgroup_storage::CgroupStorageKey;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::links::FdLink;
@@ -20,9 +20,13 @@ use aya::programs::{
     CgroupAttachMode, CgroupSkbAttachType, CgroupSockAddrAttachType, CgroupSockAttachType,
 };
 
+// The storage of an attachment, on every kernel; its newer namesake exists from 6.2 on.
+#[expect(deprecated, reason = "aya calls it so for the newer one, which older kernels lack")]
+use aya::maps::CgroupStorage;
+
 use super::events::Rings;
 use super::load::{CgroupProgram, Datapath, LoadError};
-use crate::allowlist::Rows;
+use crate::allowlist::compile::Rows;
 
 /// The datapath did not take a change; nothing of it is in force.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,7 @@ pub struct Fill {
 }
 
 /// The kernel's tables, by what they mean.
+#[expect(deprecated, reason = "see the import of CgroupStorage")]
 pub(super) struct Tables {
     workloads: HashMap<MapData, WorkloadId, Tag>,
     cgroups: HashMap<MapData, CgroupId, Membership>,
@@ -454,15 +459,15 @@ impl CgroupProgram {
         let link: FdLink = match self {
             Self::SockAddr(program, _) => {
                 let id = program.attach(cgroup, mode).map_err(text)?;
-                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+                fd_link(program.take_link(id).map_err(text)?)?
             }
             Self::Sock(program, _) => {
                 let id = program.attach(cgroup, mode).map_err(text)?;
-                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+                fd_link(program.take_link(id).map_err(text)?)?
             }
             Self::Skb(program, _) => {
                 let id = program.attach(cgroup, CgroupSkbAttachType::Egress, mode).map_err(text)?;
-                program.take_link(id).map_err(text)?.try_into().map_err(text::<aya::programs::links::LinkError>)?
+                fd_link(program.take_link(id).map_err(text)?)?
             }
         };
         link.pin(pin).map_err(text)?;
@@ -485,6 +490,15 @@ impl CgroupProgram {
             Self::Skb(_, CgroupSkbAttachType::Ingress) => 0,
         }
     }
+}
+
+/// The descriptor of a link, which is what can be pinned.
+pub(super) fn fd_link<L>(link: L) -> Result<FdLink, String>
+where
+    FdLink: TryFrom<L>,
+    <FdLink as TryFrom<L>>::Error: std::fmt::Display,
+{
+    FdLink::try_from(link).map_err(|error| error.to_string())
 }
 
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
