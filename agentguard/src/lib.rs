@@ -1,1 +1,7 @@
 //! The user half.
+
+pub mod grant;
+pub mod identity;
+pub mod name;
+pub mod pattern;
+pub mod scope;
