@@ -2,4 +2,16 @@
 #![forbid(unsafe_code)]
 
 pub mod allowlist;
+pub mod api;
+pub mod audit;
+pub mod cli;
+pub mod config;
 pub mod datapath;
+pub mod grant;
+pub mod identity;
+pub mod logging;
+pub mod manifest;
+pub mod metrics;
+pub mod name;
+pub mod pattern;
+pub mod scope;
