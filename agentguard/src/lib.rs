@@ -1,1 +1,4 @@
 //! The user half.
+
+pub mod audit;
+pub mod metrics;
