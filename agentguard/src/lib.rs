@@ -1,4 +1,6 @@
 //! The user half.
 
 pub mod audit;
+pub mod config;
+pub mod logging;
 pub mod metrics;

@@ -162,6 +162,10 @@ fn kinds(report: &VerifyReport) -> Vec<FaultKind> {
     report.faults.iter().map(|fault| fault.kind.clone()).collect()
 }
 
+fn loss(body: &RecordBody) -> Option<&LossRecord> {
+    if let RecordBody::Loss(loss) = body { Some(loss) } else { None }
+}
+
 fn lines(path: &Path) -> Vec<String> {
     fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
 }
@@ -444,13 +448,7 @@ async fn a_reader_that_stands_still_blocks_nobody_and_denials_have_room_of_their
     let records: Vec<Record> = text.lines().map(|line| chain::parse(line).unwrap()).collect();
     let denials = records.iter().filter(|record| record.body.class() == Class::Denied).count();
     assert_eq!(denials, 40);
-    let losses: Vec<&LossRecord> = records
-        .iter()
-        .filter_map(|record| match &record.body {
-            RecordBody::Loss(loss) => Some(loss),
-            _ => None,
-        })
-        .collect();
+    let losses: Vec<&LossRecord> = records.iter().filter_map(|record| loss(&record.body)).collect();
     assert_eq!(losses.iter().map(|loss| loss.allowed).sum::<u64>(), lost);
     assert!(losses.iter().all(|loss| loss.denied == 0 && loss.cause == LossCause::Queue));
 }
@@ -526,10 +524,7 @@ fn a_full_disk_is_counted_retried_and_said_once_it_has_room_again() {
         assert_eq!(report.records, counts.written);
         let said: u64 = lines(path)
             .iter()
-            .filter_map(|line| match chain::parse(line).unwrap().body {
-                RecordBody::Loss(loss) => Some(loss.denied),
-                _ => None,
-            })
+            .filter_map(|line| Some(loss(&chain::parse(line).unwrap().body)?.denied))
             .sum();
         assert_eq!(said, counts.lost);
     });
