@@ -537,10 +537,8 @@ impl Writer {
         let Sink::File(file) = &mut self.sink else { return Ok(()) };
         if file.is_empty() && self.head.seq > 0 {
             let left = file.remove_excess()?;
-            let record = RotatedRecord {
-                first_kept: left.first_kept.unwrap_or(self.head.seq + 1),
-                removed_files: left.removed_files,
-            };
+            let record =
+                RotatedRecord { first_kept: left.first_kept, removed_files: left.removed_files };
             self.put_record(Timestamp::now(), &RecordBody::Rotated(record))?;
             if let Sink::File(file) = &mut self.sink {
                 file.removals_told();

@@ -660,7 +660,7 @@ pub struct RecoveredRecord {
 /// The first record of a file that continues another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RotatedRecord {
-    /// `seq` of the oldest record that is still kept.
+    /// `seq` of the oldest record that the log has not removed itself.
     pub first_kept: u64,
     /// How many files were removed at this rotation, to keep the log within its bound.
     pub removed_files: u64,

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 
-use super::chain::{self, Hash, Head, MAX_LINE_BYTES};
+use super::chain::{self, Hash, Head, Link, MAX_LINE_BYTES, Role};
 use super::text::Text;
 
 /// Digits of a record's number in a file's name.
@@ -103,6 +103,8 @@ pub(crate) struct RotatingFile {
     current: Option<Current>,
     /// Files removed that no `rotated` record has told of yet.
     removed_files: u64,
+    /// See [`Rotation::first_kept`].
+    first_kept: u64,
 }
 
 struct Current {
@@ -126,8 +128,9 @@ pub(crate) struct Opened {
 pub(crate) struct Rotation {
     /// Files removed that no record has told of yet.
     pub(crate) removed_files: u64,
-    /// Number of the first record of the oldest file that was put aside, if there is one.
-    pub(crate) first_kept: Option<u64>,
+    /// Number of the oldest record that the log did not remove itself. What somebody else removed
+    /// stays above it, and is found to be missing.
+    pub(crate) first_kept: u64,
 }
 
 impl RotatingFile {
@@ -139,8 +142,11 @@ impl RotatingFile {
         if limits.max_files < Limits::MIN_FILES {
             return Err(OpenError::TooFewFiles(limits.max_files));
         }
-        let mut log = Self { path: path.to_owned(), limits, current: None, removed_files: 0 };
+        let mut log =
+            Self { path: path.to_owned(), limits, current: None, removed_files: 0, first_kept: 1 };
         let opened = log.open_current(Head::EMPTY)?;
+        log.first_kept =
+            first_kept(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         Ok((log, opened))
     }
 
@@ -241,8 +247,12 @@ impl RotatingFile {
             std::fs::remove_file(path)?;
             self.removed_files += 1;
         }
-        let first_kept = kept.first().map(|(first_seq, _)| *first_seq);
-        Ok(Rotation { removed_files: self.removed_files, first_kept })
+        if !excess.is_empty()
+            && let Some((first_seq, _)) = kept.first()
+        {
+            self.first_kept = self.first_kept.max(*first_seq);
+        }
+        Ok(Rotation { removed_files: self.removed_files, first_kept: self.first_kept })
     }
 
     /// The removals were written down.
@@ -379,11 +389,27 @@ fn last_line(bytes: &[u8]) -> Option<(Head, usize)> {
     }
 }
 
-/// The number of the first record of a file; `None` if its first line is none.
+/// The number of the first record of a file; `None` if it has none.
 fn first_seq(file: &mut File) -> io::Result<Option<u64>> {
+    Ok(first_link(file)?.map(|link| link.head.seq))
+}
+
+/// The first whole line of a file.
+fn first_link(file: &mut File) -> io::Result<Option<Link>> {
     file.seek(SeekFrom::Start(0))?;
     let mut bytes = Vec::new();
     file.take(2 * MAX_LINE_BYTES as u64).read_to_end(&mut bytes)?;
-    let link = bytes.split(|byte| *byte == b'\n').find_map(|line| chain::read(line).ok());
-    Ok(link.map(|link| link.head.seq))
+    Ok(bytes.split(|byte| *byte == b'\n').find_map(|line| chain::read(line).ok()))
+}
+
+/// What the newest file that begins with a `rotated` record says is the oldest record kept.
+fn first_kept(path: &Path) -> io::Result<u64> {
+    for path in files(path)?.into_iter().rev() {
+        if let Some(Link { role: Role::Rotated { first_kept }, .. }) =
+            first_link(&mut File::open(path)?)?
+        {
+            return Ok(first_kept);
+        }
+    }
+    Ok(1)
 }

@@ -360,6 +360,12 @@ async fn a_log_that_is_moved_away_is_begun_anew_and_the_gap_shows() {
     assert_eq!(log.counts().written, 3);
     let report = verify(&path, None).unwrap();
     assert_eq!((report.first_seq, report.records), (Some(2), 2));
+    assert_eq!(kinds(&report), [FaultKind::MissingStart { from: 1, to: 1 }]);
+    // Neither a restart nor what is written later covers it.
+    log.close().await.unwrap();
+    write(&path, [stop("third")]).await;
+    let report = verify(&path, None).unwrap();
+    assert_eq!(kinds(&report), [FaultKind::MissingStart { from: 1, to: 1 }]);
 }
 
 #[tokio::test]
