@@ -65,7 +65,7 @@ impl fmt::Debug for Hash {
     }
 }
 
-/// Text that is not a [`Hash`].
+/// Text that is not a hash.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a hash; give 64 lower-case hexadecimal digits")]
 pub struct HashError(Text);

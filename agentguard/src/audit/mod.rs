@@ -1,7 +1,7 @@
 //! The audit log: a chain of records, written by one thread, in front of which nobody waits.
 //!
 //! [`AuditLog::append`] puts a record into a bounded queue and returns at once. The writer thread
-//! takes records out, links them ([`chain`]), writes them ([`sink`]) and hands the line to those who
+//! takes records out, links them ([`chain`]), writes them (`sink`) and hands the line to those who
 //! subscribed. When a write fails, as on a full disk, the writer keeps the record and tries again
 //! every second; what finds no room in the queue meanwhile is counted, and a `loss` record says so
 //! as soon as writing works. Requests that were allowed may fill half of the queue only, so a flood

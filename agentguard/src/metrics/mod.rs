@@ -2,7 +2,7 @@
 //!
 //! Callers say what happened in methods with domain names; names and labels of metrics exist only
 //! here, in one table that is also the reference ([`describe`]). No label is ever an address, a
-//! path or a pid, and the number of workload identities that get a label is bounded ([`labels`]), so
+//! path or a pid, and the number of workload identities that get a label is bounded (`labels`), so
 //! the number of series is bounded whatever workloads do. Must not know where values come from.
 //! All methods can be called from any thread.
 
