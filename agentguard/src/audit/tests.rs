@@ -1,0 +1,655 @@
+//! The log as a whole: what is appended comes back, and what is done to the files shows.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
+
+use agentguard_common::event::{Event, Hook, RequestKey, RequestKind};
+use agentguard_common::{Mode, Reason, Verdict};
+use proptest::prelude::*;
+use zerocopy::FromZeros;
+
+use super::record::{
+    Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Layer, LayerProtection,
+    ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
+    StartRecord, StopRecord, VerdictRecord, Word, Workload, WorkloadChange, WorkloadRecord,
+};
+use super::verify::{FaultKind, Start};
+use super::*;
+
+const SMALL: Limits = Limits { max_file_bytes: Limits::MIN_FILE_BYTES, max_files: 3 };
+
+fn open(path: &Path) -> AuditLog {
+    open_with(path, Options::QUEUE)
+}
+
+fn open_with(path: &Path, queue: usize) -> AuditLog {
+    let output = Output::File { path: path.to_owned(), limits: SMALL };
+    AuditLog::open(Options { output, queue }, "node-1").unwrap()
+}
+
+fn workload(name: impl AsRef<[u8]>) -> Workload {
+    Workload {
+        name: Text::new(name),
+        cgroup_id: 4711,
+        cgroup_path: Some("/kubepods/pod1/c1".into()),
+        unit: None,
+        container: Some(Container {
+            id: "c1".into(),
+            name: Some("agent".into()),
+            image: Some("registry.example/agent:1".into()),
+        }),
+        pod: Some(Pod { namespace: "default".into(), name: "agent-0".into(), uid: "u-1".into() }),
+    }
+}
+
+fn verdict(verdict: Verdict, mode: Mode, text: impl AsRef<[u8]>) -> RecordBody {
+    let event = Event {
+        kind: RequestKind::Connect as u8,
+        pid: 42,
+        tid: 43,
+        uid: 1000,
+        comm: *b"python3\0leftover",
+        key: RequestKey {
+            target: [0, 0, 0xffff_u32.to_be(), 0xc000_0201_u32.to_be()],
+            port: 443,
+            protocol: 6,
+            ..RequestKey::default()
+        },
+        ..Event::new_zeroed()
+    };
+    let start = ProcessStart { time: Timestamp::UNIX_EPOCH, boot_ns: 7 };
+    let parent = Ancestor { pid: 1, start: Some(start), executable: Some(Text::new(&text)) };
+    let process =
+        Process { start: Some(start), executable: Some(Text::new(&text)), ..Process::of(&event) }
+            .with_parents(std::iter::repeat_n(parent, 20));
+    RecordBody::Verdict(Box::new(VerdictRecord {
+        boot_ns: u64::MAX,
+        identity: Some("spiffe://example.org/agent".into()),
+        workload: workload(&text),
+        process,
+        request: Request::of(&event, None).unwrap(),
+        outcome: Outcome::new(verdict, mode),
+        scope: Some("github:read".into()),
+        grant: None,
+        allowlist_generation: 3,
+        hook: Word(Hook::Connect4),
+        layer: Layer::Portable,
+        folded: 12,
+    }))
+}
+
+fn denied(text: impl AsRef<[u8]>) -> RecordBody {
+    verdict(Verdict::Deny(Reason::NotGranted), Mode::Enforce, text)
+}
+
+fn stop(why: impl AsRef<[u8]>) -> RecordBody {
+    RecordBody::Stop(StopRecord { why: Text::new(why), protection_stays: true })
+}
+
+/// One record of every kind that callers append.
+fn one_of_each() -> Vec<RecordBody> {
+    let missing = vec![Missing { what: "unix sockets".into(), why: "kernel 5.15".into() }];
+    vec![
+        denied("/usr/bin/curl"),
+        verdict(Verdict::Deny(Reason::Expired), Mode::Audit, "/usr/bin/git"),
+        verdict(Verdict::Allow, Mode::Enforce, "/usr/bin/git"),
+        RecordBody::Start(StartRecord {
+            version: "0.1.0".into(),
+            kernel: "6.1.0".into(),
+            adopted: true,
+            protection: vec![LayerProtection {
+                layer: Layer::Lsm,
+                protection: ProtectionWord::Partial,
+                missing: missing.clone(),
+            }],
+        }),
+        stop("SIGTERM"),
+        RecordBody::Grant(Box::new(GrantRecord {
+            change: GrantChange::Revoked,
+            grant: "g-1".into(),
+            subject: "spiffe://example.org/*".into(),
+            scopes: Text::list(["github:read"]),
+            not_before: None,
+            expires_at: Some(Timestamp::UNIX_EPOCH),
+            granted_by: Some("alice".into()),
+            why: Some("incident 7".into()),
+            by: Some(Actor {
+                source: ActorSource::Api,
+                name: "/usr/bin/agentguard".into(),
+                uid: Some(0),
+                pid: Some(99),
+            }),
+        })),
+        RecordBody::Workload(Box::new(WorkloadRecord {
+            change: WorkloadChange::Added,
+            identity: None,
+            workload: workload("agent"),
+            mode: Word(Mode::Audit),
+            protection: ProtectionWord::Partial,
+            missing,
+        })),
+        RecordBody::ManifestError(ManifestErrorRecord {
+            source: "/etc/agentguard/manifests/a.yaml".into(),
+            line: Some(3),
+            column: None,
+            message: "unknown field `ports`".into(),
+        }),
+        RecordBody::Loss(LossRecord {
+            cause: LossCause::RingBuffer,
+            allowed: 0,
+            denied: 0,
+            other: 5,
+            since: Timestamp::UNIX_EPOCH,
+            until: Timestamp::UNIX_EPOCH,
+            error: None,
+        }),
+    ]
+}
+
+async fn write(path: &Path, records: impl IntoIterator<Item = RecordBody>) -> Head {
+    let log = open(path);
+    for record in records {
+        log.append(record);
+    }
+    log.flush().await.unwrap();
+    log.close().await.unwrap();
+    log.counts().head
+}
+
+fn kinds(report: &VerifyReport) -> Vec<FaultKind> {
+    report.faults.iter().map(|fault| fault.kind.clone()).collect()
+}
+
+fn loss(body: &RecordBody) -> Option<&LossRecord> {
+    if let RecordBody::Loss(loss) = body { Some(loss) } else { None }
+}
+
+fn lines(path: &Path) -> Vec<String> {
+    fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn every_kind_of_record_comes_back_as_it_was_appended_and_fits_the_schema() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, one_of_each()).await;
+    let schema = serde_json::to_value(schemars::schema_for!(Record)).unwrap();
+    let schema = jsonschema::validator_for(&schema).unwrap();
+    let written = lines(&path);
+    assert_eq!(written.len(), one_of_each().len());
+    for (line, body) in written.iter().zip(one_of_each()) {
+        let record = chain::parse(line).unwrap();
+        assert_eq!(record.body, body);
+        assert_eq!(record.node.as_str(), "node-1");
+        let value: serde_json::Value = serde_json::from_str(line).unwrap();
+        schema.validate(&value).unwrap_or_else(|error| panic!("{error}\n{line}"));
+        // RFC 3339 in UTC with nine digits.
+        assert_eq!(value["time"].as_str().unwrap().len(), "2026-01-01T00:00:00.123456789Z".len());
+    }
+}
+
+#[tokio::test]
+async fn a_verdict_says_what_was_asked_what_was_decided_and_what_was_done() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, one_of_each()).await;
+    let value: serde_json::Value = serde_json::from_str(&lines(&path)[1]).unwrap();
+    assert_eq!(value["kind"], "verdict");
+    assert_eq!(value["verdict"], "deny");
+    assert_eq!(value["reason"], "expired");
+    assert_eq!(value["mode"], "audit");
+    assert_eq!(value["refused"], false, "audit mode denies without refusing");
+    assert_eq!(value["hook"], "cgroup/connect4");
+    assert_eq!(value["grant"], serde_json::Value::Null);
+    assert_eq!(value["request"]["action"], "connect");
+    assert_eq!(value["request"]["address"], "192.0.2.1");
+    assert_eq!(value["request"]["protocol"], "TCP");
+    assert_eq!(value["process"]["comm"], "python3");
+    assert_eq!(value["process"]["parents"].as_array().unwrap().len(), Process::MAX_PARENTS);
+    let value: serde_json::Value = serde_json::from_str(&lines(&path)[0]).unwrap();
+    assert_eq!(value["refused"], true);
+}
+
+#[tokio::test]
+async fn a_line_is_checked_with_standard_tools_as_documented() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, [stop("one"), denied(b"\xff\n\"\\,\"hash\":\"".as_slice()), stop("three")]).await;
+    let script = r#"
+        line=$(sed -n 2p audit.log)
+        printf '%s' "${line%,\"hash\":*}" | sha256sum | cut -d' ' -f1
+        sed -n '1,2s/.*"hash":"\([0-9a-f]*\)"}$/\1/p' audit.log
+        sed -n '2s/.*"prev":"\([0-9a-f]*\)".*/\1/p' audit.log
+    "#;
+    let output =
+        Command::new("sh").arg("-c").arg(script).current_dir(directory.path()).output().unwrap();
+    let output = String::from_utf8(output.stdout).unwrap();
+    let [sum, first, second, prev]: [&str; 4] =
+        output.lines().collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!(sum, second);
+    assert_eq!(prev, first);
+}
+
+#[tokio::test]
+async fn the_chain_goes_on_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, [stop("first"), stop("second")]).await;
+    let head = write(&path, [stop("third")]).await;
+    let report = verify(&path, Some(head)).unwrap();
+    assert_eq!(kinds(&report), []);
+    assert_eq!((report.records, report.start, report.head), (3, Start::Beginning, Some(head)));
+}
+
+#[tokio::test]
+async fn a_log_has_one_writer() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let log = open(&path);
+    let output = Output::File { path: path.clone(), limits: SMALL };
+    let second = AuditLog::open(Options { output: output.clone(), queue: 8 }, "node-1");
+    assert!(matches!(second, Err(OpenError::Locked(_))));
+    log.close().await.unwrap();
+    assert!(AuditLog::open(Options { output, queue: 8 }, "node-1").is_ok());
+}
+
+#[tokio::test]
+async fn half_a_line_left_by_a_crash_is_closed_off_and_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, [stop("first"), stop("second")]).await;
+    let whole = fs::read(&path).unwrap();
+    let second = whole.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+    for cut in [second + 1, second + 20, whole.len() - 2] {
+        fs::write(&path, &whole[..cut]).unwrap();
+        assert_eq!(kinds(&verify(&path, None).unwrap()), [FaultKind::Torn]);
+        write(&path, [stop("third")]).await;
+        let report = verify(&path, None).unwrap();
+        assert_eq!(kinds(&report), []);
+        assert_eq!((report.recovered, report.records), (1, 3));
+        let lines = lines(&path);
+        assert_eq!(lines[1].as_bytes(), &whole[second..cut], "what was left stays");
+        let RecordBody::Recovered(recovered) = chain::parse(&lines[2]).unwrap().body else {
+            panic!("no `recovered` record in {lines:?}");
+        };
+        assert_eq!(recovered.torn_bytes, (cut - second) as u64);
+        // The torn line can not be exchanged for another.
+        let mut forged = lines.clone();
+        forged[1].push('x');
+        fs::write(&path, forged.join("\n") + "\n").unwrap();
+        assert_eq!(kinds(&verify(&path, None).unwrap()), [FaultKind::Malformed]);
+    }
+    // Only the newline is missing: the record is whole, and nothing has to be recovered.
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    write(&path, [stop("third")]).await;
+    let report = verify(&path, None).unwrap();
+    assert_eq!((kinds(&report), report.recovered, report.records), (vec![], 0, 3));
+}
+
+#[tokio::test]
+async fn crash_after_crash_is_closed_off() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    write(&path, [stop("first")]).await;
+    for _ in 0..3 {
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.extend_from_slice(b"{\"seq\":2,\"ti\n\n{\"seq\"");
+        fs::write(&path, bytes).unwrap();
+        write(&path, [stop("next")]).await;
+    }
+    let report = verify(&path, None).unwrap();
+    assert_eq!((kinds(&report), report.recovered), (vec![], 3));
+}
+
+#[tokio::test]
+async fn rotation_keeps_the_bound_on_disk_and_the_chain() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let bound = SMALL.max_file_bytes * u64::from(SMALL.max_files);
+    let mut seen = 0;
+    let mut written = 0;
+    let mut log = open(&path);
+    for round in 0..40 {
+        for _ in 0..30 {
+            log.append(denied("\\".repeat(2000)));
+        }
+        log.flush().await.unwrap();
+        if round % 7 == 0 {
+            written += log.counts().written;
+            log.close().await.unwrap();
+            log = open(&path);
+        }
+        let sizes = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .collect::<Vec<_>>();
+        assert!(sizes.iter().all(|size| *size <= SMALL.max_file_bytes), "{sizes:?}");
+        assert!(sizes.len() <= SMALL.max_files as usize);
+        seen = seen.max(sizes.iter().sum());
+        let report = verify(directory.path(), Some(log.counts().head)).unwrap();
+        assert_eq!(kinds(&report), []);
+    }
+    written += log.counts().written;
+    assert!(seen <= bound && seen > bound / 2, "{seen} of {bound}");
+    let report = verify(&path, None).unwrap();
+    assert_eq!(report.start, Start::RotatedAway);
+    assert_eq!(report.head.unwrap().seq, written);
+    assert_eq!(report.files.len(), SMALL.max_files as usize);
+
+    // The oldest kept file taken away by somebody else shows; a file of the log by itself is fine.
+    let oldest = report.files[0].clone();
+    let part = verify(&report.files[1], None).unwrap();
+    assert_eq!((kinds(&part), part.start), (vec![], Start::NotGiven));
+    fs::remove_file(oldest).unwrap();
+    let report = verify(&path, None).unwrap();
+    assert!(matches!(kinds(&report)[..], [FaultKind::MissingStart { .. }]), "{report:?}");
+}
+
+#[tokio::test]
+async fn a_log_that_is_moved_away_is_begun_anew_and_the_gap_shows() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let log = open(&path);
+    log.append(stop("first"));
+    log.flush().await.unwrap();
+    fs::remove_file(&path).unwrap();
+    log.append(stop("second"));
+    log.flush().await.unwrap();
+    assert_eq!(log.counts().written, 3);
+    let report = verify(&path, None).unwrap();
+    assert_eq!((report.first_seq, report.records), (Some(2), 2));
+    assert_eq!(kinds(&report), [FaultKind::MissingStart { from: 1, to: 1 }]);
+    // Neither a restart nor what is written later covers it.
+    log.close().await.unwrap();
+    write(&path, [stop("third")]).await;
+    let report = verify(&path, None).unwrap();
+    assert_eq!(kinds(&report), [FaultKind::MissingStart { from: 1, to: 1 }]);
+}
+
+#[tokio::test]
+async fn faults_are_named_by_file_and_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let head = write(&path, (1..=6).map(|number| stop(number.to_string()))).await;
+    let whole = lines(&path);
+    let check = |lines: &[&str], faults: &[(u64, FaultKind)]| {
+        fs::write(&path, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+        let report = verify(&path, Some(head)).unwrap();
+        let found: Vec<_> =
+            report.faults.iter().map(|fault| (fault.line, fault.kind.clone())).collect();
+        assert_eq!(found, faults);
+        assert!(report.faults.iter().all(|fault| fault.file == path));
+    };
+    let [a, b, c, d, e, f] = whole.iter().map(String::as_str).collect::<Vec<_>>()[..] else {
+        panic!("six lines");
+    };
+    check(&[a, b, c, d, e, f], &[]);
+    check(&[a, b, d, e, f], &[(3, FaultKind::Missing { from: 3, to: 3 })]);
+    check(&[a, e, f], &[(2, FaultKind::Missing { from: 2, to: 4 })]);
+    check(&[b, c, d, e, f], &[(1, FaultKind::MissingStart { from: 1, to: 1 })]);
+    check(&[a, b, c, d, e], &[(0, FaultKind::MissingEnd { seq: 6 })]);
+    check(&[a, b, d, c, e, f], &[(4, FaultKind::Reordered { seq: 3, after: 4 })]);
+    check(&[a, b, c, c, d, e, f], &[(4, FaultKind::Duplicated { seq: 3 })]);
+    check(&[a, b, c, d, e, f, a], &[(7, FaultKind::Duplicated { seq: 1 })]);
+    let changed = c.replace("\"why\":\"3\"", "\"why\":\"4\"");
+    check(&[a, b, &changed, d, e, f], &[(3, FaultKind::Changed { seq: 3 })]);
+    check(&[a, b, "", c, d, e, f], &[(3, FaultKind::Malformed)]);
+    // A record with a hash of its own in the place of another.
+    let (cut, _) = changed.rsplit_once(",\"hash\":").unwrap();
+    let forged = format!("{cut},\"hash\":\"{}\"}}", Hash::of(cut.as_bytes()));
+    check(&[a, b, &forged, d, e, f], &[(4, FaultKind::Unlinked { seq: 4 })]);
+}
+
+#[tokio::test]
+async fn subscribers_get_the_lines_that_are_in_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let log = open(&path);
+    let mut subscriber = log.subscribe();
+    log.append(stop("first"));
+    log.append(denied("second"));
+    log.flush().await.unwrap();
+    for line in lines(&path) {
+        assert_eq!(&*subscriber.recv().await.unwrap(), line);
+    }
+}
+
+/// A stream that takes nothing until it is told to.
+struct Gate(mpsc::Receiver<()>, Arc<Mutex<Vec<u8>>>);
+
+impl Write for Gate {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Once the other end is gone, the gate is open.
+        let _ = self.0.recv();
+        self.1.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_stands_still_blocks_nobody_and_denials_have_room_of_their_own() {
+    let (open, gate) = mpsc::channel();
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let log = AuditLog::to_stream(Gate(gate, Arc::clone(&written)), "node-1", 100).unwrap();
+    let before = Instant::now();
+    for _ in 0..1000 {
+        log.append(verdict(Verdict::Allow, Mode::Enforce, "flood"));
+    }
+    for _ in 0..40 {
+        log.append(denied("x"));
+    }
+    assert!(before.elapsed() < Duration::from_secs(5));
+    let lost = log.counts().lost;
+    assert!((949..=951).contains(&lost), "{lost}: half the queue, and one in the writer's hand");
+    drop(open);
+    log.flush().await.unwrap();
+    log.close().await.unwrap();
+    let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+    let records: Vec<Record> = text.lines().map(|line| chain::parse(line).unwrap()).collect();
+    let denials = records.iter().filter(|record| record.body.class() == Class::Denied).count();
+    assert_eq!(denials, 40);
+    let losses: Vec<&LossRecord> = records.iter().filter_map(|record| loss(&record.body)).collect();
+    assert_eq!(losses.iter().map(|loss| loss.allowed).sum::<u64>(), lost);
+    assert!(losses.iter().all(|loss| loss.denied == 0 && loss.cause == LossCause::Queue));
+}
+
+/// Runs the test of this name again inside a mount namespace of its own, with a file system of
+/// 2 MiB at the working directory. The namespace takes its mounts with it when it ends.
+fn on_a_small_disk(name: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let namespace = if nix::unistd::geteuid().is_root() { "-m" } else { "-Urm" };
+    let script =
+        r#"mount -t tmpfs -o size=2m none "$1" && cd "$1" && exec "$2" --exact "$3" --nocapture"#;
+    let output = Command::new("unshare")
+        .args([namespace, "--propagation", "private", "sh", "-c", script, "sh"])
+        .arg(directory.path())
+        .arg(std::env::current_exe().unwrap())
+        .arg(name)
+        .env("AGENTGUARD_TEST_SMALL_DISK", "1")
+        .output()
+        .expect("`unshare` of util-linux is needed to test a full disk");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "the mount is gone");
+}
+
+#[test]
+fn a_full_disk_is_counted_retried_and_said_once_it_has_room_again() {
+    if std::env::var_os("AGENTGUARD_TEST_SMALL_DISK").is_none() {
+        on_a_small_disk(
+            "audit::tests::a_full_disk_is_counted_retried_and_said_once_it_has_room_again",
+        );
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let path = Path::new("audit.log");
+        fs::write("ballast", vec![0; 1 << 20]).unwrap();
+        let log = open_with(path, 200);
+        // Limits would allow 3 MiB, and there is less than one.
+        for _ in 0..60 {
+            for _ in 0..100 {
+                log.append(denied("x".repeat(900)));
+            }
+            if log.flush().await.is_err() {
+                break;
+            }
+        }
+        let full = log.counts();
+        assert!(full.failing && full.write_failures > 0, "{full:?}");
+        for _ in 0..500 {
+            log.append(denied("after"));
+        }
+        assert!(log.counts().lost >= 300);
+        assert!(matches!(log.flush().await, Err(FlushError::Failing(_))));
+        let torn = verify(path, None).unwrap();
+        assert_eq!(kinds(&torn), [], "no half line is left");
+
+        fs::remove_file("ballast").unwrap();
+        let waited = Instant::now();
+        while log.counts().failing {
+            assert!(waited.elapsed() < Duration::from_secs(10), "{:?}", log.counts());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        log.flush().await.unwrap();
+        log.close().await.unwrap();
+        let counts = log.counts();
+        assert!(!counts.failing && counts.queued == 0, "{counts:?}");
+        let report = verify(path, Some(counts.head)).unwrap();
+        assert_eq!(kinds(&report), []);
+        assert_eq!(report.records, counts.written);
+        let said: u64 = lines(path)
+            .iter()
+            .filter_map(|line| Some(loss(&chain::parse(line).unwrap().body)?.denied))
+            .sum();
+        assert_eq!(said, counts.lost);
+    });
+}
+
+#[test]
+fn limits_that_can_not_be_kept_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let open = |limits| {
+        AuditLog::open(
+            Options { output: Output::File { path: path.clone(), limits }, queue: 8 },
+            "node-1",
+        )
+    };
+    let error = open(Limits { max_file_bytes: 1000, ..SMALL }).err().unwrap();
+    assert_eq!(error.to_string(), "audit.max_file_bytes is 1000; the least is 1048576");
+    let error = open(Limits { max_files: 1, ..SMALL }).err().unwrap();
+    assert_eq!(error.to_string(), "audit.max_files is 1; the least is 2");
+}
+
+/// What somebody does to the file of a log with some lines.
+#[derive(Clone, Debug)]
+enum Tampering {
+    Change { at: prop::sample::Index, to: u8 },
+    Remove { line: prop::sample::Index },
+    Duplicate { line: prop::sample::Index, to: prop::sample::Index },
+    Swap { line: prop::sample::Index, with: prop::sample::Index },
+    Truncate { at: prop::sample::Index },
+}
+
+fn tampering() -> impl Strategy<Value = Tampering> {
+    let index = any::<prop::sample::Index>;
+    prop_oneof![
+        4 => (index(), any::<u8>()).prop_map(|(at, to)| Tampering::Change { at, to }),
+        1 => index().prop_map(|line| Tampering::Remove { line }),
+        1 => (index(), index()).prop_map(|(line, to)| Tampering::Duplicate { line, to }),
+        1 => (index(), index()).prop_map(|(line, with)| Tampering::Swap { line, with }),
+        1 => index().prop_map(|at| Tampering::Truncate { at }),
+    ]
+}
+
+/// The bytes of a log after tampering.
+fn tamper(bytes: &[u8], tampering: &Tampering) -> Vec<u8> {
+    let mut lines: Vec<&[u8]> = bytes.split_inclusive(|byte| *byte == b'\n').collect();
+    match tampering {
+        Tampering::Change { at, to } => {
+            let mut bytes = bytes.to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = *to;
+            return bytes;
+        }
+        Tampering::Truncate { at } => return bytes[..at.index(bytes.len())].to_vec(),
+        Tampering::Remove { line } => {
+            lines.remove(line.index(lines.len()));
+        }
+        Tampering::Duplicate { line, to } => {
+            let line = lines[line.index(lines.len())];
+            lines.insert(to.index(lines.len()), line);
+        }
+        Tampering::Swap { line, with } => {
+            let (line, with) = (line.index(lines.len()), with.index(lines.len()));
+            lines.swap(line, with);
+        }
+    }
+    lines.concat()
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn hostile_text_breaks_neither_line_nor_chain(
+        texts in prop::collection::vec(
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..2000),
+                "(\n|\r|\\x1b\\[2J|\",\"hash\":\"|\u{202e}|\\\\|\0|.){0,40}".prop_map(String::into_bytes),
+            ],
+            1..8,
+        ),
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("audit.log");
+        let bodies: Vec<RecordBody> =
+            texts.iter().flat_map(|text| [denied(text), stop(text)]).collect();
+        let head = block_on(write(&path, bodies.clone()));
+        let report = verify(&path, Some(head)).unwrap();
+        prop_assert_eq!(kinds(&report), vec![]);
+        let text = fs::read_to_string(&path).unwrap();
+        prop_assert!(text.chars().all(|c| c == '\n' || !c.is_control()));
+        let read: Vec<RecordBody> =
+            text.lines().map(|line| chain::parse(line).unwrap().body).collect();
+        prop_assert_eq!(read, bodies);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_is_done_to_a_log_shows(tampering in tampering()) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("audit.log");
+        let mut head = Head::EMPTY;
+        let mut log = String::new();
+        for body in one_of_each() {
+            let (line, next) =
+                chain::line(&head, Timestamp::UNIX_EPOCH, &"node-1".into(), &body).unwrap();
+            log.push_str(&line);
+            log.push('\n');
+            head = next;
+        }
+        let after = tamper(log.as_bytes(), &tampering);
+        fs::write(&path, &after).unwrap();
+        let report = verify(&path, Some(head)).unwrap();
+        prop_assert_eq!(report.is_intact(), after == log.as_bytes(), "{:?}", report);
+    }
+}

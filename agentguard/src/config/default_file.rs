@@ -1,0 +1,117 @@
+//! The default file: every key with its meaning and default, generated from the types.
+//!
+//! Meanings come from the schema, that is from doc comments; values and their order come from
+//! [`Configuration::default`]. Must not know any key by name.
+
+use std::fmt::{self, Write};
+
+use schemars::generate::SchemaSettings;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use super::Configuration;
+
+/// Longest line of a comment, in characters.
+const WIDTH: usize = 100;
+
+/// A configuration file that says what holds without one.
+#[must_use]
+pub fn default_file() -> String {
+    let mut settings = SchemaSettings::draft2020_12();
+    settings.inline_subschemas = true;
+    let schema = settings.into_generator().into_root_schema_for::<Configuration>();
+    let mut file = String::new();
+    comment(&mut file, "", schema.as_value());
+    comment_text(&mut file, "", "Every key may be left out; what stands here is its default.");
+    // Our own types serialise, and what JSON serialises reads back.
+    let values = serde_json::to_string(&Configuration::default())
+        .and_then(|values| serde_json::from_str(&values));
+    if let Ok(Ordered::Keys(keys)) = values {
+        section(&mut file, "", schema.as_value(), &keys);
+    }
+    file
+}
+
+fn section(file: &mut String, indent: &str, schema: &Value, keys: &[(String, Ordered)]) {
+    for (key, value) in keys {
+        let schema = &schema["properties"][key];
+        if indent.is_empty() {
+            file.push('\n');
+        }
+        comment(file, indent, schema);
+        // Writing to a string does not fail.
+        match value {
+            Ordered::Keys(keys) => {
+                let _ = writeln!(file, "{indent}{key}:");
+                section(file, &format!("{indent}  "), schema, keys);
+            }
+            Ordered::Value(value) => {
+                let _ = writeln!(file, "{indent}{key}: {value}");
+            }
+        }
+    }
+}
+
+fn comment(file: &mut String, indent: &str, schema: &Value) {
+    if let Some(description) = schema["description"].as_str() {
+        comment_text(file, indent, description);
+    }
+}
+
+fn comment_text(file: &mut String, indent: &str, text: &str) {
+    let mut line = format!("{indent}#");
+    for word in text.split_whitespace() {
+        if line.chars().count() + 1 + word.chars().count() > WIDTH {
+            file.push_str(&line);
+            file.push('\n');
+            line = format!("{indent}#");
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    file.push_str(&line);
+    file.push('\n');
+}
+
+/// JSON whose keys keep their order.
+enum Ordered {
+    Keys(Vec<(String, Ordered)>),
+    Value(Value),
+}
+
+impl<'de> Deserialize<'de> for Ordered {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Ordered;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object, a word, a number or nothing")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
+                let mut keys = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    keys.push(entry);
+                }
+                Ok(Ordered::Keys(keys))
+            }
+
+            fn visit_str<E>(self, word: &str) -> Result<Ordered, E> {
+                // As YAML needs it: plain where that is unmistakable.
+                Ok(Ordered::Value(word.into()))
+            }
+
+            fn visit_u64<E>(self, number: u64) -> Result<Ordered, E> {
+                Ok(Ordered::Value(number.into()))
+            }
+
+            fn visit_unit<E>(self) -> Result<Ordered, E> {
+                Ok(Ordered::Value(Value::Null))
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
+}
