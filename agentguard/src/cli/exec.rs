@@ -87,17 +87,14 @@ pub(super) fn run(arguments: &Arguments, context: Context<'_, '_>) -> Result {
 /// Why the kernel did not run what was found.
 fn not_run(executable: &Path, error: &std::io::Error, workload: &str) -> Failure {
     let path = executable.display();
-    match error.kind() {
-        ErrorKind::NotFound => {
-            Failure::new(Exit::NotFound, format!("{path} or its interpreter is not there"))
-        }
-        ErrorKind::PermissionDenied => {
-            Failure::new(Exit::NotExecutable, format!("{path} may not be run: {error}"))
-                .with_remedy(format!(
-                    "from outside the workload: agentguard explain --last --workload {workload}"
-                ))
-        }
-        _ => Failure::new(Exit::NotExecutable, format!("{path} can not be run: {error}")),
+    if error.kind() == ErrorKind::NotFound {
+        Failure::new(Exit::NotFound, format!("{path} or its interpreter is not there"))
+    } else if error.kind() == ErrorKind::PermissionDenied {
+        Failure::new(Exit::NotExecutable, format!("{path} may not be run: {error}")).with_remedy(
+            format!("from outside the workload: agentguard explain --last --workload {workload}"),
+        )
+    } else {
+        Failure::new(Exit::NotExecutable, format!("{path} can not be run: {error}"))
     }
 }
 

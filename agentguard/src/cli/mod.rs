@@ -91,7 +91,8 @@ type Result<T = Exit> = std::result::Result<T, Failure>;
 /// Runs the command line of this process.
 #[must_use]
 pub fn main(backend: &dyn Backend) -> ExitCode {
-    let (mut out, mut err) = (io::stdout().lock(), io::stderr());
+    // Not locked: the threads of the daemon may write, too.
+    let (mut out, mut err) = (io::stdout(), io::stderr());
     let colour = |is_terminal| {
         let (no_color, term) = (std::env::var_os("NO_COLOR"), std::env::var_os("TERM"));
         Colour::choose(is_terminal, no_color.as_deref(), term.as_deref())
