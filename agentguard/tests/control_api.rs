@@ -52,6 +52,8 @@ struct Memory {
     confined: Mutex<HashSet<u32>>,
     outcomes: Mutex<Vec<Outcome>>,
     ready: Mutex<Result<(), String>>,
+    /// Happens while the past is being read.
+    meanwhile: Mutex<Option<Arc<str>>>,
 }
 
 fn workload(name: &str, identity: &str, owner: Option<u32>) -> WorkloadView {
@@ -117,6 +119,7 @@ impl Memory {
             confined: Mutex::default(),
             outcomes: Mutex::default(),
             ready: Mutex::new(Ok(())),
+            meanwhile: Mutex::default(),
         })
     }
 
@@ -363,6 +366,9 @@ impl Service for Memory {
         _: &Viewer,
         filter: &EventFilter,
     ) -> Result<Vec<Arc<str>>, ServiceError> {
+        if let Some(line) = self.meanwhile.lock().unwrap().take() {
+            self.publish(line);
+        }
         let records = self.records.lock().unwrap();
         Ok(records[records.len().saturating_sub(filter.limit)..].to_vec())
     }
@@ -939,23 +945,24 @@ fn a_stream_gives_the_past_once_and_then_what_happens() {
     let client = daemon.client();
     let (service, stop) = (daemon.service.clone(), daemon.stop.clone());
     let filter = EventFilter { denied: true, workload: None, limit: 10 };
+    *service.meanwhile.lock().unwrap() = Some(record_of(4, "deny"));
     let mut numbers = Vec::new();
     client
         .events(&filter, true, |line| {
             let record: Value = serde_json::from_str(line)?;
             numbers.push(record["number"].as_u64().unwrap());
             match numbers.len() {
-                2 => {
-                    service.publish(record_of(4, "allow"));
-                    service.publish(record_of(5, "deny"));
+                3 => {
+                    service.publish(record_of(5, "allow"));
+                    service.publish(record_of(6, "deny"));
                 }
-                3 => stop.cancel(),
+                4 => stop.cancel(),
                 _ => {}
             }
             Ok(())
         })
         .unwrap();
-    assert_eq!(numbers, [1, 3, 5]);
+    assert_eq!(numbers, [1, 3, 4, 6]);
 }
 
 fn record_of(number: u32, verdict: &str) -> Arc<str> {

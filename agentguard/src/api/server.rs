@@ -37,6 +37,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::caller::{Caller, Role, Viewer, user_prefix};
 use super::openapi::openapi;
@@ -64,6 +65,8 @@ pub struct Limits {
     pub connection_time: Duration,
     /// Between two signs of life on a silent event stream.
     pub heartbeat: Duration,
+    /// For what is under way when the server stops.
+    pub drain_time: Duration,
     /// Connections of root. Users can not use these up, so root always gets through.
     pub root_connections: usize,
     /// Connections of each other user.
@@ -86,6 +89,7 @@ impl Default for Limits {
             request_time: Duration::from_secs(30),
             connection_time: Duration::from_secs(60),
             heartbeat: Duration::from_secs(15),
+            drain_time: Duration::from_secs(3),
             root_connections: 64,
             user_connections: 16,
             users_connections: 128,
@@ -158,12 +162,12 @@ pub async fn serve_control<S: Service>(
     limits: Limits,
     stop: CancellationToken,
 ) {
-    let app = Arc::new(App { service, limits, stop: stop.clone() });
+    let app = Arc::new(App { service, limits, stop: stop.clone(), tasks: TaskTracker::new() });
     let router = control_router(&app);
     let slots = Arc::new(Slots::default());
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -175,6 +179,8 @@ pub async fn serve_control<S: Service>(
             }
         }
     }
+    drop(listener);
+    app.drain().await;
 }
 
 /// Serves `/metrics`, `/healthz` and `/readyz` until `stop` is cancelled.
@@ -185,7 +191,7 @@ pub async fn serve_metrics<S: Service>(
     stop: CancellationToken,
 ) {
     let slots = Arc::new(Semaphore::new(limits.tcp_connections));
-    let app = Arc::new(App { service, limits, stop: stop.clone() });
+    let app = Arc::new(App { service, limits, stop: stop.clone(), tasks: TaskTracker::new() });
     let router = Router::new()
         .route("/metrics", get(metrics::<S>))
         .route("/healthz", get(|| async { "ok\n" }))
@@ -194,7 +200,7 @@ pub async fn serve_metrics<S: Service>(
         .with_state(app.clone());
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -205,7 +211,7 @@ pub async fn serve_metrics<S: Service>(
                     continue;
                 };
                 let (app, router) = (app.clone(), router.clone());
-                tokio::spawn(async move {
+                app.tasks.clone().spawn(async move {
                     serve_connection(stream, &app, router, None).await;
                     drop(slot);
                 });
@@ -216,12 +222,26 @@ pub async fn serve_metrics<S: Service>(
             }
         }
     }
+    drop(listener);
+    app.drain().await;
 }
 
 struct App<S> {
     service: Arc<S>,
     limits: Limits,
     stop: CancellationToken,
+    /// One for each connection.
+    tasks: TaskTracker,
+}
+
+impl<S> App<S> {
+    /// Lets connections come to their end, for a while.
+    async fn drain(&self) {
+        self.tasks.close();
+        if tokio::time::timeout(self.limits.drain_time, self.tasks.wait()).await.is_err() {
+            tracing::warn!(connections = self.tasks.len(), "connections were cut off at the stop");
+        }
+    }
 }
 
 /// A connection, as its requests know it.
@@ -361,7 +381,7 @@ fn accept<S: Service>(stream: UnixStream, app: &Arc<App<S>>, router: &Router, sl
         return;
     };
     let (app, router) = (app.clone(), router.clone());
-    tokio::spawn(async move {
+    app.tasks.clone().spawn(async move {
         serve_connection(stream, &app, router, Some(caller)).await;
         drop(guard);
     });
@@ -404,14 +424,24 @@ async fn serve_connection<S: Service>(
         .header_read_timeout(limits.head_time)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(serving);
-    let ended = tokio::select! {
-        ended = &mut serving => ended,
-        () = tokio::time::sleep(limits.connection_time) => {
-            if !streaming.load(Ordering::Relaxed) {
+    let too_long = tokio::time::sleep(limits.connection_time);
+    tokio::pin!(too_long);
+    let ended = loop {
+        tokio::select! {
+            ended = &mut serving => break ended,
+            () = app.stop.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                break serving.await;
+            }
+            () = &mut too_long => {
+                if streaming.load(Ordering::Relaxed) {
+                    // An event stream lasts until one side ends it.
+                    too_long.as_mut().reset(tokio::time::Instant::now() + limits.connection_time);
+                    continue;
+                }
                 app.service.record_request(Outcome { route: None, role: None, status: 408 });
                 return;
             }
-            serving.await
         }
     };
     if let Err(error) = ended {
