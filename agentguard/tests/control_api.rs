@@ -980,9 +980,11 @@ fn a_user_s_stream_has_only_its_own_records_and_says_what_was_missed() {
     wait_for(|| daemon.service.live.receiver_count() == 1);
     daemon.service.publish(record("theirs", THEIRS, "deny", 10));
     daemon.service.publish(record("mine", MINE, "deny", 11));
-    // One worker serves: it can not keep up with this in a channel of 16.
-    for number in 100..5000 {
-        daemon.service.publish(record("mine", MINE, "deny", number));
+    // Made before they are sent: the server, which reads each of them, can not keep up with so
+    // many at once in a channel of 16.
+    let flood: Vec<_> = (100..20_000).map(|number| record("mine", MINE, "deny", number)).collect();
+    for line in flood {
+        let _ = daemon.service.live.send(line);
     }
     std::thread::sleep(Duration::from_millis(500));
     daemon.stop.cancel();
