@@ -1,1 +1,33 @@
-//! The harness of the kernel tests.
+//! The harness of the tests that run on real kernels.
+//!
+//! A [`World`] is a network of its own with small real servers in it; a [`Guard`] is a daemon of
+//! its own; an [`Attack`] is one run of a program that tries to get out; a [`WayOut`] ties them
+//! together into the three runs of the threat model. Every value takes away what it set up when it
+//! is dropped, also when the test panics; what a killed run left behind goes at the next start.
+//!
+//! Must not know: agentguard's code. It sees what a user sees: commands, files and the network.
+//! Tests run in parallel, as threads or as processes; nothing here is shared between them.
+
+mod attack;
+mod cgroup;
+mod guard;
+mod layer;
+mod process;
+mod program;
+mod server;
+mod unique;
+mod way_out;
+mod world;
+
+pub use attack::{Attack, Outcome, Report};
+pub use cgroup::Cgroup;
+pub use guard::{BASE_SCOPE, Guard, Mode, wait_until};
+pub use layer::{Layer, requires};
+pub use process::{Finished, Running, attack_binary, run};
+pub use program::Programs;
+pub use server::{Protocol, Reach, Servers};
+pub use way_out::{
+    Proof, Recorded, WayOut, is_recorded_in_audit_mode, is_refused_in_enforce_mode,
+    works_without_the_guard,
+};
+pub use world::{Network, World, address};

@@ -1,0 +1,111 @@
+//! Processes outside the workload that an attack works together with.
+//!
+//! They end by themselves, or when their standard input closes.
+
+use std::{
+    io::{self, Write},
+    net::SocketAddr,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+    process,
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::Socket;
+
+use crate::{
+    outcome::{Attempt, Failure},
+    passing,
+    sockets::{PATIENCE, Protocol, connect, converse},
+};
+
+/// How long a helper waits to be asked. Longer than an attack, which starts later.
+const LIFETIME: Duration = Duration::from_secs(30);
+
+#[derive(clap::Args)]
+pub(crate) struct Lend {
+    #[arg(long)]
+    to: SocketAddr,
+    #[arg(long)]
+    protocol: Protocol,
+    /// The unix socket on which to hand out the connected socket.
+    #[arg(long)]
+    listen: PathBuf,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Use {
+    #[arg(long)]
+    to: SocketAddr,
+    #[arg(long)]
+    protocol: Protocol,
+    /// The unix socket on which to take a socket.
+    #[arg(long)]
+    listen: PathBuf,
+}
+
+/// Connects, says where (`ready <pid> <fd>`), and lends the socket to whoever asks.
+pub(crate) fn lend(arguments: &Lend) -> Attempt {
+    let socket = arguments.protocol.socket(arguments.to)?;
+    connect(&socket, arguments.to)?;
+    let mut lent = 0;
+    serve(&arguments.listen, socket.as_raw_fd(), |stream| {
+        passing::send(stream, &socket)?;
+        lent += 1;
+        Ok(())
+    })?;
+    Ok(format!("lent {lent} times"))
+}
+
+/// Takes sockets, connects each, talks, and answers with what came of it.
+pub(crate) fn use_lent(arguments: &Use) -> Attempt {
+    let mut used = 0;
+    serve(&arguments.listen, -1, |mut stream| {
+        let attempt = use_socket(arguments, passing::receive(stream)?);
+        let answer = serde_json::to_vec(&attempt)
+            .map_err(|error| Failure::unfit(format!("the answer: {error}")))?;
+        stream.write_all(&answer).map_err(|error| Failure::setup("answer", error))?;
+        used += 1;
+        Ok(())
+    })?;
+    Ok(format!("used {used} sockets"))
+}
+
+fn use_socket(arguments: &Use, fd: OwnedFd) -> Attempt {
+    let socket = Socket::from(fd);
+    connect(&socket, arguments.to)?;
+    converse(arguments.protocol, socket)
+}
+
+fn serve(
+    path: &PathBuf,
+    fd: i32,
+    mut answer: impl FnMut(&UnixStream) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let listener =
+        UnixListener::bind(path).map_err(|error| Failure::setup(path.display(), error))?;
+    println!("ready {} {fd}", process::id());
+    let deadline = Instant::now() + LIFETIME;
+    let input = io::stdin();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        let mut watched = [
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(input.as_fd(), PollFlags::POLLIN),
+        ];
+        let ready = poll(&mut watched, timeout).map_err(|errno| Failure::setup("poll", errno))?;
+        if ready == 0 || watched[1].any() == Some(true) {
+            return Ok(());
+        }
+        let (stream, _) = listener.accept().map_err(|error| Failure::setup("accept", error))?;
+        stream
+            .set_read_timeout(Some(PATIENCE))
+            .map_err(|error| Failure::setup("setsockopt", error))?;
+        answer(&stream)?;
+    }
+}

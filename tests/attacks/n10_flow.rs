@@ -1,0 +1,103 @@
+//! N10: a flow that was allowed when it began, and goes on.
+//!
+//! Prints `{"ms", "acknowledged"}` every 100 ms: the bytes that the peer sent back so far. It
+//! worked when the flow still moved at the end.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use socket2::Socket;
+
+use crate::{
+    outcome::{Attempt, Failure},
+    sockets::{Protocol, connect},
+};
+
+const TICK: Duration = Duration::from_millis(10);
+const REPORT: Duration = Duration::from_millis(100);
+/// A flow that did not move for this long at the end was stopped.
+const STILL: Duration = Duration::from_millis(500);
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    #[arg(long)]
+    to: SocketAddr,
+    #[arg(long)]
+    protocol: Protocol,
+    /// How long to go on.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1000..=3000))]
+    milliseconds: u64,
+}
+
+#[derive(Serialize)]
+struct Progress {
+    ms: u128,
+    acknowledged: usize,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Attempt {
+    let mut socket = arguments.protocol.socket(arguments.to)?;
+    connect(&socket, arguments.to)?;
+    socket.set_nonblocking(true).map_err(|error| Failure::setup("setsockopt", error))?;
+    let start = Instant::now();
+    let mut reported = Duration::ZERO;
+    let mut moved = Duration::ZERO;
+    let mut acknowledged = 0;
+    while start.elapsed() < Duration::from_millis(arguments.milliseconds) {
+        send(&mut socket)?;
+        thread::sleep(TICK);
+        let heard = drain(&mut socket)?;
+        if heard > 0 {
+            acknowledged += heard;
+            moved = start.elapsed();
+        }
+        if start.elapsed() >= reported + REPORT {
+            reported = start.elapsed();
+            let progress = Progress { ms: reported.as_millis(), acknowledged };
+            let line = serde_json::to_string(&progress)
+                .map_err(|error| Failure::unfit(error.to_string()))?;
+            println!("{line}");
+        }
+    }
+    let detail = format!("{acknowledged} bytes, the last after {} ms", moved.as_millis());
+    if acknowledged == 0 {
+        Err(Failure::refused("no byte came back"))
+    } else if start.elapsed() - moved > STILL {
+        Err(Failure::refused(detail))
+    } else {
+        Ok(detail)
+    }
+}
+
+/// Sends what fits; a refusal does not end the flow, it may be taken back.
+fn send(socket: &mut Socket) -> Result<(), Failure> {
+    match socket.write(&[b'.'; 32]) {
+        Ok(_) => Ok(()),
+        Err(error) if is_refusal(&error) => Ok(()),
+        Err(error) => Err(Failure::at("send", error)),
+    }
+}
+
+fn drain(socket: &mut Socket) -> Result<usize, Failure> {
+    let mut total = 0;
+    let mut buffer = [0; 4096];
+    // What can come back within a tick is bounded by what was sent.
+    for _ in 0..64 {
+        match socket.read(&mut buffer) {
+            Ok(0) => return Err(Failure::unfit("the peer closed the connection")),
+            Ok(length) => total += length,
+            Err(error) if is_refusal(&error) => break,
+            Err(error) => return Err(Failure::at("receive", error)),
+        }
+    }
+    Ok(total)
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::PermissionDenied)
+}

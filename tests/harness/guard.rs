@@ -1,0 +1,332 @@
+//! A daemon of one's own, with its own directories and cgroups, so that tests run side by side.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+
+use crate::{
+    World, cgroup,
+    process::{Finished, Running, binary, run},
+    server::Protocol,
+    world::address,
+};
+
+/// How long the daemon may take for a step that it is asked for.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The scope that every guard knows: the API, and the attack program.
+pub const BASE_SCOPE: &str = "test:base";
+
+/// What happens to a denied request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Audit,
+    Enforce,
+}
+
+impl Mode {
+    /// The word in records.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Audit => "audit",
+            Self::Enforce => "enforce",
+        }
+    }
+}
+
+/// A running daemon; dropped, it stops and takes its protection away.
+#[derive(Debug)]
+pub struct Guard {
+    program: PathBuf,
+    directory: PathBuf,
+    daemon: Running,
+}
+
+impl Guard {
+    /// Starts a daemon that knows one scope, `test:base`: the API, with `programs` to be run, and waits until it is
+    /// ready.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start(world: &World, programs: &[PathBuf]) -> Self {
+        let program = binary("agentguard", "AGENTGUARD_BIN");
+        let directory = world.directory().join("guard");
+        for name in ["", "manifests", "state", "run"] {
+            fs::create_dir(directory.join(name)).expect("a directory can be made");
+        }
+        write_config(&directory, world.name());
+        write_manifest(&directory, "base", &base_scope(programs));
+        let daemon = Self::start_daemon(&program, &directory);
+        let guard = Self { program, directory, daemon };
+        guard.wait_until_ready();
+        guard
+    }
+
+    fn start_daemon(program: &Path, directory: &Path) -> Running {
+        let mut command = Command::new(program);
+        command.arg("run").arg("--config").arg(config_file(directory)).stdin(Stdio::null());
+        Running::start(&mut command)
+    }
+
+    #[track_caller]
+    fn wait_until_ready(&self) {
+        wait_until("the daemon is ready", || {
+            let mut status = self.command(&["status", "--output", "json"]);
+            run(&mut status, PATIENCE).status.success()
+        });
+    }
+
+    /// The command line that launches a workload; the workload's own comes after it.
+    #[must_use]
+    pub fn exec_line(&self, identity: &str, scopes: &[&str], mode: Mode) -> Vec<OsString> {
+        let mut line: Vec<OsString> = vec![self.program.clone().into(), "exec".into()];
+        line.extend(["--config".into(), config_file(&self.directory).into()]);
+        line.extend(["--identity".into(), identity.into()]);
+        for scope in scopes {
+            line.extend(["--scope".into(), scope.into()]);
+        }
+        match mode {
+            Mode::Audit => line.push("--audit".into()),
+            Mode::Enforce => {}
+        }
+        line.push("--".into());
+        line
+    }
+
+    /// Runs a command as a workload on the client side of `world`.
+    #[track_caller]
+    pub fn exec(
+        &self,
+        world: &World,
+        identity: &str,
+        scopes: &[&str],
+        mode: Mode,
+        command: &[OsString],
+    ) -> Finished {
+        let mut enter = world.enter();
+        enter.arg("--").args(self.exec_line(identity, scopes, mode)).args(command);
+        run(&mut enter, PATIENCE)
+    }
+
+    /// Knows one more scope: a destination.
+    pub fn define_scope(&self, scope: &str, protocol: Protocol, to: std::net::SocketAddr) {
+        let length = if to.is_ipv4() { 32 } else { 128 };
+        let document = json!({
+            "apiVersion": "agentguard.dev/v1alpha1",
+            "kind": "Scope",
+            "metadata": {"name": scope.replace(':', "-")},
+            "spec": {
+                "scope": scope,
+                "description": "a destination of a test",
+                "egress": [{
+                    "to": [{"ipBlock": {"cidr": format!("{}/{length}", to.ip())}}],
+                    "ports": [{"protocol": protocol.as_str().to_uppercase(), "port": to.port()}],
+                }],
+            },
+        });
+        write_manifest(&self.directory, &format!("scope-{}", scope.replace(':', "-")), &document);
+    }
+
+    /// Grants `scope` to `identity` for so long, by a manifest.
+    pub fn grant(&self, name: &str, identity: &str, scope: &str, lasts: Duration) {
+        let lasts = SignedDuration::try_from(lasts).expect("a test does not last that long");
+        let document = json!({
+            "apiVersion": "agentguard.dev/v1alpha1",
+            "kind": "Grant",
+            "metadata": {"name": name},
+            "spec": {
+                "subject": {"spiffeId": identity},
+                "scopes": [scope],
+                "expiresAt": (Timestamp::now() + lasts).to_string(),
+                "grantedBy": "the tests",
+                "reason": "a test",
+            },
+        });
+        write_manifest(&self.directory, &format!("grant-{name}"), &document);
+    }
+
+    /// Takes a grant back, by removing its manifest.
+    pub fn revoke(&self, name: &str) {
+        fs::remove_file(manifest(&self.directory, &format!("grant-{name}")))
+            .expect("a grant that was granted can be revoked");
+    }
+
+    /// Ends the daemon as `SIGKILL` does.
+    pub fn kill(&mut self) {
+        self.daemon.kill();
+    }
+
+    /// Starts the daemon again after [`Self::kill`].
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.daemon = Self::start_daemon(&self.program, &self.directory);
+        self.wait_until_ready();
+    }
+
+    /// What `agentguard status` says.
+    #[track_caller]
+    #[must_use]
+    pub fn status(&self) -> Value {
+        let finished = run(&mut self.command(&["status", "--output", "json"]), PATIENCE)
+            .expect_success("agentguard status");
+        serde_json::from_str(&finished.stdout)
+            .unwrap_or_else(|error| panic!("agentguard status: {error}: {}", finished.stdout))
+    }
+
+    /// The verdicts in the audit log so far.
+    ///
+    /// # Panics
+    ///
+    /// When a line is not one JSON object, or holds a control character.
+    #[track_caller]
+    #[must_use]
+    pub fn audit_records(&self) -> Vec<Value> {
+        let log = fs::read(self.audit_log()).unwrap_or_default();
+        log.split_inclusive(|byte| *byte == b'\n')
+            // The last line may be half written.
+            .filter_map(|line| line.strip_suffix(b"\n"))
+            .map(|line| {
+                let text = std::str::from_utf8(line).expect("the audit log is UTF-8");
+                assert!(!text.contains(char::is_control), "a control character in {text:?}");
+                serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+            })
+            .filter(|record: &Value| record["kind"] == "verdict")
+            .collect()
+    }
+
+    /// Waits until a record is there that `is_it` recognises.
+    ///
+    /// # Panics
+    ///
+    /// When there is none in time.
+    #[track_caller]
+    pub fn recorded(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        let mut found = None;
+        let in_time = eventually(|| {
+            found = self.audit_records().into_iter().find(&is_it);
+            found.is_some()
+        });
+        assert!(in_time, "no record of {what} among {:#?}", self.audit_records());
+        found.expect("it was found in time")
+    }
+
+    /// The audit log.
+    #[must_use]
+    pub fn audit_log(&self) -> PathBuf {
+        self.directory.join("audit.jsonl")
+    }
+
+    /// Another of agentguard's commands, for this daemon.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).arg("--config").arg(config_file(&self.directory));
+        command.stdin(Stdio::null());
+        command
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("the daemon said: {}", self.daemon.stderr());
+        }
+        self.daemon.kill();
+        let finished = self.command(&["uninstall"]).status();
+        if !finished.is_ok_and(|status| status.success()) {
+            eprintln!("agentguard uninstall failed; its pins may be left behind");
+        }
+    }
+}
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+///
+/// When it does not in time.
+#[track_caller]
+pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    assert!(eventually(condition), "in vain: {what}");
+}
+
+fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    false
+}
+
+fn config_file(directory: &Path) -> PathBuf {
+    directory.join("config.yaml")
+}
+
+/// JSON is YAML too.
+fn write_config(directory: &Path, name: &str) {
+    let config = json!({
+        "node": name,
+        "trust_domain": "agentguard.test",
+        "manifests": directory.join("manifests"),
+        "state_directory": directory.join("state"),
+        "runtime_directory": directory.join("run"),
+        "pin_directory": Path::new("/sys/fs/bpf").join(name),
+        "cgroup_root": cgroup::root(),
+        "cgroup_parent": format!("{name}-guard"),
+        "audit_log": directory.join("audit.jsonl"),
+    });
+    fs::write(config_file(directory), format!("{config:#}\n")).expect("a file can be written");
+}
+
+fn manifest(directory: &Path, name: &str) -> PathBuf {
+    directory.join("manifests").join(format!("{name}.yaml"))
+}
+
+/// In one step, so that the daemon never reads half of it.
+fn write_manifest(directory: &Path, name: &str, document: &Value) {
+    let path = manifest(directory, name);
+    let half = directory.join(format!("{name}.new"));
+    fs::write(&half, format!("{document:#}\n")).expect("a file can be written");
+    fs::rename(half, path).expect("a file can be moved");
+}
+
+fn base_scope(programs: &[PathBuf]) -> Value {
+    let blocks: Vec<Value> = [address::API, address::API6]
+        .iter()
+        .map(|api| {
+            let length = if api.is_ipv4() { 32 } else { 128 };
+            json!({"ipBlock": {"cidr": format!("{api}/{length}")}})
+        })
+        .collect();
+    let exec: Vec<Value> = programs.iter().map(|path| json!({"path": path})).collect();
+    json!({
+        "apiVersion": "agentguard.dev/v1alpha1",
+        "kind": "Scope",
+        "metadata": {"name": "base"},
+        "spec": {
+            "scope": BASE_SCOPE,
+            "description": "what every test workload may do",
+            "egress": [{
+                "to": blocks,
+                "ports": [
+                    {"protocol": "TCP", "port": address::GRANTED_PORT},
+                    {"protocol": "UDP", "port": address::GRANTED_PORT},
+                ],
+            }],
+            "exec": exec,
+        },
+    })
+}

@@ -1,0 +1,270 @@
+//! Small real servers: they send back what they are sent, and remember who was reached.
+//!
+//! One thread serves all of them; it is the only one that enters the network namespace.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CloneFlags, setns},
+};
+use socket2::{Domain, Socket, Type};
+
+/// How often the thread looks whether it shall end, in milliseconds.
+const TICK: u16 = 20;
+
+/// Which transport was used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    /// The word the attacks use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+/// How far others got to one address and port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Accepted connections; zero for UDP.
+    pub connections: u64,
+    /// Bytes that arrived.
+    pub bytes: u64,
+}
+
+type Reached = Arc<Mutex<BTreeMap<(Protocol, SocketAddr), Reach>>>;
+
+/// Servers on every pair of an address and a port, for TCP and UDP.
+#[derive(Debug)]
+pub struct Servers {
+    namespace: PathBuf,
+    reached: Reached,
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Servers {
+    /// Starts them in a network namespace.
+    ///
+    /// # Panics
+    ///
+    /// When one of the addresses cannot be served.
+    #[must_use]
+    pub fn start(namespace: &Path, addresses: &[IpAddr], ports: &[u16]) -> Self {
+        let reached = Reached::default();
+        let over = Arc::new(AtomicBool::new(false));
+        let endpoints: Vec<SocketAddr> = addresses
+            .iter()
+            .flat_map(|address| ports.iter().map(|port| SocketAddr::new(*address, *port)))
+            .collect();
+        let (ready, is_ready) = mpsc::channel();
+        let thread = thread::spawn({
+            let (namespace, reached, over) =
+                (namespace.to_owned(), Arc::clone(&reached), Arc::clone(&over));
+            move || {
+                let sockets = enter(&namespace).and_then(|()| Sockets::open(&endpoints));
+                match sockets {
+                    Ok(mut sockets) => {
+                        ready.send(Ok(())).expect("the starter waits");
+                        while !over.load(Ordering::Relaxed) {
+                            sockets.serve(&reached);
+                        }
+                    }
+                    Err(error) => ready.send(Err(error)).expect("the starter waits"),
+                }
+            }
+        });
+        is_ready
+            .recv()
+            .expect("the thread says whether it is ready")
+            .unwrap_or_else(|error| panic!("servers in {}: {error}", namespace.display()));
+        Self { namespace: namespace.to_owned(), reached, over, threads: vec![thread] }
+    }
+
+    /// How far others got to `endpoint`.
+    #[must_use]
+    pub fn reach(&self, protocol: Protocol, endpoint: SocketAddr) -> Reach {
+        lock(&self.reached).get(&(protocol, endpoint)).copied().unwrap_or_default()
+    }
+
+    /// Has `from` call `to`, as soon as someone listens there, and send back what it hears. What
+    /// it hears counts as having reached `from`.
+    pub fn call(&mut self, from: SocketAddr, to: SocketAddr) {
+        let (namespace, reached, over) =
+            (self.namespace.clone(), Arc::clone(&self.reached), Arc::clone(&self.over));
+        self.threads.push(thread::spawn(move || {
+            // Without a call the attack waits in vain, and the test sees that.
+            if let Err(error) = enter(&namespace).and_then(|()| answer(from, to, &reached, &over)) {
+                eprintln!("the call from {from} to {to}: {error}");
+            }
+        }));
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                eprintln!("a server panicked");
+            }
+        }
+    }
+}
+
+/// Lets the calling thread live in another network namespace.
+pub(crate) fn enter(namespace: &Path) -> io::Result<()> {
+    Ok(setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?)
+}
+
+/// Lets every listener take data with the first packet, with and without a cookie, and every
+/// client send it. For the network namespace of the calling thread.
+pub(crate) fn allow_fast_open() -> io::Result<()> {
+    // Bits: client, server, client without cookie, server without cookie, all listeners.
+    fs::write("/proc/sys/net/ipv4/tcp_fastopen", (0x1 | 0x2 | 0x4 | 0x200 | 0x400).to_string())
+}
+
+struct Sockets {
+    listeners: Vec<(TcpListener, SocketAddr)>,
+    datagrams: Vec<(UdpSocket, SocketAddr)>,
+    streams: Vec<(TcpStream, SocketAddr)>,
+}
+
+impl Sockets {
+    fn open(endpoints: &[SocketAddr]) -> io::Result<Self> {
+        let mut sockets = Self { listeners: vec![], datagrams: vec![], streams: vec![] };
+        for endpoint in endpoints {
+            let name =
+                |error: io::Error| io::Error::new(error.kind(), format!("{endpoint}: {error}"));
+            let listener = TcpListener::bind(endpoint).map_err(name)?;
+            listener.set_nonblocking(true)?;
+            sockets.listeners.push((listener, *endpoint));
+            let datagram = UdpSocket::bind(endpoint).map_err(name)?;
+            datagram.set_nonblocking(true)?;
+            sockets.datagrams.push((datagram, *endpoint));
+        }
+        Ok(sockets)
+    }
+
+    /// One round: waits a little, then serves whoever is there.
+    fn serve(&mut self, reached: &Reached) {
+        let ready: Vec<bool> = {
+            let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut watched: Vec<PollFd<'_>> = self
+                .listeners
+                .iter()
+                .map(|(socket, _)| watch(socket.as_fd()))
+                .chain(self.datagrams.iter().map(|(socket, _)| watch(socket.as_fd())))
+                .chain(self.streams.iter().map(|(socket, _)| watch(socket.as_fd())))
+                .collect();
+            // An interrupted wait is an empty round.
+            if poll(&mut watched, PollTimeout::from(TICK)).unwrap_or(0) == 0 {
+                return;
+            }
+            watched.iter().map(|watched| watched.any().unwrap_or(true)).collect()
+        };
+        let (listeners, rest) = ready.split_at(self.listeners.len());
+        let (datagrams, streams) = rest.split_at(self.datagrams.len());
+
+        let mut is_ready = streams.iter();
+        self.streams.retain_mut(|(stream, endpoint)| {
+            is_ready.next() != Some(&true) || echo(stream, Protocol::Tcp, *endpoint, reached)
+        });
+        for ((socket, endpoint), _) in self.datagrams.iter().zip(datagrams).filter(|(_, is)| **is) {
+            send_back(socket, *endpoint, reached);
+        }
+        for ((listener, endpoint), _) in self.listeners.iter().zip(listeners).filter(|(_, is)| **is)
+        {
+            while let Ok((stream, _)) = listener.accept() {
+                entry(reached, Protocol::Tcp, *endpoint, |reach| reach.connections += 1);
+                if stream.set_nonblocking(true).is_ok() {
+                    self.streams.push((stream, *endpoint));
+                }
+            }
+        }
+    }
+}
+
+/// Sends back what lies ready; whether the stream stays open.
+fn echo(stream: &mut TcpStream, protocol: Protocol, at: SocketAddr, reached: &Reached) -> bool {
+    let mut buffer = [0; 4096];
+    match stream.read(&mut buffer) {
+        Ok(0) => false,
+        Ok(length) => {
+            entry(reached, protocol, at, |reach| reach.bytes += length as u64);
+            // Attacks send little, so it fits; one that does not read has itself to blame.
+            stream.write(&buffer[..length]).is_ok()
+        }
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
+}
+
+fn send_back(socket: &UdpSocket, at: SocketAddr, reached: &Reached) {
+    let mut buffer = [0; 4096];
+    // Bounded, so that a flood of one does not keep the others waiting.
+    for _ in 0..256 {
+        match socket.recv_from(&mut buffer) {
+            Ok((length, from)) => {
+                entry(reached, Protocol::Udp, at, |reach| reach.bytes += length as u64);
+                // A datagram may get lost; the attack waits for its answer in vain then.
+                let _lost = socket.send_to(&buffer[..length], from);
+            }
+            // Empty, or the echo of an earlier answer that nobody took.
+            Err(_) => return,
+        }
+    }
+}
+
+/// One call from inside the network.
+fn answer(
+    from: SocketAddr,
+    to: SocketAddr,
+    reached: &Reached,
+    over: &AtomicBool,
+) -> io::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut stream = loop {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.bind(&from.into())?;
+        match socket.connect_timeout(&to.into(), Duration::from_millis(200)) {
+            Ok(()) => break TcpStream::from(socket),
+            Err(error) if over.load(Ordering::Relaxed) || Instant::now() > deadline => {
+                return Err(error);
+            }
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+    while !over.load(Ordering::Relaxed) && echo(&mut stream, Protocol::Tcp, from, reached) {}
+    Ok(())
+}
+
+fn entry(reached: &Reached, protocol: Protocol, at: SocketAddr, change: impl FnOnce(&mut Reach)) {
+    change(lock(reached).entry((protocol, at)).or_default());
+}
+
+fn lock(reached: &Reached) -> MutexGuard<'_, BTreeMap<(Protocol, SocketAddr), Reach>> {
+    reached.lock().expect("nobody panics while counting")
+}

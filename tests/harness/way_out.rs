@@ -1,0 +1,263 @@
+//! A way out of the threat model, and its three runs.
+//!
+//! Without the guard it must work, or the other runs prove nothing; in audit mode it works and is
+//! recorded; in enforce mode it is refused and recorded, unless `status` has said before that this
+//! kernel leaves it open.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+
+use crate::{
+    Attack, Guard, Layer, Mode, Outcome, Programs, Report, Running, World, attack_binary,
+    guard::BASE_SCOPE,
+    requires,
+    server::{Protocol, Reach},
+};
+
+/// How the harness sees, without asking the attack, that it worked.
+#[derive(Clone, Debug)]
+pub enum Proof {
+    /// A connection or bytes arrived at a server of the server side.
+    Reached(Protocol, SocketAddr),
+    /// Bytes arrived there; the connection is not the attack's doing.
+    Sent(Protocol, SocketAddr),
+    /// A connection or bytes arrived at a server on the client side's loopback.
+    ReachedLocally(Protocol, SocketAddr),
+    /// The forbidden program ran.
+    Ran(Programs),
+}
+
+/// The record that the attack leaves.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// One of these words is the request's action.
+    pub actions: &'static [&'static str],
+    /// What the request's target contains.
+    pub target: String,
+}
+
+/// One attack with all it needs.
+#[derive(Debug)]
+pub struct WayOut {
+    pub attack: Attack,
+    pub proof: Proof,
+    pub recorded: Recorded,
+    pub layer: Layer,
+    /// The word by which `status` says that this kernel leaves it open.
+    pub gap: Option<&'static str>,
+    /// What runs outside the workload meanwhile.
+    pub helpers: Vec<Running>,
+}
+
+impl WayOut {
+    /// An attack that is to reach `to`.
+    #[must_use]
+    pub fn network(attack: Attack, protocol: Protocol, to: SocketAddr) -> Self {
+        Self {
+            attack,
+            proof: Proof::Reached(protocol, to),
+            recorded: Recorded {
+                actions: &["connect", "send", "packet"],
+                target: to.ip().to_canonical().to_string(),
+            },
+            layer: Layer::Portable,
+            gap: None,
+            helpers: Vec::new(),
+        }
+    }
+
+    /// An attack that is to run the forbidden one of `programs`.
+    #[must_use]
+    pub fn exec(attack: Attack, programs: &Programs) -> Self {
+        let attack = attack
+            .option("program", programs.forbidden())
+            .option("token", programs.token())
+            .option("scratch", programs.scratch());
+        Self {
+            attack,
+            proof: Proof::Ran(programs.clone()),
+            recorded: Recorded { actions: &["exec"], target: String::new() },
+            layer: Layer::Portable,
+            gap: None,
+            helpers: Vec::new(),
+        }
+    }
+
+    /// The same with another proof.
+    #[must_use]
+    pub fn proved_by(mut self, proof: Proof) -> Self {
+        self.proof = proof;
+        self
+    }
+
+    /// The same with another record.
+    #[must_use]
+    pub fn recorded_as(mut self, actions: &'static [&'static str], target: &str) -> Self {
+        self.recorded = Recorded { actions, target: target.to_owned() };
+        self
+    }
+
+    /// The same with a helper outside.
+    #[must_use]
+    pub fn with_helper(mut self, helper: Running) -> Self {
+        self.helpers.push(helper);
+        self
+    }
+
+    /// The same, open on kernels of which `status` says so.
+    #[must_use]
+    pub const fn or_gap(mut self, word: &'static str) -> Self {
+        self.gap = Some(word);
+        self
+    }
+
+    fn worked(&self, world: &World) -> bool {
+        match &self.proof {
+            Proof::Reached(protocol, to) => {
+                world.servers().reach(*protocol, *to) != Reach::default()
+            }
+            Proof::Sent(protocol, to) => world.servers().reach(*protocol, *to).bytes > 0,
+            Proof::ReachedLocally(protocol, to) => {
+                world.local_servers().reach(*protocol, *to) != Reach::default()
+            }
+            Proof::Ran(programs) => programs.payload_ran(),
+        }
+    }
+}
+
+/// The first run.
+///
+/// # Panics
+///
+/// When the attack does not work: it would prove nothing about a guard.
+#[track_caller]
+pub fn works_without_the_guard(way_out: impl FnOnce(&mut World) -> WayOut) {
+    requires(Layer::Portable);
+    let mut world = World::new();
+    let mut way_out = way_out(&mut world);
+    let report = way_out.attack.run_without_the_guard(&world);
+    assert_worked(&way_out, &world, &report);
+}
+
+/// The second run.
+///
+/// # Panics
+///
+/// When the attack does not work, or leaves no record.
+#[track_caller]
+pub fn is_recorded_in_audit_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
+    let mut guarded = Guarded::start(way_out);
+    let report = guarded.run(Mode::Audit);
+    assert_worked(&guarded.way_out, &guarded.world, &report);
+    guarded.assert_recorded(Mode::Audit);
+}
+
+/// The third run.
+///
+/// # Panics
+///
+/// When the attack works though `status` does not say so, or leaves no record.
+#[track_caller]
+pub fn is_refused_in_enforce_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
+    let mut guarded = Guarded::start(way_out);
+    let left_open = guarded.way_out.gap.is_some_and(|word| mentions(&guarded.guard.status(), word));
+    let report = guarded.run(Mode::Enforce);
+    if left_open {
+        assert_worked(&guarded.way_out, &guarded.world, &report);
+        return;
+    }
+    assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
+    assert!(
+        !guarded.way_out.worked(&guarded.world),
+        "the attack worked without noticing: {report:?}"
+    );
+    guarded.assert_recorded(Mode::Enforce);
+}
+
+const IDENTITY: &str = "spiffe://agentguard.test/attacker";
+
+struct Guarded {
+    // The guard goes before the network and the cgroups it guards.
+    guard: Guard,
+    way_out: WayOut,
+    world: World,
+}
+
+impl Guarded {
+    #[track_caller]
+    fn start(way_out: impl FnOnce(&mut World) -> WayOut) -> Self {
+        let mut world = World::new();
+        let way_out = way_out(&mut world);
+        requires(way_out.layer);
+        let mut programs = vec![attack_binary()];
+        if let Proof::Ran(of) = &way_out.proof {
+            programs.push(of.granted());
+        }
+        let guard = Guard::start(&world, &programs);
+        Self { guard, way_out, world }
+    }
+
+    #[track_caller]
+    fn run(&mut self, mode: Mode) -> Report {
+        let Self { guard, way_out, world } = self;
+        way_out.attack.run_as_workload(world, guard, IDENTITY, &[BASE_SCOPE], mode)
+    }
+
+    #[track_caller]
+    fn assert_recorded(&self, mode: Mode) {
+        let Recorded { actions, target } = &self.way_out.recorded;
+        let what = format!("{actions:?} to {target:?}, denied in {} mode", mode.as_str());
+        self.guard.recorded(&what, |record| {
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            record["verdict"] == "deny"
+                && record["mode"] == mode.as_str()
+                && record["refused"] == (mode == Mode::Enforce)
+                && record["workload"]["identity"] == IDENTITY
+                && actions.contains(&text(&record["request"]["action"]).as_str())
+                && mentions(&record["request"]["target"], target)
+        });
+    }
+}
+
+/// Whether a text anywhere in `value` contains `word`.
+fn mentions(value: &Value, word: &str) -> bool {
+    match value {
+        Value::String(text) => text.contains(word),
+        Value::Array(values) => values.iter().any(|value| mentions(value, word)),
+        Value::Object(fields) => fields.values().any(|value| mentions(value, word)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+#[track_caller]
+fn assert_worked(way_out: &WayOut, world: &World, report: &Report) {
+    assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
+    assert!(way_out.worked(world), "no trace of what the attack says it did: {report:?}");
+}
+
+/// Makes three tests of each way out: a module of that name, with one test for each run.
+#[macro_export]
+macro_rules! ways_out {
+    ($($(#[$doc:meta])* $name:ident: $build:expr;)+) => {$(
+        $(#[$doc])*
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn works_without_the_guard() {
+                $crate::works_without_the_guard($build);
+            }
+
+            #[test]
+            fn is_recorded_in_audit_mode() {
+                $crate::is_recorded_in_audit_mode($build);
+            }
+
+            #[test]
+            fn is_refused_in_enforce_mode() {
+                $crate::is_refused_in_enforce_mode($build);
+            }
+        }
+    )+};
+}

@@ -1,0 +1,385 @@
+//! The ways out over the network: rows N1 to N12 of the threat model.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use agentguard_tests::{
+    Attack, BASE_SCOPE, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running, WayOut,
+    World,
+    address::{
+        API, API6, CLIENT, DATABASE, DATABASE_6TO4, DATABASE_COMPATIBLE, DATABASE_NAT64, DATABASE6,
+        GRANTED_PORT, METADATA, METADATA6, OTHER_PORT,
+    },
+    attack_binary, requires, ways_out,
+};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const fn at(address: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(address, port)
+}
+
+const FORBIDDEN: SocketAddr = at(DATABASE, GRANTED_PORT);
+const FORBIDDEN6: SocketAddr = at(DATABASE6, GRANTED_PORT);
+const GRANTED: SocketAddr = at(API, GRANTED_PORT);
+
+fn to(name: &str, protocol: Protocol, to: SocketAddr) -> WayOut {
+    let attack =
+        Attack::new(name).option("to", to.to_string()).option("protocol", protocol.as_str());
+    WayOut::network(attack, protocol, to)
+}
+
+ways_out! {
+    /// N1
+    tcp_connect_to_a_forbidden_v4_address: |_| to("n1-connect", Protocol::Tcp, FORBIDDEN);
+    tcp_connect_to_a_forbidden_v6_address: |_| to("n1-connect", Protocol::Tcp, FORBIDDEN6);
+    tcp_connect_to_a_forbidden_port: |_| to("n1-connect", Protocol::Tcp, at(API, OTHER_PORT));
+    tcp_connect_to_a_forbidden_v6_port: |_| to("n1-connect", Protocol::Tcp, at(API6, OTHER_PORT));
+}
+
+/// N2: `form` of the database, which is served at `reached`.
+fn alias(form: &str, how: &str, reached: IpAddr) -> WayOut {
+    let protocol = if how == "tcp" { Protocol::Tcp } else { Protocol::Udp };
+    let reached = at(reached, OTHER_PORT);
+    let attack = Attack::new("n2-alias")
+        .option("to", at(DATABASE, OTHER_PORT).to_string())
+        .option("form", form)
+        .option("how", how);
+    let way_out = WayOut::network(attack, protocol, reached);
+    if reached.ip().is_loopback() {
+        // A record may name the address that was asked for or the one that it stands for.
+        way_out
+            .proved_by(Proof::ReachedLocally(protocol, reached))
+            .recorded_as(&["connect", "send", "packet"], &OTHER_PORT.to_string())
+    } else {
+        way_out
+    }
+}
+
+const LOCAL4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const LOCAL6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+ways_out! {
+    /// N2
+    tcp_to_the_v4_mapped_form: |_| alias("mapped", "tcp", DATABASE);
+    connected_udp_to_the_v4_mapped_form: |_| alias("mapped", "udp", DATABASE);
+    sendto_the_v4_mapped_form: |_| alias("mapped", "sendto", DATABASE);
+    tcp_to_the_v4_compatible_form: |_| alias("compatible", "tcp", DATABASE_COMPATIBLE);
+    sendto_the_v4_compatible_form: |_| alias("compatible", "sendto", DATABASE_COMPATIBLE);
+    tcp_to_the_6to4_form: |_| alias("six-to-four", "tcp", DATABASE_6TO4);
+    sendto_the_6to4_form: |_| alias("six-to-four", "sendto", DATABASE_6TO4);
+    tcp_to_the_nat64_form: |_| alias("nat64", "tcp", DATABASE_NAT64);
+    sendto_the_nat64_form: |_| alias("nat64", "sendto", DATABASE_NAT64);
+    tcp_to_any_v4: |_| alias("any4", "tcp", LOCAL4);
+    connected_udp_to_any_v4: |_| alias("any4", "udp", LOCAL4);
+    sendto_any_v4: |_| alias("any4", "sendto", LOCAL4);
+    tcp_to_any_v6: |_| alias("any6", "tcp", LOCAL6);
+    connected_udp_to_any_v6: |_| alias("any6", "udp", LOCAL6);
+    sendto_any_v6: |_| alias("any6", "sendto", LOCAL6);
+    tcp_to_the_mapped_form_of_any: |_| alias("mapped-any", "tcp", LOCAL4);
+    sendto_the_mapped_form_of_any: |_| alias("mapped-any", "sendto", LOCAL4);
+}
+
+/// N3
+fn datagram(how: &str, to: SocketAddr) -> WayOut {
+    let granted = if to.is_ipv4() { GRANTED } else { at(API6, GRANTED_PORT) };
+    let attack = Attack::new("n3-datagram")
+        .option("to", to.to_string())
+        .option("granted", granted.to_string())
+        .option("how", how);
+    WayOut::network(attack, Protocol::Udp, to)
+}
+
+ways_out! {
+    /// N3
+    connected_udp: |_| datagram("connect", FORBIDDEN);
+    connected_udp_over_v6: |_| datagram("connect", FORBIDDEN6);
+    sendto: |_| datagram("sendto", FORBIDDEN);
+    sendto_over_v6: |_| datagram("sendto", FORBIDDEN6);
+    sendto_a_forbidden_port: |_| datagram("sendto", at(API, OTHER_PORT));
+    sendmsg: |_| datagram("sendmsg", FORBIDDEN);
+    sendmsg_over_v6: |_| datagram("sendmsg", FORBIDDEN6);
+    sendmmsg_behind_a_granted_datagram: |_| datagram("sendmmsg", FORBIDDEN);
+    sendmmsg_over_v6: |_| datagram("sendmmsg", FORBIDDEN6);
+    another_peer_after_dissolving_the_first: |_| datagram("dissolve", FORBIDDEN);
+    another_peer_after_dissolving_over_v6: |_| datagram("dissolve", FORBIDDEN6);
+    another_peer_by_connecting_again: |_| datagram("reconnect", FORBIDDEN);
+    another_peer_named_on_a_connected_socket: |_| datagram("connected-sendto", FORBIDDEN);
+}
+
+/// N4
+fn fast_open(how: &str, to: SocketAddr) -> WayOut {
+    let attack = Attack::new("n4-fast-open").option("to", to.to_string()).option("how", how);
+    WayOut::network(attack, Protocol::Tcp, to)
+}
+
+ways_out! {
+    /// N4
+    fast_open_by_sendto: |_| fast_open("sendto", FORBIDDEN);
+    fast_open_by_sendto_over_v6: |_| fast_open("sendto", FORBIDDEN6);
+    fast_open_by_a_deferred_connect: |_| fast_open("connect", FORBIDDEN);
+    fast_open_by_a_deferred_connect_over_v6: |_| fast_open("connect", FORBIDDEN6);
+}
+
+/// N5
+fn ring(how: &str, sqpoll: bool) -> WayOut {
+    let protocol = match how {
+        "connect" | "socket" => Protocol::Tcp,
+        _ => Protocol::Udp,
+    };
+    let mut attack =
+        Attack::new("n5-io-uring").option("to", FORBIDDEN.to_string()).option("how", how);
+    if sqpoll {
+        attack = attack.arg("--sqpoll");
+    }
+    WayOut::network(attack, protocol, FORBIDDEN)
+}
+
+ways_out! {
+    /// N5
+    connect_by_a_ring: |_| ring("connect", false);
+    connect_by_a_ring_of_a_kernel_thread: |_| ring("connect", true);
+    send_by_a_ring: |_| ring("send", false);
+    send_by_a_ring_of_a_kernel_thread: |_| ring("send", true);
+    sendmsg_by_a_ring: |_| ring("sendmsg", false);
+    sendmsg_by_a_ring_of_a_kernel_thread: |_| ring("sendmsg", true);
+    socket_made_by_a_ring: |_| ring("socket", false);
+    socket_made_by_a_ring_of_a_kernel_thread: |_| ring("socket", true);
+}
+
+/// A process outside the workload, on the client side; what it says when it is ready.
+fn helper(world: &World, name: &str, protocol: Protocol, path: &Path) -> (Running, Vec<i32>) {
+    let mut command = world.enter();
+    // Open for as long as the helper shall live.
+    command.stdin(Stdio::piped());
+    command.arg("--").arg(attack_binary()).arg(name);
+    command.args(["--to", &FORBIDDEN.to_string(), "--protocol", protocol.as_str()]);
+    command.arg("--listen").arg(path);
+    let helper = Running::start(&mut command);
+    let numbers = helper.said("ready ", PATIENCE);
+    let numbers = numbers.split(' ').map(|number| number.parse().expect("a number")).collect();
+    (helper, numbers)
+}
+
+/// N8: a helper lends the attack a socket that is connected to the database.
+fn lent(
+    world: &World,
+    protocol: Protocol,
+    how: impl FnOnce(Attack, &Path, &[i32]) -> Attack,
+) -> WayOut {
+    let path = world.directory().join("lender");
+    let (helper, numbers) = helper(world, "helper-lend", protocol, &path);
+    let attack = Attack::new("n8-foreign-socket").option("protocol", protocol.as_str());
+    WayOut::network(how(attack, &path, &numbers), protocol, FORBIDDEN)
+        .proved_by(Proof::Sent(protocol, FORBIDDEN))
+        .with_helper(helper)
+        .or_gap("foreign_socket")
+}
+
+fn by_message(attack: Attack, path: &Path, _: &[i32]) -> Attack {
+    attack.arg("scm-rights").option("path", path)
+}
+
+fn by_pidfd(attack: Attack, _: &Path, numbers: &[i32]) -> Attack {
+    let [pid, fd] = numbers else { panic!("a pid and a descriptor, not {numbers:?}") };
+    attack.arg("pidfd-getfd").option("pid", pid.to_string()).option("fd", fd.to_string())
+}
+
+/// N8: the socket was connected before the launch.
+fn inherited(world: &World, protocol: Protocol) -> WayOut {
+    let socket = world.network().connect(protocol, FORBIDDEN);
+    let attack = Attack::new("n8-foreign-socket")
+        .option("protocol", protocol.as_str())
+        .arg("inherited")
+        .option("fd", "3")
+        .with_descriptor(socket);
+    WayOut::network(attack, protocol, FORBIDDEN)
+        .proved_by(Proof::Sent(protocol, FORBIDDEN))
+        .or_gap("foreign_socket")
+}
+
+/// N8: the listening socket was made before the launch, and the database calls.
+fn activated(world: &mut World) -> WayOut {
+    let here = at(CLIENT, 8080);
+    let listener: TcpListener = world.network().listen(here);
+    let caller = at(DATABASE, 40_000);
+    world.servers_mut().call(caller, here);
+    let attack = Attack::new("n8-foreign-socket")
+        .option("protocol", "tcp")
+        .arg("activation")
+        .option("fd", "3")
+        .with_descriptor(listener);
+    WayOut::network(attack, Protocol::Tcp, caller).or_gap("foreign_socket")
+}
+
+ways_out! {
+    /// N8
+    connected_stream_received_in_a_message: |world| lent(world, Protocol::Tcp, by_message);
+    connected_datagram_socket_received_in_a_message: |world| lent(world, Protocol::Udp, by_message);
+    connected_stream_taken_from_another_process: |world| lent(world, Protocol::Tcp, by_pidfd);
+    connected_datagram_socket_taken_from_another_process:
+        |world| lent(world, Protocol::Udp, by_pidfd);
+    connected_stream_inherited_at_the_launch: |world| inherited(world, Protocol::Tcp);
+    connected_datagram_socket_inherited_at_the_launch: |world| inherited(world, Protocol::Udp);
+    listening_socket_inherited_at_the_launch: activated;
+}
+
+/// N9
+fn used_outside(world: &World, protocol: Protocol) -> WayOut {
+    let path = world.directory().join("user");
+    let (helper, _) = helper(world, "helper-use", protocol, &path);
+    let attack = Attack::new("n9-lend")
+        .option("to", FORBIDDEN.to_string())
+        .option("protocol", protocol.as_str())
+        .option("helper", path);
+    WayOut::network(attack, protocol, FORBIDDEN).with_helper(helper)
+}
+
+ways_out! {
+    /// N9
+    stream_handed_to_a_helper_outside: |world| used_outside(world, Protocol::Tcp);
+    datagram_socket_handed_to_a_helper_outside: |world| used_outside(world, Protocol::Udp);
+}
+
+/// N10
+fn flow(protocol: Protocol) -> WayOut {
+    let attack = Attack::new("n10-flow")
+        .option("to", FORBIDDEN.to_string())
+        .option("protocol", protocol.as_str())
+        .option("milliseconds", "1500");
+    WayOut::network(attack, protocol, FORBIDDEN)
+}
+
+ways_out! {
+    /// N10
+    flow_of_a_stream: |_| flow(Protocol::Tcp);
+    flow_of_datagrams: |_| flow(Protocol::Udp);
+}
+
+/// The bytes that a flow reports as acknowledged, in the order of its reports.
+fn acknowledged(output: &[String]) -> Vec<u64> {
+    let progress = |line: &String| {
+        let progress: serde_json::Value = serde_json::from_str(line).unwrap();
+        progress["acknowledged"].as_u64().unwrap()
+    };
+    output.iter().map(progress).collect()
+}
+
+#[test]
+fn a_flow_shows_how_much_was_acknowledged_over_time() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let world = World::new();
+        let report = flow(protocol).attack.run_without_the_guard(&world);
+        let acknowledged = acknowledged(&report.output);
+        assert!(acknowledged.len() >= 5, "{acknowledged:?}");
+        assert!(acknowledged.windows(2).any(|pair| pair[0] < pair[1]), "{acknowledged:?}");
+    }
+}
+
+const IDENTITY: &str = "spiffe://agentguard.test/flow";
+
+/// Runs a flow to the database, which is granted for `lasts`; does `meanwhile` as soon as it
+/// flows. It must have begun, and must have been stopped.
+fn stopped_flow(protocol: Protocol, lasts: Duration, meanwhile: impl FnOnce(&mut Guard)) {
+    requires(Layer::Portable);
+    let world = World::new();
+    let mut guard = Guard::start(&world, &[attack_binary()]);
+    guard.define_scope("test:database", protocol, FORBIDDEN);
+    guard.grant("flow", IDENTITY, "test:database", lasts);
+    let mut attack = Attack::new("n10-flow")
+        .option("to", FORBIDDEN.to_string())
+        .option("protocol", protocol.as_str())
+        .option("milliseconds", "3000");
+    let mut flow = attack.start_as_workload(&world, &guard, IDENTITY, &[BASE_SCOPE], Mode::Enforce);
+    flow.said("{\"ms\":", PATIENCE);
+    meanwhile(&mut guard);
+    let report = Report::of(&flow.wait(PATIENCE).expect("a flow ends within three seconds"));
+    assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
+    let acknowledged = acknowledged(&report.output);
+    assert!(acknowledged.last().is_some_and(|bytes| *bytes > 0), "it never began: {report:?}");
+}
+
+const SOON: Duration = Duration::from_millis(2000);
+const LONG: Duration = Duration::from_secs(3600);
+
+#[test]
+fn a_stream_stops_when_its_grant_expires() {
+    stopped_flow(Protocol::Tcp, SOON, |_| {});
+}
+
+#[test]
+fn datagrams_stop_when_their_grant_expires() {
+    stopped_flow(Protocol::Udp, SOON, |_| {});
+}
+
+#[test]
+fn a_stream_stops_when_its_grant_is_revoked() {
+    stopped_flow(Protocol::Tcp, LONG, |guard| guard.revoke("flow"));
+}
+
+#[test]
+fn datagrams_stop_when_their_grant_is_revoked() {
+    stopped_flow(Protocol::Udp, LONG, |guard| guard.revoke("flow"));
+}
+
+#[test]
+fn a_grant_expires_while_the_daemon_is_dead() {
+    stopped_flow(Protocol::Tcp, SOON, Guard::kill);
+}
+
+#[test]
+fn what_is_granted_works_in_enforce_mode() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let guard = Guard::start(&world, &[attack_binary()]);
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for address in [API, API6] {
+            let mut granted = to("n1-connect", protocol, at(address, GRANTED_PORT));
+            let report = granted.attack.run_as_workload(
+                &world,
+                &guard,
+                IDENTITY,
+                &[BASE_SCOPE],
+                Mode::Enforce,
+            );
+            assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
+        }
+    }
+    let denied: Vec<_> =
+        guard.audit_records().into_iter().filter(|record| record["verdict"] == "deny").collect();
+    assert!(denied.is_empty(), "{denied:#?}");
+}
+
+/// N11
+fn rewritten(how: &str, protocol: Protocol) -> WayOut {
+    let attack = Attack::new("n11-rewrite")
+        .option("granted", GRANTED.to_string())
+        .option("forbidden", FORBIDDEN.to_string())
+        .option("how", how);
+    WayOut::network(attack, protocol, FORBIDDEN)
+}
+
+ways_out! {
+    /// N11
+    address_rewritten_during_connect: |_| rewritten("connect", Protocol::Udp);
+    address_rewritten_during_a_tcp_connect: |_| rewritten("tcp-connect", Protocol::Tcp);
+    address_rewritten_during_sendto: |_| rewritten("sendto", Protocol::Udp);
+}
+
+/// N12
+fn metadata(address: IpAddr) -> WayOut {
+    let attack = Attack::new("n12-metadata")
+        .option("address", address.to_string())
+        .option("port", GRANTED_PORT.to_string());
+    WayOut::network(attack, Protocol::Tcp, at(address, GRANTED_PORT))
+}
+
+ways_out! {
+    /// N12
+    the_metadata_service: |_| metadata(METADATA);
+    the_metadata_service_over_v6: |_| metadata(METADATA6);
+}
