@@ -100,9 +100,10 @@ fn licences_and_advisories() -> Result<()> {
     match fetched {
         Ok(_) => run(&mut deny(&["advisories"])),
         Err(error) => {
-            let reason = error.to_string();
-            let reason = reason.lines().next().unwrap_or_default().to_owned();
-            println!("NOT CHECKED: advisories; their database cannot be had here ({reason})");
+            let error = error.to_string();
+            let reason = error.lines().map(str::trim).rfind(|line| !line.is_empty());
+            let reason = reason.unwrap_or("no reason given");
+            println!("NOT CHECKED: advisories; their database cannot be had here: {reason}");
             Ok(())
         }
     }
