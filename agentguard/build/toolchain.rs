@@ -59,7 +59,7 @@ const NOT_INHERITED: &[&str] = &[
 
 /// A compiler for BPF that is complete: cargo, rustc, `core` and the linker.
 #[derive(Debug)]
-pub struct Toolchain {
+pub(crate) struct Toolchain {
     core: Core,
     cargo: PathBuf,
     rustc: PathBuf,
@@ -84,7 +84,7 @@ enum Core {
 ///
 /// A text for the user that names what is missing, each candidate that was passed over with
 /// the reason, and the remedy.
-pub fn find() -> Result<Toolchain, String> {
+pub(crate) fn find() -> Result<Toolchain, String> {
     let linker = find_linker()?;
     let mut passed_over = Vec::new();
     for root in rustup_toolchains() {
@@ -111,14 +111,14 @@ impl Toolchain {
     ///
     /// `manifest_dir` is the directory of its `Cargo.toml`. `target_dir` must not be one that
     /// a running cargo holds, or both wait for ever: a build script gives one below `OUT_DIR`.
-    pub fn command(&self, manifest_dir: &Path, target_dir: &Path) -> Command {
+    pub(crate) fn command(&self, manifest_dir: &Path, target_dir: &Path) -> Command {
         let mut command = self.cargo("build", target_dir);
         command.current_dir(manifest_dir).args(["--release", "--package", PACKAGE]);
         command
     }
 
     /// `cargo <subcommand>` for the BPF target, with this toolchain and a clean environment.
-    pub fn cargo(&self, subcommand: &str, target_dir: &Path) -> Command {
+    pub(crate) fn cargo(&self, subcommand: &str, target_dir: &Path) -> Command {
         let mut command = Command::new(&self.cargo);
         for variable in NOT_INHERITED {
             command.env_remove(variable);

@@ -1,0 +1,74 @@
+//! `cargo xtask dist`: what a release ships, in `target/dist`.
+//!
+//! Its one job is to put the release binary, its completions, manual pages and schemas, and
+//! the licences into one directory, which a package or an image takes as it is. The object
+//! of the kernel half is inside the binary: whoever installs it needs no toolchain.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    docs::{RELEASE_ONLY, files, generate},
+    run::{cargo, heading, root, run, target_dir},
+};
+
+/// What is taken from the checkout as it is, if it is there.
+const FROM_THE_CHECKOUT: &[&str] =
+    &["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "deploy"];
+
+/// Builds the release.
+///
+/// # Errors
+///
+/// The build fails, or a file cannot be copied.
+pub(crate) fn dist() -> Result<()> {
+    heading("release");
+    let binary = release_daemon()?;
+    let dist = target_dir().join("dist");
+    if dist.exists() {
+        fs::remove_dir_all(&dist).with_context(|| format!("{}: in the way", dist.display()))?;
+    }
+    copy(&binary, &dist.join("bin/agentguard"))?;
+    let generated = tempfile::tempdir()?;
+    generate(&binary, generated.path())?;
+    for directory in RELEASE_ONLY {
+        for path in files(&generated.path().join(directory))? {
+            copy(&path, &dist.join("share").join(path.strip_prefix(generated.path())?))?;
+        }
+    }
+    for name in FROM_THE_CHECKOUT {
+        let path = root().join(name);
+        if path.is_dir() {
+            for file in files(&path)? {
+                copy(&file, &dist.join("share").join(file.strip_prefix(root())?))?;
+            }
+        } else if path.is_file() {
+            copy(&path, &dist.join("share").join(name))?;
+        }
+    }
+    println!("{}", dist.display());
+    Ok(())
+}
+
+/// Builds the daemon as it is shipped, and gives the path of the binary.
+///
+/// # Errors
+///
+/// The build fails.
+pub(crate) fn release_daemon() -> Result<PathBuf> {
+    run(&mut cargo(&["build", "--release", "--locked", "--package", "agentguard"]))?;
+    Ok(target_dir().join("release/agentguard"))
+}
+
+/// Copies one file, and makes the directories it needs.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let named = || format!("{}: cannot be copied to {}", from.display(), to.display());
+    if let Some(directory) = to.parent() {
+        fs::create_dir_all(directory).with_context(named)?;
+    }
+    fs::copy(from, to).map(drop).with_context(named)
+}

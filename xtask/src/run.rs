@@ -1,0 +1,87 @@
+//! Running other programs, with errors that say which one and how it ended.
+//!
+//! Its one job is to spare every command the same ten lines. It prints a heading before what
+//! takes long, so that a reader of a log knows where time went.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The root of the checkout.
+pub(crate) fn root() -> &'static Path {
+    // The manifest directory is `<root>/xtask`, so that a parent always exists.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// The directory all build products go to.
+pub(crate) fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// The cargo that runs this command, in the root of the checkout.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root()).args(arguments);
+    command
+}
+
+/// Tells the reader what begins now.
+pub(crate) fn heading(text: &str) {
+    println!("\n== {text}");
+}
+
+/// Runs to the end, with the terminal's own input and output.
+///
+/// # Errors
+///
+/// The program cannot be started, or ends with a status other than 0.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let name = name(command);
+    let status = command.status().with_context(|| format!("{name}: cannot be started"))?;
+    if !status.success() {
+        bail!("{name}: {status}");
+    }
+    Ok(())
+}
+
+/// Runs to the end and gives what the program wrote to its standard output.
+///
+/// # Errors
+///
+/// As [`run`]; the text holds what the program wrote to its standard error.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let name = name(command);
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{name}: cannot be started"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{name}: {}: {}", output.status, said.trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{name}: its output is not UTF-8"))
+}
+
+/// The directory entry that `program` would run, also where root's `PATH` lacks `sbin`.
+pub(crate) fn which(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo/bin"));
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .chain(home)
+        .map(|directory| directory.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+/// The program and its first two arguments, which is enough to know it by.
+fn name(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args().take(2))
+        .map(|part| part.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
