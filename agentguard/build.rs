@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use anyhow::{Context as _, ensure};
 
 #[path = "build/toolchain.rs"]
-#[expect(unreachable_pub, reason = "shared with `cargo xtask`")]
 mod toolchain;
 
 /// An object that was built elsewhere, instead of building one.
