@@ -97,8 +97,6 @@ pub(crate) enum Class {
 pub struct VerdictRecord {
     /// Nanoseconds of boot time at which the kernel decided; orders records of one boot.
     pub boot_ns: u64,
-    /// The workload identity (SPIFFE ID); null while it is not known.
-    pub identity: Option<Text>,
     /// Who asked.
     pub workload: Workload,
     /// Which of its processes asked.
@@ -206,12 +204,14 @@ pub enum Layer {
 /// The cgroup subtree whose processes act as one agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Workload {
+    /// Its identity (SPIFFE ID); `null` while it is not known.
+    pub identity: Option<Text>,
     /// Its name on this node.
     pub name: Text,
     /// Number of the cgroup of the process that asked (the inode of the cgroup's directory).
     pub cgroup_id: u64,
     /// Path of the workload's cgroup below the cgroup root; null when it is gone.
-    pub cgroup_path: Option<Text>,
+    pub cgroup: Option<Text>,
     /// The systemd unit; null if it is none.
     pub unit: Option<Text>,
     /// The container; null if it is none.
@@ -577,8 +577,6 @@ pub enum ActorSource {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkloadRecord {
     pub change: WorkloadChange,
-    /// Its identity (SPIFFE ID); null while it is not known.
-    pub identity: Option<Text>,
     pub workload: Workload,
     /// The mode in force for it from now.
     pub mode: Word<Mode>,

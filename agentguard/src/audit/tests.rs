@@ -33,7 +33,7 @@ fn workload(name: impl AsRef<[u8]>) -> Workload {
     Workload {
         name: Text::new(name),
         cgroup_id: 4711,
-        cgroup_path: Some("/kubepods/pod1/c1".into()),
+        cgroup: Some("/kubepods/pod1/c1".into()),
         unit: None,
         container: Some(Container {
             id: "c1".into(),

@@ -2,12 +2,13 @@
 //!
 //! The seam that `main.rs` fills in: the CLI knows nothing of the daemon or the kernel.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::exit::{Exit, Failure};
-use crate::api::types::{Confine, ManifestErrorView, Protection, ProtectionLevel};
+use crate::api::types::{Confine, ManifestErrorView, Protection};
+use crate::config::Require;
 
 /// How the daemon is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub struct RunOptions {
     /// Absent: what the configuration says.
     pub socket: Option<PathBuf>,
     /// Refuse to start with less; absent: what the configuration says.
-    pub require: Option<ProtectionLevel>,
+    pub require: Option<Require>,
 }
 
 /// What `doctor` says of one thing it looked at.
@@ -90,7 +91,15 @@ pub struct UninstallReport {
 }
 
 /// The parts the CLI calls. All of them block.
+///
+/// `config` is the configuration file the user named; absent: the default path, where it exists.
 pub trait Backend {
+    /// The control socket of the configuration.
+    ///
+    /// # Errors
+    /// Why the configuration can not be read.
+    fn socket(&self, config: Option<&Path>) -> Result<PathBuf, Failure>;
+
     /// Runs the daemon until it is told to stop.
     ///
     /// # Errors
@@ -102,17 +111,21 @@ pub trait Backend {
     ///
     /// # Errors
     /// Why the command was not run.
-    fn exec_standalone(&self, request: &Confine) -> Result<Exit, Failure>;
+    fn exec_standalone(
+        &self,
+        config: Option<&Path>,
+        request: &Confine,
+    ) -> Result<Exit, Failure>;
 
     /// # Errors
     /// Why nothing could be found out.
-    fn doctor(&self) -> Result<DoctorReport, Failure>;
+    fn doctor(&self, config: Option<&Path>) -> Result<DoctorReport, Failure>;
 
     /// Removes all protection from this machine.
     ///
     /// # Errors
     /// Why nothing was removed.
-    fn uninstall(&self) -> Result<UninstallReport, Failure>;
+    fn uninstall(&self, config: Option<&Path>) -> Result<UninstallReport, Failure>;
 
     /// Reads manifests from files, and from directories with all below them.
     ///

@@ -14,7 +14,7 @@ use crate::api::types::ProtectionLevel;
 pub(super) struct Arguments {}
 
 pub(super) fn run(_: &Arguments, context: Context<'_, '_>) -> Result {
-    let report = context.backend.doctor()?;
+    let report = context.backend.doctor(context.config.as_deref())?;
     match context.format {
         Format::Json => context.console.json(&report)?,
         Format::Table => show(&report, context.console)?,

@@ -69,7 +69,7 @@ pub(super) fn run(arguments: &Arguments, context: Context<'_, '_>) -> Result {
     let confined = match context.client.confine(&request) {
         Ok(confined) => confined,
         Err(ClientError::NoDaemon { .. }) if geteuid().is_root() => {
-            return context.backend.exec_standalone(&request);
+            return context.backend.exec_standalone(context.config.as_deref(), &request);
         }
         Err(error @ ClientError::NoDaemon { .. }) => {
             return Err(Failure::new(Exit::NoDaemon, error.to_string())

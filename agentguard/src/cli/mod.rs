@@ -49,6 +49,10 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "PATH", env = "AGENTGUARD_SOCKET")]
     socket: Option<PathBuf>,
 
+    /// The configuration file [default: /etc/agentguard/agentguard.yaml, if it is there]
+    #[arg(long, global = true, value_name = "FILE", env = "AGENTGUARD_CONFIG")]
+    config: Option<PathBuf>,
+
     /// The form of what is shown
     #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t)]
     output: Format,
@@ -81,6 +85,8 @@ struct Context<'a, 'b> {
     client: Client,
     /// As named by the user; absent for the default.
     socket: Option<PathBuf>,
+    /// As named by the user; absent for the default.
+    config: Option<PathBuf>,
     format: Format,
     backend: &'a dyn Backend,
     console: &'a mut Console<'b>,
@@ -116,9 +122,22 @@ pub fn run(
         Err(error) => return explain_usage(&error, console),
     };
     let format = cli.output;
-    let client = Client::new(cli.socket.clone().unwrap_or_else(|| DEFAULT_SOCKET.into()));
-    let context = Context { client, socket: cli.socket, format, backend, console: &mut *console };
-    let ended = match cli.command {
+    let socket = match (&cli.socket, &cli.config) {
+        (Some(socket), _) => Ok(socket.clone()),
+        // The way of every day is not held up by a file that need not be there.
+        (None, None) => Ok(DEFAULT_SOCKET.into()),
+        (None, Some(config)) => backend.socket(Some(config)),
+    };
+    let client = match socket {
+        Ok(socket) => Client::new(socket),
+        Err(failure) => {
+            console.failure(&failure, format);
+            return failure.exit;
+        }
+    };
+    let Cli { socket, config, command, .. } = cli;
+    let context = Context { client, socket, config, format, backend, console: &mut *console };
+    let ended = match command {
         Command::Run(arguments) => run::run(&arguments, context),
         Command::Exec(arguments) => exec::run(&arguments, context),
         Command::Status(arguments) => status::run(&arguments, context),

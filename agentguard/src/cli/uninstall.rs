@@ -13,7 +13,7 @@ use super::{Context, Result};
 pub(super) struct Arguments {}
 
 pub(super) fn run(_: &Arguments, context: Context<'_, '_>) -> Result {
-    let report = context.backend.uninstall()?;
+    let report = context.backend.uninstall(context.config.as_deref())?;
     match context.format {
         Format::Json => context.console.json(&report)?,
         Format::Table => {

@@ -213,6 +213,14 @@ spelled!(NodeName, "NodeName");
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AbsolutePath(PathBuf);
 
+impl std::ops::Deref for AbsolutePath {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
 impl AsRef<Path> for AbsolutePath {
     fn as_ref(&self) -> &Path {
         &self.0

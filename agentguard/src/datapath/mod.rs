@@ -13,4 +13,4 @@ mod tables;
 pub use kernel::{Kernel, KernelError};
 pub use load::{Datapath, LoadError, Options, Sizes, uninstall};
 pub use protection::{Door, DoorState, GAPS, Protection, doors};
-pub use tables::DatapathError;
+pub use tables::{DatapathError, Fill, Processes, cgroup_id};

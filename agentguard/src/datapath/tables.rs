@@ -62,7 +62,6 @@ pub(super) struct Tables {
     destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
     rules: HashMap<MapData, RuleSetId, RuleRow>,
     executables: HashMap<MapData, ExecutableKey, ExecutableEntry>,
-    processes: HashMap<MapData, u32, Process>,
     counters: PerCpuArray<MapData, Counters>,
     settings: Array<MapData, Settings>,
     attachments: CgroupStorage<MapData, Attachment>,
@@ -86,7 +85,6 @@ impl Tables {
             destinations: open(directory, "DESTINATIONS")?,
             rules: open(directory, "RULES")?,
             executables: open(directory, "EXECUTABLES")?,
-            processes: open(directory, "PROCESSES")?,
             counters: open(directory, "COUNTERS")?,
             settings: open(directory, "SETTINGS")?,
             attachments: open(directory, "ATTACHMENTS")?,
@@ -101,7 +99,30 @@ impl Tables {
     }
 }
 
+/// What the kernel knows of processes of workloads; a handle of its own for whoever reads records.
+pub struct Processes(HashMap<MapData, u32, Process>);
+
+impl Processes {
+    /// What is known of a process, also for a while after its end.
+    #[must_use]
+    pub fn get(&self, pid: u32) -> Option<Process> {
+        self.0.get(&pid, 0).ok()
+    }
+}
+
 impl Datapath {
+    /// What the kernel knows of processes of workloads.
+    ///
+    /// # Errors
+    ///
+    /// When the table can not be opened.
+    pub fn processes(&self) -> Result<Processes, LoadError> {
+        let error = |error: MapError| LoadError::part("PROCESSES", error);
+        let data =
+            MapData::from_pin(self.tables.directory.join("PROCESSES")).map_err(error)?;
+        Map::from_map_data(data).and_then(HashMap::try_from).map(Processes).map_err(error)
+    }
+
     /// The rings of records; to be read by one reader.
     ///
     /// # Errors
@@ -425,12 +446,6 @@ impl Datapath {
     #[must_use]
     pub fn counter_rows(&self) -> u16 {
         u16::try_from(self.tables.counters.len()).unwrap_or(u16::MAX)
-    }
-
-    /// What the kernel knows of a process of a workload, also after its end.
-    #[must_use]
-    pub fn process(&self, pid: u32) -> Option<Process> {
-        self.tables.processes.get(&pid, 0).ok()
     }
 
     /// How full the tables are that can fill up.

@@ -1,0 +1,252 @@
+//! `exec`: makes a process that is already running a workload of its own.
+
+use std::fs;
+use std::path::PathBuf;
+
+use agentguard_common::Mode;
+use jiff::Timestamp;
+
+use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, remove_cgroup};
+use super::launch;
+use crate::api::service::ServiceError;
+use crate::api::types::{Confine, Confined, Expiry as ExpiryView};
+use crate::grant::store::Source;
+use crate::grant::{Expiry, GrantDocument, Ttl};
+use crate::identity::{SpiffeId, Subject};
+use crate::scope::ScopeName;
+
+/// Where `exec` makes its cgroups, below the cgroup root.
+pub const PARENT: &str = "agentguard";
+/// Where commands are looked for when the caller does not say.
+const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+/// Workloads of one name that may run at once.
+const NAMESAKES: u32 = 10_000;
+
+/// The process to be confined.
+pub struct Candidate {
+    pub pid: u32,
+    pub uid: u32,
+}
+
+/// Holds `candidate` to what `identity` and the requested scopes permit, from now on.
+///
+/// # Errors
+///
+/// When any part of it can not be done; the process is then where and what it was.
+pub fn confine(
+    engine: &mut Engine,
+    candidate: &Candidate,
+    identity: &str,
+    request: &Confine,
+) -> Result<Confined, ServiceError> {
+    let scopes = parse_scopes(engine, request)?;
+    let (name, identity) = choose(engine, candidate, identity, request)?;
+    let grant = grant_of(&name, &identity, candidate, scopes, request)?;
+    let path = engine.cgroup_root().join(PARENT).join(&name);
+    fs::create_dir_all(&path).map_err(|source| {
+        unavailable(&EngineError::MakeCgroup { path: path.clone(), source })
+    })?;
+    let undo = |engine: &mut Engine| {
+        engine.store.end_exec(&name);
+        if let Err(error) = remove_cgroup(&path) {
+            tracing::debug!(%error, path = %path.display(), "a cgroup stays");
+        }
+    };
+    let id = grant.as_ref().map(|grant| grant.id.to_string());
+    let expiry = grant.as_ref().map(|grant| grant.expiry);
+    if let Some(grant) = grant {
+        let source = Source::Exec { uid: candidate.uid };
+        if let Err(error) = engine.store.add(grant, source) {
+            undo(engine);
+            return Err(ServiceError::Conflict {
+                error: error.to_string(),
+                remedy: "give the workload another name with --name".to_owned(),
+            });
+        }
+    }
+    let added = engine.add(NewWorkload {
+        name: name.clone(),
+        identity: identity.clone(),
+        cgroup: path.clone(),
+        mode: Mode::from(request.mode),
+        source: WorkloadSource::Exec,
+        owner: Some(candidate.uid),
+        unit: None,
+        launch: launch::files(&request.executable, &search_path(candidate.pid)),
+    });
+    let workload = match added {
+        Ok(workload) => workload,
+        Err(error) => {
+            undo(engine);
+            return Err(unavailable(&error));
+        }
+    };
+    // Tag and hooks are in force; the process comes last.
+    let procs = path.join("cgroup.procs");
+    if let Err(source) = fs::write(&procs, candidate.pid.to_string()) {
+        engine.remove(workload);
+        return Err(unavailable(&EngineError::Move { pid: candidate.pid, path, source }));
+    }
+    let below = path.strip_prefix(engine.cgroup_root()).unwrap_or(&path);
+    Ok(Confined {
+        workload: name,
+        identity: identity.to_string(),
+        grant: id,
+        cgroup: format!("/{}", below.display()),
+        expires_at: expiry.map(|expiry| match expiry {
+            Expiry::At(time) => ExpiryView::At(time),
+            Expiry::Never => ExpiryView::Never,
+        }),
+        warnings: warnings(candidate.pid),
+    })
+}
+
+fn parse_scopes(engine: &Engine, request: &Confine) -> Result<Vec<ScopeName>, ServiceError> {
+    let mut errors = Vec::new();
+    let mut scopes = Vec::new();
+    for text in &request.scopes {
+        match text.parse::<ScopeName>() {
+            Err(error) => errors.push(format!("scopes: {text:?} {error}")),
+            Ok(scope) if engine.manifests.catalogue.get(&scope).is_none() => {
+                let known: Vec<&str> =
+                    engine.manifests.catalogue.iter().map(|scope| scope.scope.as_str()).collect();
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                errors.push(format!(
+                    "scopes: {text:?} is no scope of this node; define it in a Scope manifest, or use one of: {known}"
+                ));
+            }
+            Ok(scope) if scopes.contains(&scope) => {}
+            Ok(scope) => scopes.push(scope),
+        }
+    }
+    if errors.is_empty() { Ok(scopes) } else { Err(ServiceError::Invalid(errors)) }
+}
+
+/// The name and identity of the workload. Those that the caller did not choose are made unique, so
+/// that what is granted to a second run of a command does not widen the first; those it did choose
+/// are taken as they are, or refused.
+fn choose(
+    engine: &Engine,
+    candidate: &Candidate,
+    identity: &str,
+    request: &Confine,
+) -> Result<(String, SpiffeId), ServiceError> {
+    let parse = |text: &str| {
+        text.parse::<SpiffeId>()
+            .map_err(|error| ServiceError::Invalid(vec![format!("identity: {text:?} {error}")]))
+    };
+    let wanted = parse(identity)?;
+    let base = resource_name(request.name.as_deref().unwrap_or_else(|| {
+        request.executable.file_name().and_then(|name| name.to_str()).unwrap_or("command")
+    }));
+    let is_taken = |name: &str| engine.workloads().any(|workload| workload.name == name);
+    let is_running = |id: &SpiffeId| engine.workloads().any(|workload| workload.identity == *id);
+    if request.name.is_some() && is_taken(&base) {
+        return Err(ServiceError::Conflict {
+            error: format!("a workload {base:?} runs already"),
+            remedy: "choose another --name, or leave it out".to_owned(),
+        });
+    }
+    if request.identity.is_some() && candidate.uid != 0 && is_running(&wanted) {
+        return Err(ServiceError::Conflict {
+            error: format!("a workload with the identity {wanted} runs already, and this would widen what it may do"),
+            remedy: "choose another --identity, or leave it out".to_owned(),
+        });
+    }
+    for count in 1..NAMESAKES {
+        let suffix = if count == 1 { String::new() } else { format!("-{count}") };
+        let name = format!("{base}{suffix}");
+        if is_taken(&name) {
+            continue;
+        }
+        let id = if request.identity.is_some() { wanted.clone() } else { parse(&format!("{identity}{suffix}"))? };
+        if request.identity.is_some() || !is_running(&id) {
+            return Ok((name, id));
+        }
+    }
+    Err(ServiceError::Conflict {
+        error: format!("{NAMESAKES} workloads named {base:?} run already"),
+        remedy: "choose another --name".to_owned(),
+    })
+}
+
+/// A name that manifests could have, out of a file's name.
+fn resource_name(text: &str) -> String {
+    let mut name: String = text
+        .to_ascii_lowercase()
+        .chars()
+        .map(|letter| if letter.is_ascii_alphanumeric() || letter == '-' { letter } else { '-' })
+        .take(48)
+        .collect();
+    name = name.trim_matches('-').to_owned();
+    if name.is_empty() { "command".to_owned() } else { name }
+}
+
+fn grant_of(
+    name: &str,
+    identity: &SpiffeId,
+    candidate: &Candidate,
+    scopes: Vec<ScopeName>,
+    request: &Confine,
+) -> Result<Option<GrantDocument>, ServiceError> {
+    if scopes.is_empty() {
+        return Ok(None);
+    }
+    let invalid = |error: String| ServiceError::Invalid(vec![error]);
+    let ttl = request.ttl.as_deref().unwrap_or_default();
+    let end = ttl
+        .parse::<Ttl>()
+        .map_err(|error| invalid(format!("ttl: {ttl:?} {error}")))?
+        .after(Timestamp::now())
+        .ok_or_else(|| invalid(format!("ttl: {ttl:?} ends after the last time there is")))?;
+    let id = format!("exec-{name}");
+    Ok(Some(GrantDocument {
+        id: id.parse().map_err(|error| invalid(format!("name: {id:?} {error}")))?,
+        subject: Subject::Exact(identity.clone()),
+        scopes,
+        not_before: None,
+        expiry: Expiry::At(end),
+        granted_by: format!("uid {}", candidate.uid),
+        reason: "agentguard exec".to_owned(),
+    }))
+}
+
+/// The caller's `PATH`.
+fn search_path(pid: u32) -> String {
+    let environment = fs::read(PathBuf::from(format!("/proc/{pid}/environ"))).unwrap_or_default();
+    environment
+        .split(|byte| *byte == 0)
+        .find_map(|entry| entry.strip_prefix(b"PATH="))
+        .and_then(|path| std::str::from_utf8(path).ok())
+        .filter(|path| !path.is_empty())
+        .unwrap_or(SEARCH_PATH)
+        .to_owned()
+}
+
+/// What of the process the portable layer does not hold: sockets it has already belong to the
+/// cgroup it was started in.
+fn warnings(pid: u32) -> Vec<String> {
+    let Ok(process) = i32::try_from(pid).map_err(|_| ()).and_then(|pid| {
+        procfs::process::Process::new(pid).map_err(|_| ())
+    }) else {
+        return Vec::new();
+    };
+    let Ok(descriptors) = process.fd() else { return Vec::new() };
+    descriptors
+        .flatten()
+        .filter(|descriptor| matches!(descriptor.target, procfs::process::FDTarget::Socket(_)))
+        .map(|descriptor| {
+            format!(
+                "file descriptor {} is a socket that was opened before; what it sends is not held to the scopes",
+                descriptor.fd
+            )
+        })
+        .collect()
+}
+
+fn unavailable(error: &EngineError) -> ServiceError {
+    ServiceError::Unavailable {
+        error: error.to_string(),
+        remedy: "see agentguard doctor".to_owned(),
+    }
+}

@@ -1,0 +1,898 @@
+//! The state of the daemon and every change of it: workloads, grants, allow-lists, and what the
+//! kernel holds of them.
+//!
+//! One value behind one lock; each verb leaves the kernel with the old or the new, never between.
+//! Everything that decides what is permitted is a pure function that this calls; what it does
+//! itself is order: tables first, then the tag, then the hooks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use agentguard_common::allowlist::NEVER;
+use agentguard_common::stats::{Counters, OTHER};
+use agentguard_common::{
+    AllowlistId, CgroupId, FileId, IdentityId, Mode, RuleSetId, Tag, WorkloadId,
+};
+use jiff::{SignedDuration, Timestamp};
+
+use super::clock::{Clock, boot_ns};
+use super::names::{Names, WorkloadName};
+use super::state::{SavedState, SavedWorkload};
+use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
+use crate::allowlist::tables::TableSet;
+use crate::allowlist::{Block, EgressPermit, Permit, PortRange};
+use crate::audit::AuditLog;
+use crate::audit::record::{
+    Actor, ActorSource, GrantChange, GrantRecord, Missing, ProtectionWord, RecordBody, Word,
+    Workload as NamedWorkload, WorkloadChange, WorkloadRecord,
+};
+use crate::audit::text::Text;
+use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
+use crate::grant::store::{GrantStore, Source, State};
+use crate::grant::{Expiry, GrantDocument};
+use crate::identity::SpiffeId;
+use crate::manifest::{ManifestError, ManifestSet};
+use crate::reconcile::{self, Step};
+use crate::scope::executables::Pinned;
+use crate::scope::{Catalogue, Destination, ScopeDocument};
+
+/// How long an allow-list that no tag leads to stays, so that a program that read the tag before
+/// the switch still finds it. Programs run for microseconds.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long the end of a grant stays a reason of its own.
+const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
+/// The scope by which a command that was named to `exec` may itself be run.
+const LAUNCH: &str = "agentguard:launch";
+
+/// A workload of this node.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    pub id: WorkloadId,
+    pub name: String,
+    pub identity: SpiffeId,
+    /// The directory of its cgroup.
+    pub cgroup: PathBuf,
+    pub cgroup_id: CgroupId,
+    pub mode: Mode,
+    pub source: WorkloadSource,
+    pub created: Timestamp,
+    pub owner: Option<u32>,
+    pub unit: Option<String>,
+    /// What `exec` was asked to run: the file and, for a script, its interpreters.
+    pub launch: Vec<PathBuf>,
+    /// Whether a process has been in it yet.
+    pub populated: bool,
+}
+
+/// Where a workload comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkloadSource {
+    /// A `Workload` manifest.
+    Manifest,
+    /// `agentguard exec`.
+    Exec,
+}
+
+impl WorkloadSource {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Exec => "exec",
+        }
+    }
+}
+
+/// A workload that is to be.
+#[derive(Clone, Debug)]
+pub struct NewWorkload {
+    pub name: String,
+    pub identity: SpiffeId,
+    pub cgroup: PathBuf,
+    pub mode: Mode,
+    pub source: WorkloadSource,
+    pub owner: Option<u32>,
+    pub unit: Option<String>,
+    pub launch: Vec<PathBuf>,
+}
+
+/// The allow-list of an identity, in force.
+struct Installed {
+    compiled: CompiledAllowlist,
+    rows: Rows,
+    number: IdentityId,
+    counters: u16,
+}
+
+/// A change was not made; what was in force is in force.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the allow-list of {identity} can not be compiled: {source}")]
+    Compile { identity: SpiffeId, source: CompileError },
+    #[error("the allow-list of {identity} can not be numbered: {source}; restart the daemon")]
+    Number { identity: SpiffeId, source: RowsError },
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    #[error("the cgroup {path} can not be made: {source}")]
+    MakeCgroup { path: PathBuf, source: io::Error },
+    #[error("the process {pid} can not be moved to {path}: {source}")]
+    Move { pid: u32, path: PathBuf, source: io::Error },
+    #[error("a workload runs at {path} already")]
+    Taken { path: PathBuf },
+}
+
+/// What the manifests say, and what is wrong with them.
+#[derive(Default)]
+pub struct Manifests {
+    pub catalogue: Catalogue,
+    pub errors: Vec<ManifestError>,
+    pub last_load: Option<Timestamp>,
+}
+
+/// Everything that changes.
+pub struct Engine {
+    pub datapath: Datapath,
+    pub store: GrantStore,
+    pub manifests: Manifests,
+    pub names: Arc<Names>,
+    pub clock: Clock,
+    workloads: BTreeMap<WorkloadId, Workload>,
+    installed: BTreeMap<SpiffeId, Installed>,
+    tables: TableSet,
+    executables: Pinned,
+    executable_problems: Vec<String>,
+    audit: AuditLog,
+    /// Below the cgroup root: where `exec` makes its cgroups.
+    cgroup_root: PathBuf,
+    next_allowlist: AllowlistId,
+    next_rules: RuleSetId,
+    next_workload: WorkloadId,
+    /// Rows of counters are given out once: a row that changed hands would tell one identity's
+    /// verdicts as another's.
+    counter_rows: BTreeMap<SpiffeId, u16>,
+    retired: Vec<(Instant, Rows)>,
+    forgotten: Vec<(Instant, WorkloadId)>,
+    /// What was in force when this daemon adopted it, until its own is.
+    inherited: Option<(Instant, AllowlistId, RuleSetId)>,
+    /// States of grants as last recorded.
+    recorded: BTreeMap<String, State>,
+    /// Whether something was changed that a restart must know.
+    dirty: bool,
+}
+
+impl Engine {
+    #[must_use]
+    pub fn new(datapath: Datapath, cgroup_root: PathBuf, audit: AuditLog, names: Arc<Names>) -> Self {
+        let (allowlist, rules, workload) = datapath.highest();
+        let next_allowlist = AllowlistId(allowlist.0 + 1);
+        let next_rules = RuleSetId(rules.0 + 1);
+        let inherited =
+            datapath.adopted().then(|| (Instant::now(), next_allowlist, next_rules));
+        Self {
+            datapath,
+            store: GrantStore::default(),
+            manifests: Manifests::default(),
+            names,
+            clock: Clock::read(),
+            workloads: BTreeMap::new(),
+            installed: BTreeMap::new(),
+            tables: TableSet::default(),
+            executables: Pinned::new(PathBuf::from("/")),
+            executable_problems: Vec::new(),
+            audit,
+            cgroup_root,
+            next_allowlist,
+            next_rules,
+            next_workload: WorkloadId(workload.0 + 1),
+            counter_rows: BTreeMap::new(),
+            retired: Vec::new(),
+            forgotten: Vec::new(),
+            inherited,
+            recorded: BTreeMap::new(),
+            dirty: false,
+        }
+    }
+
+    pub fn workloads(&self) -> impl Iterator<Item = &Workload> {
+        self.workloads.values()
+    }
+
+    #[must_use]
+    pub fn workload(&self, id: WorkloadId) -> Option<&Workload> {
+        self.workloads.get(&id)
+    }
+
+    #[must_use]
+    pub fn workload_at(&self, cgroup: &Path) -> Option<&Workload> {
+        self.workloads.values().find(|workload| workload.cgroup == cgroup)
+    }
+
+    #[must_use]
+    pub fn tables(&self) -> &TableSet {
+        &self.tables
+    }
+
+    #[must_use]
+    pub fn cgroup_root(&self) -> &Path {
+        &self.cgroup_root
+    }
+
+    /// Files that manifests name and that can not be granted, one sentence each.
+    #[must_use]
+    pub fn executable_problems(&self) -> &[String] {
+        &self.executable_problems
+    }
+
+    /// The generation of the newest allow-list.
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.next_allowlist.0 as u64 - 1
+    }
+
+    /// Entries of all allow-lists in force.
+    #[must_use]
+    pub fn entries(&self) -> u64 {
+        let entries = self.installed.values().map(|installed| {
+            installed.rows.destinations.len() + installed.rows.executables.len()
+        });
+        entries.sum::<usize>() as u64
+    }
+
+    /// The tag of a workload, as the kernel has it.
+    #[must_use]
+    pub fn tag(&self, workload: &Workload) -> Option<Tag> {
+        self.installed.get(&workload.identity).map(|installed| installed.tag(workload.mode))
+    }
+
+    /// Counters by identity, and those of the row that further identities share.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not hand them out.
+    pub fn counters(&self) -> Result<Vec<(Option<SpiffeId>, Counters)>, DatapathError> {
+        let mut rows = vec![(None, self.datapath.counters(OTHER)?)];
+        for (identity, row) in &self.counter_rows {
+            if *row != OTHER {
+                rows.push((Some(identity.clone()), self.datapath.counters(*row)?));
+            }
+        }
+        Ok(rows)
+    }
+
+    // -- grants --------------------------------------------------------------------------------
+
+    /// Takes the scopes and grants of the manifests.
+    pub fn apply_manifests(&mut self, set: ManifestSet, errors: Vec<ManifestError>) {
+        let ManifestSet { scopes, grants, workloads: _ } = set;
+        self.manifests = Manifests { catalogue: scopes, errors, last_load: Some(Timestamp::now()) };
+        self.store.replace_manifests(grants);
+        self.reconcile();
+    }
+
+    /// Brings the kernel to what the grants say now, and records what began and ended.
+    pub fn reconcile(&mut self) {
+        let now = Timestamp::now();
+        let wanted = self.compile_all(now);
+        let in_force = self
+            .installed
+            .iter()
+            .map(|(identity, installed)| (identity.clone(), &installed.compiled))
+            .collect();
+        for step in reconcile::plan(&in_force, wanted) {
+            let done = match step {
+                Step::Switch { identity, allowlist } => self.install(&identity, allowlist),
+                Step::Retire { identity } => {
+                    self.retire(&identity);
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
+                tracing::error!(%error, "an allow-list was not brought up to date");
+            }
+        }
+        self.record_grants(now);
+    }
+
+    fn compile_all(&mut self, now: Timestamp) -> BTreeMap<SpiffeId, CompiledAllowlist> {
+        let identities: BTreeSet<SpiffeId> =
+            self.workloads.values().map(|workload| workload.identity.clone()).collect();
+        let mut wanted = BTreeMap::new();
+        let mut problems = BTreeSet::new();
+        for identity in identities {
+            let permits = self.permits(&identity, now, &mut problems);
+            match compile(&permits) {
+                Ok(allowlist) => {
+                    wanted.insert(identity, allowlist);
+                }
+                Err(source) => {
+                    // What is in force stays, and what is wrong is said.
+                    if let Some(installed) = self.installed.get(&identity) {
+                        wanted.insert(identity.clone(), installed.compiled.clone());
+                    } else {
+                        wanted.insert(identity.clone(), CompiledAllowlist::default());
+                    }
+                    let error = EngineError::Compile { identity, source };
+                    tracing::error!(%error, "an allow-list stays as it is");
+                    problems.insert(error.to_string());
+                }
+            }
+        }
+        self.executable_problems = problems.into_iter().collect();
+        wanted
+    }
+
+    /// What the grants of an identity permit: those in force, and those that ended lately, so that
+    /// the verdict can say so.
+    fn permits(
+        &mut self,
+        identity: &SpiffeId,
+        now: Timestamp,
+        problems: &mut BTreeSet<String>,
+    ) -> Vec<Permit> {
+        let grants: Vec<GrantDocument> = self
+            .store
+            .grants()
+            .filter(|stored| stored.document.subject.matches(identity))
+            .filter(|stored| match self.store.state(stored, now) {
+                State::Active => true,
+                State::Expired => match stored.document.expiry {
+                    Expiry::At(end) => now.duration_since(end) < REMEMBERED_END,
+                    Expiry::Never => false,
+                },
+                State::Pending | State::Revoked => false,
+            })
+            .map(|stored| stored.document.clone())
+            .collect();
+        let mut permits = Vec::new();
+        for grant in grants {
+            let expires_at = self.clock.end(grant.expiry);
+            let number = self.names.grant(grant.id.as_str());
+            for scope in &grant.scopes {
+                let Some(scope) = self.manifests.catalogue.get(scope).cloned() else {
+                    problems.insert(format!(
+                        "grant {} names the scope {scope}, which no manifest defines",
+                        grant.id
+                    ));
+                    continue;
+                };
+                let executables = self.resolve(&scope, problems);
+                permits.push(Permit {
+                    scope: self.names.scope(scope.scope.as_str()),
+                    grant: number,
+                    expires_at,
+                    egress: egress(&scope),
+                    executables,
+                    listening: scope.listen.iter().map(port_range).collect(),
+                });
+            }
+        }
+        let launches: Vec<(String, Vec<PathBuf>)> = self
+            .workloads
+            .values()
+            .filter(|workload| workload.identity == *identity && !workload.launch.is_empty())
+            .map(|workload| (workload.name.clone(), workload.launch.clone()))
+            .collect();
+        for (name, files) in launches {
+            let executables = self.resolve_files(&files, problems);
+            permits.push(Permit {
+                scope: self.names.scope(LAUNCH),
+                grant: self.names.grant(&format!("{LAUNCH}/{name}")),
+                expires_at: NEVER,
+                egress: Vec::new(),
+                executables,
+                listening: Vec::new(),
+            });
+        }
+        permits
+    }
+
+    /// What each scope of the catalogue permits, for as long as anybody asks.
+    #[must_use]
+    pub fn scope_permits(&mut self) -> Vec<(String, Permit)> {
+        let scopes: Vec<ScopeDocument> = self.manifests.catalogue.iter().cloned().collect();
+        let permits = scopes.iter().map(|scope| {
+            let permit = Permit {
+                scope: self.names.scope(scope.scope.as_str()),
+                grant: agentguard_common::GrantId::NONE,
+                expires_at: NEVER,
+                egress: egress(scope),
+                executables: self.resolve(scope, &mut BTreeSet::new()),
+                listening: scope.listen.iter().map(port_range).collect(),
+            };
+            (scope.scope.to_string(), permit)
+        });
+        permits.collect()
+    }
+
+    /// Keeps what was taken to be saved as changed: it could not be.
+    pub fn mark_unsaved(&mut self) {
+        self.dirty = true;
+    }
+
+    fn resolve(&mut self, scope: &ScopeDocument, problems: &mut BTreeSet<String>) -> Vec<FileId> {
+        let mut files = BTreeSet::new();
+        for pattern in &scope.exec {
+            let resolution = self.executables.resolve(pattern);
+            files.extend(resolution.files.iter().map(|file| file.id));
+            let told = resolution.problems.iter();
+            problems.extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
+        }
+        files.into_iter().collect()
+    }
+
+    fn resolve_files(&mut self, files: &[PathBuf], problems: &mut BTreeSet<String>) -> Vec<FileId> {
+        let mut ids = BTreeSet::new();
+        for file in files {
+            match self.executables.file(file) {
+                Ok(id) => {
+                    ids.insert(id);
+                }
+                Err(error) => {
+                    problems.insert(format!("{}: {error}", file.display()));
+                }
+            }
+        }
+        ids.into_iter().collect()
+    }
+
+    /// Looks at every granted file again and takes what is there now.
+    pub fn refresh_executables(&mut self) -> usize {
+        self.executables.refresh();
+        self.reconcile();
+        self.installed.values().map(|installed| installed.rows.executables.len()).sum()
+    }
+
+    /// Writes an allow-list beside the one in force, then switches the identity's workloads.
+    fn install(
+        &mut self,
+        identity: &SpiffeId,
+        compiled: CompiledAllowlist,
+    ) -> Result<(), EngineError> {
+        let rows = compiled
+            .rows(self.next_allowlist, self.next_rules)
+            .map_err(|source| EngineError::Number { identity: identity.clone(), source })?;
+        self.datapath.load_allowlist(&rows)?;
+        self.next_allowlist.0 += 1;
+        self.next_rules.0 += u32::try_from(rows.rules.len()).unwrap_or(u32::MAX);
+        let number = self.names.identity(identity.as_str());
+        let counters = self.counter_row(identity);
+        if let Err(error) = self.tables.load(rows.clone()) {
+            // The kernel took it; only `explain` would not know.
+            tracing::error!(%error, "explain does not know an allow-list");
+        }
+        let installed = Installed { compiled, rows, number, counters };
+        for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
+            self.datapath.switch(workload.id, installed.tag(workload.mode))?;
+        }
+        if let Some(old) = self.installed.insert(identity.clone(), installed) {
+            self.tables.remove(old.rows.allowlist);
+            self.retired.push((Instant::now(), old.rows));
+        }
+        Ok(())
+    }
+
+    fn retire(&mut self, identity: &SpiffeId) {
+        if let Some(old) = self.installed.remove(identity) {
+            self.tables.remove(old.rows.allowlist);
+            self.retired.push((Instant::now(), old.rows));
+        }
+    }
+
+    fn counter_row(&mut self, identity: &SpiffeId) -> u16 {
+        if let Some(row) = self.counter_rows.get(identity) {
+            return *row;
+        }
+        let next = self.counter_rows.values().filter(|row| **row != OTHER).count() + 1;
+        let row = u16::try_from(next)
+            .ok()
+            .filter(|row| *row < self.datapath.counter_rows())
+            .unwrap_or(OTHER);
+        self.counter_rows.insert(identity.clone(), row);
+        self.dirty = true;
+        row
+    }
+
+    // -- workloads -----------------------------------------------------------------------------
+
+    /// Makes a cgroup a workload's: allow-list, tag and hooks, in this order.
+    ///
+    /// # Errors
+    ///
+    /// When it can not be done whole; then nothing of it is left.
+    pub fn add(&mut self, new: NewWorkload) -> Result<WorkloadId, EngineError> {
+        let NewWorkload { name, identity, cgroup, mode, source, owner, unit, launch } = new;
+        let cgroup_id = cgroup_id(&cgroup)?;
+        if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
+            return Err(EngineError::Taken { path: cgroup });
+        }
+        let id = self.next_workload;
+        self.next_workload.0 += 1;
+        self.enlist(Workload {
+            id,
+            name,
+            identity,
+            cgroup: cgroup.clone(),
+            cgroup_id,
+            mode,
+            source,
+            created: Timestamp::now(),
+            owner,
+            unit,
+            launch,
+            populated: false,
+        });
+        self.reconcile();
+        if let Err(error) = self.hold(id) {
+            self.drop_workload(id);
+            return Err(error);
+        }
+        self.record_workload(id, WorkloadChange::Added);
+        self.dirty = true;
+        Ok(id)
+    }
+
+    fn enlist(&mut self, workload: Workload) {
+        let below = workload.cgroup.strip_prefix(&self.cgroup_root).unwrap_or(&workload.cgroup);
+        let cgroup = format!("/{}", below.display());
+        let name = WorkloadName { name: workload.name.clone(), cgroup, unit: workload.unit.clone() };
+        self.names.name_workload(workload.id, name);
+        self.workloads.insert(workload.id, workload);
+    }
+
+    /// Puts tag and hooks on a workload whose allow-list is in force.
+    fn hold(&mut self, id: WorkloadId) -> Result<(), EngineError> {
+        let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
+        let tag = self.tag(workload).unwrap_or_else(|| unidentified(workload.mode));
+        self.datapath.switch(id, tag)?;
+        self.datapath.capture(&workload.cgroup, id)?;
+        Ok(())
+    }
+
+    /// Ends a workload: its cgroup is gone, or nobody's from now on.
+    pub fn remove(&mut self, id: WorkloadId) {
+        if !self.workloads.contains_key(&id) {
+            return;
+        }
+        self.record_workload(id, WorkloadChange::Removed);
+        self.drop_workload(id);
+        self.reconcile();
+        self.dirty = true;
+    }
+
+    fn drop_workload(&mut self, id: WorkloadId) {
+        let Some(workload) = self.workloads.remove(&id) else { return };
+        let released = self
+            .datapath
+            .release(workload.cgroup_id, id)
+            .and_then(|()| self.datapath.forget(id));
+        if let Err(error) = released {
+            tracing::error!(%error, workload = workload.name, "a workload was not let go whole");
+        }
+        if workload.source == WorkloadSource::Exec {
+            self.store.end_exec(&workload.name);
+            if let Err(error) = remove_cgroup(&workload.cgroup) {
+                tracing::debug!(%error, path = %workload.cgroup.display(), "a cgroup stays");
+            }
+        }
+        // Its last records may still be in a ring.
+        self.forgotten.push((Instant::now(), id));
+    }
+
+    // -- time ----------------------------------------------------------------------------------
+
+    /// What is due: ends and beginnings of grants, workloads that are gone, allow-lists that no
+    /// program reads any more.
+    pub fn tick(&mut self) {
+        if let Some(clock) = self.clock.stepped() {
+            tracing::warn!("the wall clock was stepped; the ends of all grants are reckoned anew");
+            self.clock = clock;
+            self.reconcile();
+        }
+        let now = Timestamp::now();
+        if self.store.changed_since_last(now) {
+            self.reconcile();
+        }
+        self.follow_moved();
+        self.end_empty_workloads();
+        self.sweep();
+    }
+
+    fn follow_moved(&mut self) {
+        for (pid, moved) in self.datapath.moved() {
+            let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
+            let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
+                continue;
+            };
+            let path = self.cgroup_root.join(path);
+            if let Err(error) = self.datapath.follow(&path) {
+                tracing::error!(%error, workload = moved.workload.0, "a process was moved out and its cgroup has no hooks");
+            }
+        }
+    }
+
+    fn end_empty_workloads(&mut self) {
+        let mut ended = Vec::new();
+        for workload in self.workloads.values_mut() {
+            match populated(&workload.cgroup) {
+                None => ended.push(workload.id),
+                Some(true) => workload.populated = true,
+                Some(false) if workload.source == WorkloadSource::Exec && workload.populated => {
+                    ended.push(workload.id);
+                }
+                Some(false) => {}
+            }
+        }
+        for id in ended {
+            self.remove(id);
+        }
+    }
+
+    fn sweep(&mut self) {
+        let (due, kept) = std::mem::take(&mut self.retired)
+            .into_iter()
+            .partition(|(since, _)| since.elapsed() >= GRACE);
+        self.retired = kept;
+        let due: Vec<(Instant, Rows)> = due;
+        for (_, rows) in due {
+            if let Err(error) = self.datapath.drop_allowlist(&rows) {
+                tracing::error!(%error, "rows of an old allow-list stay");
+            }
+        }
+        if let Some((since, allowlist, rules)) = self.inherited
+            && since.elapsed() >= GRACE
+        {
+            self.inherited = None;
+            match self.datapath.sweep(allowlist, rules) {
+                Ok(swept) => tracing::debug!(swept, "rows of an earlier daemon are gone"),
+                Err(error) => tracing::error!(%error, "rows of an earlier daemon stay"),
+            }
+        }
+        let names = Arc::clone(&self.names);
+        self.forgotten.retain(|(since, id)| {
+            let keep = since.elapsed() < GRACE * 10;
+            if !keep {
+                names.forget_workload(*id);
+            }
+            keep
+        });
+        let held: BTreeSet<CgroupId> =
+            self.workloads.values().map(|workload| workload.cgroup_id).collect();
+        let moved: BTreeSet<u64> =
+            self.datapath.moved().iter().map(|(_, moved)| moved.cgroup).collect();
+        let needed = |cgroup: CgroupId| held.contains(&cgroup) || moved.contains(&cgroup.0);
+        if let Err(error) = self.datapath.prune(needed) {
+            tracing::debug!(%error, "pins of cgroups that are gone stay");
+        }
+    }
+
+    // -- evidence ------------------------------------------------------------------------------
+
+    fn record_workload(&self, id: WorkloadId, change: WorkloadChange) {
+        let Some(workload) = self.workloads.get(&id) else { return };
+        let name = self.names.workload(id);
+        let (protection, missing) = protection_of(&Protection::of(self.datapath.states()));
+        self.audit.append(RecordBody::Workload(Box::new(WorkloadRecord {
+            change,
+            workload: NamedWorkload {
+                identity: Some(Text::new(workload.identity.as_str())),
+                name: Text::new(&workload.name),
+                cgroup_id: workload.cgroup_id.0,
+                cgroup: name.map(|name| Text::new(name.cgroup)),
+                unit: workload.unit.as_ref().map(Text::new),
+                container: None,
+                pod: None,
+            },
+            mode: Word(workload.mode),
+            protection,
+            missing,
+        })));
+    }
+
+    /// Records every grant whose state is another than when it was last recorded.
+    fn record_grants(&mut self, now: Timestamp) {
+        let mut seen = BTreeMap::new();
+        let mut records = Vec::new();
+        for stored in self.store.grants() {
+            let state = self.store.state(stored, now);
+            let id = stored.document.id.to_string();
+            let before = self.recorded.get(&id).copied();
+            if before != Some(state) {
+                if before.is_none() {
+                    records.push(grant_record(stored, GrantChange::Added, None));
+                }
+                match state {
+                    State::Pending => {}
+                    State::Active => records.push(grant_record(stored, GrantChange::Activated, None)),
+                    State::Expired => records.push(grant_record(stored, GrantChange::Expired, None)),
+                    State::Revoked => {
+                        let by = self.store.revocation(&stored.document.id);
+                        records.push(grant_record(stored, GrantChange::Revoked, by));
+                    }
+                }
+            }
+            seen.insert(id, state);
+        }
+        self.recorded = seen;
+        for record in records {
+            self.audit.append(record);
+        }
+    }
+
+    // -- restarts ------------------------------------------------------------------------------
+
+    /// What a restart must know, if something of it has changed since it was last asked.
+    pub fn take_changes(&mut self) -> Option<SavedState> {
+        if !std::mem::take(&mut self.dirty) && !self.store.take_dirty() {
+            return None;
+        }
+        Some(SavedState {
+            names: self.names.save(),
+            grants: self.store.snapshot(),
+            counter_rows: self
+                .counter_rows
+                .iter()
+                .map(|(identity, row)| (identity.to_string(), *row))
+                .collect(),
+            workloads: self.workloads.values().map(SavedWorkload::from).collect(),
+        })
+    }
+
+    /// Takes up what an earlier daemon left: its workloads that are still there, with the numbers
+    /// the kernel knows them by.
+    pub fn restore(&mut self, saved: SavedState) {
+        let SavedState { names: _, grants, counter_rows, workloads } = saved;
+        self.store.restore(grants);
+        for (identity, row) in counter_rows {
+            match identity.parse() {
+                Ok(identity) => {
+                    self.counter_rows.insert(identity, row);
+                }
+                Err(error) => tracing::error!(identity, %error, "a saved identity is not one"),
+            }
+        }
+        for saved in workloads {
+            let workload = match saved.restore() {
+                Ok(workload) => workload,
+                Err(error) => {
+                    tracing::error!(error, "a saved workload can not be taken up");
+                    continue;
+                }
+            };
+            // A directory of that name made since is another cgroup.
+            if cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id) {
+                continue;
+            }
+            self.next_workload = self.next_workload.max(WorkloadId(workload.id.0 + 1));
+            self.enlist(workload);
+        }
+    }
+
+    /// Puts what was restored in force: allow-lists of this daemon's numbering, tags and hooks.
+    pub fn resume(&mut self) {
+        self.reconcile();
+        let ids: Vec<WorkloadId> = self.workloads.keys().copied().collect();
+        for id in ids {
+            if let Err(error) = self.hold(id) {
+                tracing::error!(%error, "a workload is not held whole");
+            }
+        }
+        self.dirty = true;
+    }
+}
+
+impl Installed {
+    fn tag(&self, mode: Mode) -> Tag {
+        Tag::new(self.number, mode, self.rows.allowlist, self.rows.listening, self.counters)
+    }
+}
+
+/// The tag of a workload that has no allow-list: it is denied everything.
+fn unidentified(mode: Mode) -> Tag {
+    Tag::new(IdentityId::NONE, mode, AllowlistId::NONE, RuleSetId::NONE, OTHER)
+}
+
+fn egress(scope: &ScopeDocument) -> Vec<EgressPermit> {
+    scope
+        .egress
+        .iter()
+        .map(|rule| EgressPermit {
+            blocks: rule
+                .to
+                .iter()
+                .filter_map(|to| match to {
+                    Destination::IpBlock { cidr, except } => {
+                        Some(Block { cidr: *cidr, except: except.clone() })
+                    }
+                    // Refused where manifests are read, until names are enforced.
+                    Destination::DnsName(_) => None,
+                })
+                .collect(),
+            ports: rule.ports.iter().map(port_range).collect(),
+        })
+        .collect()
+}
+
+fn port_range(range: &crate::scope::PortRange) -> PortRange {
+    PortRange { protocol: range.protocol, first: range.first, last: range.last }
+}
+
+fn grant_record(
+    stored: &crate::grant::store::StoredGrant,
+    change: GrantChange,
+    by: Option<&crate::grant::store::Revocation>,
+) -> RecordBody {
+    let document = &stored.document;
+    let (name, source, uid) = match &stored.source {
+        Source::Manifest => ("manifest".to_owned(), ActorSource::Manifest, None),
+        Source::Api { uid } | Source::Exec { uid } => {
+            (document.granted_by.clone(), ActorSource::Api, Some(*uid))
+        }
+    };
+    let actor = match (by, change) {
+        (Some(by), _) => {
+            Some(Actor { source: ActorSource::Api, name: Text::new(&by.by), uid: None, pid: None })
+        }
+        (None, GrantChange::Added) => {
+            Some(Actor { source, name: Text::new(name), uid, pid: None })
+        }
+        (None, GrantChange::Activated | GrantChange::Expired | GrantChange::Revoked) => None,
+    };
+    RecordBody::Grant(Box::new(GrantRecord {
+        change,
+        grant: Text::new(document.id.as_str()),
+        subject: Text::new(document.subject.as_str()),
+        scopes: Text::list(document.scopes.iter().map(|scope| scope.as_str().as_bytes())),
+        not_before: document.not_before,
+        expires_at: match document.expiry {
+            Expiry::At(time) => Some(time),
+            Expiry::Never => None,
+        },
+        granted_by: Some(Text::new(&document.granted_by)),
+        why: Some(Text::new(by.map_or(document.reason.as_str(), |by| by.reason.as_str()))),
+        by: actor,
+    }))
+}
+
+/// The words of records for how much is kept.
+#[must_use]
+pub fn protection_of(protection: &Protection) -> (ProtectionWord, Vec<Missing>) {
+    match protection {
+        Protection::Full => (ProtectionWord::Full, Vec::new()),
+        Protection::None => (ProtectionWord::None, Vec::new()),
+        Protection::Partial(missing) => {
+            let missing = missing.iter().map(|what| {
+                let (what, why) = what.split_once(": ").unwrap_or((what, "not in the portable layer"));
+                Missing { what: Text::new(what), why: Text::new(why) }
+            });
+            (ProtectionWord::Partial, missing.collect())
+        }
+    }
+}
+
+/// Whether a cgroup or one below it has processes; `None` if it is gone.
+fn populated(cgroup: &Path) -> Option<bool> {
+    let events = fs::read_to_string(cgroup.join("cgroup.events")).ok()?;
+    Some(events.lines().any(|line| line == "populated 1"))
+}
+
+/// Removes a cgroup with those below it; all must be empty.
+pub fn remove_cgroup(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_cgroup(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+/// Now, in the clock of the kernel half.
+#[must_use]
+pub fn now() -> u64 {
+    boot_ns()
+}

@@ -1,0 +1,92 @@
+//! What a command line runs before the workload itself decides anything: the file that was named
+//! and, where that is a script, the interpreters the kernel runs in its place.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+/// Interpreters of interpreters that are followed; the kernel follows five
+/// (`search_binary_handler`, fs/exec.c).
+const DEPTH: usize = 5;
+/// `BINPRM_BUF_SIZE` of the kernel: as much of a script as it looks at.
+const HEAD: usize = 256;
+
+/// The files that running `executable` runs. `search_path` is the caller's `PATH`, for
+/// `#!/usr/bin/env name`.
+#[must_use]
+pub fn files(executable: &Path, search_path: &str) -> Vec<PathBuf> {
+    let mut files = vec![executable.to_owned()];
+    let mut script = executable.to_owned();
+    for _ in 0..DEPTH {
+        let Some((interpreter, argument)) = interpreter(&script) else { break };
+        files.push(interpreter.clone());
+        if interpreter.file_name().is_some_and(|name| name == "env")
+            && let Some(program) = argument.as_deref().and_then(program_of_env)
+            && let Some(found) = find(program, search_path)
+        {
+            files.push(found.clone());
+            script = found;
+        } else {
+            script = interpreter;
+        }
+    }
+    files
+}
+
+/// What stands behind `#!`: the interpreter and, in one piece, its argument.
+fn interpreter(script: &Path) -> Option<(PathBuf, Option<String>)> {
+    let mut head = Vec::with_capacity(HEAD);
+    File::open(script).ok()?.take(HEAD as u64).read_to_end(&mut head).ok()?;
+    let line = head.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
+    let line = std::str::from_utf8(line).ok()?.trim();
+    let (interpreter, argument) = match line.split_once([' ', '\t']) {
+        Some((interpreter, argument)) => (interpreter, Some(argument.trim().to_owned())),
+        None => (line, None),
+    };
+    (!interpreter.is_empty()).then(|| (interpreter.into(), argument))
+}
+
+/// The program that `env` is asked to run: `env [-S] [NAME=VALUE…] program`.
+fn program_of_env(argument: &str) -> Option<&str> {
+    argument.split_whitespace().find(|word| !word.starts_with('-') && !word.contains('='))
+}
+
+fn find(program: &str, search_path: &str) -> Option<PathBuf> {
+    if program.contains('/') {
+        return Some(program.into());
+    }
+    search_path.split(':').map(|directory| Path::new(directory).join(program)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_runs_its_interpreter_and_what_env_finds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let write = |name: &str, text: &str| std::fs::write(path(name), text).unwrap();
+        write("binary", "\u{7f}ELF");
+        write("plain", &format!("#!{} -x\n", path("binary").display()));
+        write("nested", &format!("#! {}\n", path("plain").display()));
+        write("by-env", "#!/usr/bin/env -S A=1 binary --flag\n");
+        let search_path = format!("/nowhere:{}", directory.path().display());
+
+        assert_eq!(files(&path("binary"), ""), [path("binary")]);
+        assert_eq!(files(&path("plain"), ""), [path("plain"), path("binary")]);
+        assert_eq!(files(&path("nested"), ""), [path("nested"), path("plain"), path("binary")]);
+        assert_eq!(
+            files(&path("by-env"), &search_path),
+            [path("by-env"), "/usr/bin/env".into(), path("binary")]
+        );
+    }
+
+    #[test]
+    fn scripts_that_interpret_each_other_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("script");
+        std::fs::write(&script, format!("#!{}\n", script.display())).unwrap();
+        assert_eq!(files(&script, "").len(), DEPTH + 1);
+    }
+}

@@ -1,0 +1,393 @@
+//! The composition root: puts the parts together and keeps them running.
+//!
+//! Order of a start: kernel half (loaded or adopted), what an earlier daemon left, manifests,
+//! identity sources, then the control socket. A daemon that stops takes nothing with it: what it
+//! put in force stays, until `agentguard uninstall`.
+
+mod clock;
+pub mod confine;
+pub mod doctor;
+pub mod engine;
+mod launch;
+mod manifests;
+mod names;
+mod recent;
+mod service;
+mod standalone;
+mod state;
+mod uninstall;
+mod witness;
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use agentguard_common::abi::Settings;
+use jiff::Timestamp;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+pub use self::service::protection_view;
+pub use self::standalone::exec_standalone;
+pub use self::uninstall::uninstall;
+
+use self::engine::{Engine, protection_of};
+use self::names::Names;
+use self::service::{Daemon, Shared};
+use self::witness::{Denials, Witness};
+use crate::api::server::{self, BindError, Limits};
+use crate::audit::record::{LayerProtection, RecordBody, StartRecord, StopRecord};
+use crate::audit::text::Text;
+use crate::audit::{AuditLog, OpenError, record};
+use crate::config::{Configuration, HostError, Listen, Require};
+use crate::datapath::{self, Datapath, LoadError, Options, Protection, Sizes};
+use crate::identity::cgroup::CgroupSource;
+use crate::metrics::{Metrics, MetricsError};
+
+/// How often what is due is looked for; what the kernel ends by itself does not wait for it.
+const TICK: Duration = Duration::from_millis(200);
+
+/// The daemon does not start, or breaks off.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Audit(#[from] OpenError),
+    #[error(transparent)]
+    State(#[from] state::StateError),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("{address} can not be listened on: {source}; set metrics.listen")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("the directory {path} can not be made: {source}")]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("this kernel does not give what `require: {require}` asks for: {missing}; see agentguard doctor, or require less")]
+    NotEnough { require: &'static str, missing: String },
+    #[error("the runtime can not be set up: {0}")]
+    Runtime(io::Error),
+    #[error("this needs root: run it with sudo, or as a system service")]
+    NotRoot,
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// Why it did not start.
+pub fn run(configuration: Configuration) -> Result<(), DaemonError> {
+    require_root()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(DaemonError::Runtime)?;
+    runtime.block_on(serve(configuration))
+}
+
+fn require_root() -> Result<(), DaemonError> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(DaemonError::NotRoot) }
+}
+
+async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
+    let started = Instant::now();
+    let parts = set_up(configuration, started)?;
+    let Parts { shared, witness, stop } = parts;
+    let cancel = CancellationToken::new();
+    let socket = server::bind(shared.configuration.api.socket.as_ref())?;
+    let tcp = match shared.configuration.metrics.listen {
+        Listen::Off => None,
+        Listen::On(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(|source| DaemonError::Listen { address, source })?,
+        ),
+    };
+    let daemon = Arc::new(Daemon(Arc::clone(&shared)));
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(keep_recent(Arc::clone(&shared)));
+    tasks.spawn(tick(Arc::clone(&shared)));
+    tasks.spawn(manifests::watch(Arc::clone(&shared)));
+    let mut servers = tokio::task::JoinSet::new();
+    servers.spawn(server::serve_control(
+        socket,
+        Arc::clone(&daemon),
+        Limits::default(),
+        cancel.clone(),
+    ));
+    if let Some(tcp) = tcp {
+        servers.spawn(server::serve_metrics(tcp, daemon, Limits::default(), cancel.clone()));
+    }
+    shared.ready.store(true, Ordering::Release);
+    tracing::info!(
+        milliseconds = started.elapsed().as_millis() as u64,
+        socket = %shared.configuration.api.socket,
+        "ready"
+    );
+    let why = stopped().await;
+    tracing::info!(why, "stopping; what is in force stays in force");
+    cancel.cancel();
+    while servers.join_next().await.is_some() {}
+    tasks.shutdown().await;
+    stop.store(true, Ordering::Release);
+    if witness.join().is_err() {
+        tracing::error!("the reader of records broke off");
+    }
+    save(&shared);
+    shared.audit.append(RecordBody::Stop(StopRecord {
+        why: Text::new(why),
+        protection_stays: true,
+    }));
+    if let Err(error) = shared.audit.close().await {
+        tracing::error!(%error, "the last audit records may not be written");
+    }
+    Ok(())
+}
+
+/// What runs once everything is in force.
+struct Parts {
+    shared: Arc<Shared>,
+    witness: JoinHandle<()>,
+    stop: Arc<AtomicBool>,
+}
+
+fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, DaemonError> {
+    for path in [&configuration.state_directory, &configuration.runtime_directory] {
+        make_directory(path.as_ref(), 0o755)?;
+    }
+    let node = configuration.node_name()?.to_string();
+    let cgroup_root = configuration.find_cgroup_root()?;
+    let metrics = Metrics::new(configuration.metrics.max_identities.get() as usize)?;
+    metrics.started(
+        env!("CARGO_PKG_VERSION"),
+        option_env!("AGENTGUARD_REVISION").unwrap_or("unknown"),
+        Timestamp::now().as_second() as f64,
+    );
+    let load = Instant::now();
+    let datapath = Datapath::open(&Options {
+        pin_directory: configuration.pin_directory.to_path_buf(),
+        sizes: sizes(&configuration),
+        settings: settings(&configuration),
+    })?;
+    metrics.loaded(load.elapsed());
+    check_required(configuration.require, &datapath)?;
+    let audit = AuditLog::open(configuration.audit.options(), &node)?;
+    let saved = state::load(configuration.state_directory.as_ref())?;
+    let names = Arc::new(Names::restore(saved.names.clone()));
+    record_start(&audit, &datapath);
+    let denials = Arc::new(Denials::default());
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names));
+    let witness = start_witness(&engine, &audit, &denials, &stop)?;
+    pump_diagnostics(&mut engine, &stop);
+    engine.restore(saved);
+    let shared = Arc::new(Shared {
+        engine: Mutex::new(engine),
+        configuration,
+        node,
+        metrics,
+        audit,
+        names,
+        denials,
+        recent: recent::Recent::default(),
+        started,
+        ready: AtomicBool::new(false),
+    });
+    manifests::load(&shared, &mut manifests::Sources::new(&shared));
+    {
+        let mut engine = shared.engine();
+        engine.resume();
+        engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+    }
+    save(&shared);
+    Ok(Parts { shared, witness, stop })
+}
+
+/// Starts the thread that reads the kernel's records.
+fn start_witness(
+    engine: &Engine,
+    audit: &AuditLog,
+    denials: &Arc<Denials>,
+    stop: &Arc<AtomicBool>,
+) -> Result<JoinHandle<()>, DaemonError> {
+    let rings = engine.datapath.rings()?;
+    let witness = Witness {
+        names: Arc::clone(&engine.names),
+        processes: engine.datapath.processes()?,
+        audit: audit.clone(),
+        denials: Arc::clone(denials),
+        clock: engine.clock,
+    };
+    let stop = Arc::clone(stop);
+    std::thread::Builder::new()
+        .name("witness".to_owned())
+        .spawn(move || witness.run(rings, &stop))
+        .map_err(DaemonError::Runtime)
+}
+
+/// Hands what the kernel programs say of themselves to the log.
+fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
+    let Some(mut diagnostics) = engine.datapath.take_diagnostics() else { return };
+    let stop = Arc::clone(stop);
+    let pump = move || {
+        while !stop.load(Ordering::Acquire) {
+            if let Err(error) = diagnostics.pump(Duration::from_millis(500)) {
+                tracing::error!(%error, "the datapath's diagnostics can not be read");
+                return;
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("diagnostics".to_owned()).spawn(pump) {
+        tracing::error!(%error, "the datapath's diagnostics are not read");
+    }
+}
+
+fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
+    let states = datapath.states();
+    let missing = match (require, Protection::of(states)) {
+        (Require::None, _) | (_, Protection::Full) => return Ok(()),
+        (Require::Portable, _) if Protection::is_portable_complete(states) => return Ok(()),
+        (Require::Portable | Require::Full, Protection::None) => "nothing loads".to_owned(),
+        (Require::Portable | Require::Full, Protection::Partial(missing)) => missing.join("; "),
+    };
+    let require = match require {
+        Require::Full => "full",
+        Require::Portable => "portable",
+        Require::None => "none",
+    };
+    Err(DaemonError::NotEnough { require, missing })
+}
+
+fn record_start(audit: &AuditLog, datapath: &Datapath) {
+    let (protection, missing) = protection_of(&Protection::of(datapath.states()));
+    let kernel = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let lsm = LayerProtection {
+        layer: record::Layer::Lsm,
+        protection: record::ProtectionWord::None,
+        missing: vec![record::Missing {
+            what: Text::new("all hooks of the LSM layer"),
+            why: Text::new("this version has none"),
+        }],
+    };
+    audit.append(RecordBody::Start(StartRecord {
+        version: Text::new(env!("CARGO_PKG_VERSION")),
+        kernel: Text::new(kernel),
+        adopted: datapath.adopted(),
+        protection: vec![
+            LayerProtection { layer: record::Layer::Portable, protection, missing },
+            lsm,
+        ],
+    }));
+}
+
+async fn stopped() -> &'static str {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return "signals can not be received";
+    };
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}
+
+/// Looks for what is due, and saves what has changed.
+async fn tick(shared: Arc<Shared>) {
+    let mut interval = tokio::time::interval(TICK);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let shared = Arc::clone(&shared);
+        let ticked = tokio::task::spawn_blocking(move || {
+            shared.engine().tick();
+            save(&shared);
+        });
+        if ticked.await.is_err() {
+            tracing::error!("what was due was not done; going on");
+        }
+    }
+}
+
+fn save(shared: &Shared) {
+    let Some(state) = shared.engine().take_changes() else { return };
+    if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
+        tracing::error!(%error, "a restart would not know the latest changes");
+        shared.engine().mark_unsaved();
+    }
+}
+
+async fn keep_recent(shared: Arc<Shared>) {
+    use tokio::sync::broadcast::error::RecvError;
+    let mut lines = shared.audit.subscribe();
+    loop {
+        match lines.recv().await {
+            Ok(line) => shared.recent.keep(line),
+            Err(RecvError::Lagged(missed)) => {
+                tracing::debug!(missed, "records are in the log, but not among the recent ones");
+            }
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+fn make_directory(path: &Path, mode: u32) -> Result<(), DaemonError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(|source| DaemonError::Directory { path: path.to_owned(), source })
+}
+
+/// The sizes of the kernel's tables.
+pub(crate) fn sizes(configuration: &Configuration) -> Sizes {
+    let datapath = &configuration.datapath;
+    let maps = &datapath.maps;
+    Sizes {
+        workloads: maps.workloads.get(),
+        cgroups: maps.cgroups.get(),
+        destinations: maps.destinations.get(),
+        rules: maps.rules.get(),
+        executables: maps.executables.get(),
+        verdicts: maps.verdict_cache.get(),
+        counters: configuration.metrics.max_identities.get() + 1,
+        denied_ring: datapath.denied_ring_bytes.get(),
+        allowed_ring: datapath.events_ring_bytes.get(),
+    }
+}
+
+pub(crate) fn settings(configuration: &Configuration) -> Settings {
+    let window = configuration.datapath.aggregation_window.get();
+    Settings {
+        aggregation_window: u64::try_from(window.as_nanos()).unwrap_or(u64::MAX),
+        diagnostics: 0,
+        reserved: 0,
+    }
+}
+
+/// Where a standalone `exec` keeps its pins, beside those of a daemon.
+pub(crate) fn standalone_pins(configuration: &Configuration, pid: u32) -> PathBuf {
+    let mut name = configuration.pin_directory.to_path_buf().into_os_string();
+    name.push(format!("-exec-{pid}"));
+    name.into()
+}
+
+pub(crate) use datapath::uninstall as remove_pins;
+
+/// The source of workloads that `Workload` manifests select.
+pub(crate) fn cgroup_source(shared: &Shared) -> CgroupSource {
+    CgroupSource::new(shared.engine().cgroup_root().to_owned())
+}

@@ -1,0 +1,727 @@
+//! The daemon's verbs, as the control API calls them.
+
+use std::net::{IpAddr, ToSocketAddrs as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use agentguard_common::event::{Event, RequestKind};
+use agentguard_common::request::ip;
+use agentguard_common::stats::Counters;
+use agentguard_common::{
+    Action, Address, Decision, Destination, Endpoint, Naming, Permission, Protocol, Reason,
+    Request, Verdict, decide,
+};
+use jiff::Timestamp;
+use tokio::sync::broadcast;
+
+use super::confine::{Candidate, confine};
+use super::engine::{Engine, Workload, now};
+use super::names::Names;
+use super::recent::Recent;
+use super::witness::{Denial, Denials};
+use crate::allowlist::Permit;
+use crate::allowlist::specification::Specification;
+use crate::api::caller::{Caller, Viewer};
+use crate::api::service::{EventFilter, Outcome, Service, ServiceError};
+use crate::api::types::{
+    Confine, Confined, EventCounts, Expiry as ExpiryView, ExplainRequest, Explanation, GrantCounts,
+    GrantState, GrantView, LastDenial, Layer, LayerState, ManifestErrorView, Manifests, Mode,
+    Protection as ProtectionView, ProtectionLevel, Protocol as ProtocolView, Refreshed, Status,
+    Target, Totals, WorkloadView,
+};
+use crate::audit::AuditLog;
+use crate::config::Configuration;
+use crate::datapath::{Door, DoorState, GAPS, Protection};
+use crate::grant::store::{RevokeError, Source, State, StoredGrant};
+use crate::grant::{Expiry, GrantId};
+use crate::manifest::{Creation, Manifest, parse_text};
+use crate::metrics::{self, Metrics, VerdictRow};
+use crate::scope::executables::file_id;
+
+/// What all parts of the daemon share.
+pub struct Shared {
+    pub engine: Mutex<Engine>,
+    pub configuration: Configuration,
+    pub node: String,
+    pub metrics: Metrics,
+    pub audit: AuditLog,
+    pub names: Arc<Names>,
+    pub denials: Arc<Denials>,
+    pub recent: Recent,
+    pub started: Instant,
+    pub ready: AtomicBool,
+}
+
+impl Shared {
+    /// The engine. A verb that panicked left tables and tags as they were between two writes, and
+    /// the next reconciliation puts them right.
+    pub fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The daemon, for the control API.
+#[derive(Clone)]
+pub struct Daemon(pub Arc<Shared>);
+
+impl Service for Daemon {
+    fn trust_domain(&self) -> &str {
+        self.0.configuration.trust_domain.as_str()
+    }
+
+    fn caller_workload(&self, pid: u32) -> Result<Option<String>, ServiceError> {
+        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let unknown = |error: std::io::Error| ServiceError::Unavailable {
+            error: format!("the cgroup of the caller can not be read: {error}"),
+            remedy: "mount procfs at /proc".to_owned(),
+        };
+        let text = std::fs::read_to_string(path).map_err(unknown)?;
+        let Some(below) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
+            return Ok(None);
+        };
+        let engine = self.0.engine();
+        let cgroup = engine.cgroup_root().join(below);
+        let moved = engine.datapath.moved();
+        let by_move = moved.iter().find(|(tgid, _)| *tgid == pid).map(|(_, moved)| moved.workload);
+        let by_cgroup = crate::datapath::cgroup_id(&cgroup)
+            .ok()
+            .and_then(|cgroup| engine.datapath.workload_of(cgroup));
+        let Some(id) = by_cgroup.or(by_move) else { return Ok(None) };
+        let name = engine.workload(id).map(|workload| workload.name.clone());
+        Ok(Some(name.unwrap_or_else(|| format!("workload {}", id.0))))
+    }
+
+    async fn status(&self) -> Result<Status, ServiceError> {
+        let shared = &self.0;
+        let engine = shared.engine();
+        let now = Timestamp::now();
+        let counts = engine.store.counts(now);
+        let counters = engine.counters().map_err(|error| internal(&error))?;
+        let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
+        let mut gaps: Vec<String> = GAPS.iter().map(|gap| (*gap).to_owned()).collect();
+        gaps.extend(engine.executable_problems().iter().cloned());
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: shared.node.clone(),
+            uptime_seconds: shared.started.elapsed().as_secs(),
+            mode: Mode::from(agentguard_common::Mode::from(shared.configuration.mode)),
+            protection: protection_view(engine.datapath.states()),
+            gaps,
+            generation: engine.generation(),
+            totals: Some(Totals {
+                workloads: engine.workloads().count() as u64,
+                grants: GrantCounts {
+                    pending: counts.pending,
+                    active: counts.active + counts.standing,
+                    expired: counts.expired,
+                    revoked: counts.revoked,
+                },
+                standing_grants: counts.standing,
+                manifests: Manifests {
+                    directory: shared.configuration.manifests_directory.to_path_buf(),
+                    last_load: engine.manifests.last_load,
+                    errors: engine.manifests.errors.iter().map(error_view).collect(),
+                },
+                events: EventCounts {
+                    decided: sum(Counters::decided),
+                    logged: sum(|row| row.logged),
+                    aggregated: sum(|row| row.aggregated),
+                    lost: sum(|row| row.lost),
+                },
+            }),
+        })
+    }
+
+    async fn workloads(&self) -> Result<Vec<WorkloadView>, ServiceError> {
+        let engine = self.0.engine();
+        Ok(engine.workloads().map(|workload| workload_view(&engine, workload)).collect())
+    }
+
+    async fn workload(&self, name: &str) -> Result<WorkloadView, ServiceError> {
+        let engine = self.0.engine();
+        find(&engine, name).map(|workload| workload_view(&engine, workload))
+    }
+
+    async fn grants(&self) -> Result<Vec<GrantView>, ServiceError> {
+        let engine = self.0.engine();
+        let now = Timestamp::now();
+        Ok(engine.store.grants().map(|grant| grant_view(&engine, grant, now)).collect())
+    }
+
+    async fn grant(&self, id: &str) -> Result<GrantView, ServiceError> {
+        let engine = self.0.engine();
+        let stored = id.parse::<GrantId>().ok().and_then(|id| engine.store.get(&id));
+        let stored = stored.ok_or_else(|| no_grant(id))?;
+        Ok(grant_view(&engine, stored, Timestamp::now()))
+    }
+
+    async fn add_grant(
+        &self,
+        caller: &Caller,
+        manifest: &[u8],
+    ) -> Result<GrantView, ServiceError> {
+        let (mut manifests, errors) =
+            parse_text("request", manifest, Creation::At(Timestamp::now()));
+        if !errors.is_empty() {
+            return Err(ServiceError::Invalid(errors.iter().map(ToString::to_string).collect()));
+        }
+        let document = match (manifests.pop(), manifests.pop()) {
+            (Some(Manifest::Grant(grant)), None) => grant.document,
+            (Some(other), None) => {
+                return Err(ServiceError::Invalid(vec![format!(
+                    "kind: a {} can not be given here; send a Grant",
+                    other.kind().as_str()
+                )]));
+            }
+            (_, _) => {
+                return Err(ServiceError::Invalid(vec!["send exactly one Grant".to_owned()]));
+            }
+        };
+        let mut engine = self.0.engine();
+        let unknown: Vec<String> = document
+            .scopes
+            .iter()
+            .filter(|scope| engine.manifests.catalogue.get(scope).is_none())
+            .map(|scope| {
+                format!("spec.scopes: \"{scope}\" is no scope of this node; define it in a Scope manifest")
+            })
+            .collect();
+        if !unknown.is_empty() {
+            return Err(ServiceError::Invalid(unknown));
+        }
+        let id = document.id.clone();
+        engine.store.add(document, Source::Api { uid: caller.uid }).map_err(|error| {
+            ServiceError::Conflict {
+                error: error.to_string(),
+                remedy: "give the grant another name".to_owned(),
+            }
+        })?;
+        engine.reconcile();
+        let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
+        Ok(grant_view(&engine, stored, Timestamp::now()))
+    }
+
+    async fn revoke_grant(
+        &self,
+        caller: &Caller,
+        id: &str,
+        reason: &str,
+    ) -> Result<GrantView, ServiceError> {
+        let mut engine = self.0.engine();
+        let parsed = id.parse::<GrantId>().map_err(|_invalid| no_grant(id))?;
+        let by = format!("uid {}", caller.uid);
+        let now = Timestamp::now();
+        engine.store.revoke(&parsed, &by, reason, now).map_err(|error| match error {
+            RevokeError::Unknown { .. } => no_grant(id),
+            RevokeError::AlreadyOver { .. } => ServiceError::Conflict {
+                error: error.to_string(),
+                remedy: "nothing is left to revoke".to_owned(),
+            },
+        })?;
+        engine.reconcile();
+        let stored = engine.store.get(&parsed).ok_or_else(|| no_grant(id))?;
+        Ok(grant_view(&engine, stored, now))
+    }
+
+    async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ServiceError> {
+        let target = request.target.clone();
+        let resolved = tokio::task::spawn_blocking(move || resolve(&target))
+            .await
+            .map_err(|error| internal(&error))??;
+        let engine = self.0.engine();
+        let workload = find(&engine, &request.workload)?;
+        let decision = match engine.tag(workload) {
+            Some(tag) => decide(engine.tables(), &tag, &resolved, now()),
+            None => Decision::deny(Reason::Unidentified),
+        };
+        Ok(explanation(&engine, workload, request.target.clone(), &resolved, &decision))
+    }
+
+    async fn last_denial(
+        &self,
+        viewer: &Viewer,
+        workload: Option<&str>,
+    ) -> Result<Option<LastDenial>, ServiceError> {
+        let engine = self.0.engine();
+        let wanted = match workload {
+            Some(name) => Some(find(&engine, name)?.id),
+            None => None,
+        };
+        let denial = self.0.denials.last(|id| {
+            wanted.is_none_or(|wanted| wanted == id)
+                && engine
+                    .workload(id)
+                    .is_some_and(|workload| viewer.sees(Some(workload.identity.as_str())))
+        });
+        Ok(denial.and_then(|denial| last_denial(&engine, &denial)))
+    }
+
+    async fn confine(
+        &self,
+        caller: &Caller,
+        identity: &str,
+        request: &Confine,
+    ) -> Result<Confined, ServiceError> {
+        let mut engine = self.0.engine();
+        let candidate = Candidate { pid: caller.pid, uid: caller.uid };
+        let confined = confine(&mut engine, &candidate, identity, request)?;
+        if caller.is_alive() {
+            return Ok(confined);
+        }
+        // The pid may have been another process's by the time it was moved.
+        if let Some(id) =
+            engine.workloads().find(|workload| workload.name == confined.workload).map(|found| found.id)
+        {
+            engine.remove(id);
+        }
+        Err(ServiceError::Conflict {
+            error: "the process that asked to be confined is gone".to_owned(),
+            remedy: "ask from a process that waits for the answer".to_owned(),
+        })
+    }
+
+    async fn set_diagnostics(&self, enabled: bool) -> Result<(), ServiceError> {
+        let mut settings = super::settings(&self.0.configuration);
+        settings.diagnostics = u32::from(enabled);
+        self.0.engine().datapath.set(settings).map_err(|error| internal(&error))
+    }
+
+    async fn refresh_executables(&self) -> Result<Refreshed, ServiceError> {
+        let mut engine = self.0.engine();
+        let executables = engine.refresh_executables() as u64;
+        Ok(Refreshed { generation: engine.generation(), executables })
+    }
+
+    async fn recent_events(
+        &self,
+        viewer: &Viewer,
+        filter: &EventFilter,
+    ) -> Result<Vec<Arc<str>>, ServiceError> {
+        Ok(self.0.recent.select(viewer, filter))
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Arc<str>> {
+        self.0.audit.subscribe()
+    }
+
+    fn render_metrics(&self) -> String {
+        if let Err(error) = refresh_metrics(&self.0) {
+            tracing::error!(%error, "the kernel's counters can not be read");
+        }
+        self.0.metrics.render().unwrap_or_else(|error| {
+            tracing::error!(%error, "the metrics can not be shown");
+            String::new()
+        })
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        if self.0.ready.load(Ordering::Acquire) {
+            Ok(())
+        } else {
+            Err("the manifests are not in force yet".to_owned())
+        }
+    }
+
+    fn record_request(&self, outcome: Outcome) {
+        let route = outcome.route.map_or("unknown", |route| route.path());
+        self.0.metrics.api_answered(route, outcome.status);
+    }
+}
+
+/// Brings all gauges and counters up to date.
+fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError> {
+    let engine = shared.engine();
+    let rows = engine.counters()?;
+    let rows: Vec<(Option<String>, Counters)> = rows
+        .into_iter()
+        .map(|(identity, counters)| (identity.map(|identity| identity.to_string()), counters))
+        .collect();
+    let rows: Vec<VerdictRow<'_>> = rows
+        .iter()
+        .map(|(identity, counters)| VerdictRow { identity: identity.as_deref(), counters })
+        .collect();
+    let metrics = &shared.metrics;
+    metrics.set_verdicts(&rows);
+    let protection = match Protection::of(engine.datapath.states()) {
+        Protection::Full => metrics::Protection::Full,
+        Protection::Partial(_) => metrics::Protection::Partial,
+        Protection::None => metrics::Protection::None,
+    };
+    let portable = if Protection::is_portable_complete(engine.datapath.states()) {
+        metrics::Protection::Full
+    } else {
+        protection
+    };
+    metrics.set_protection(metrics::Layer::Portable, portable);
+    metrics.set_protection(metrics::Layer::Lsm, metrics::Protection::None);
+    let workloads: Vec<_> = agentguard_common::Mode::ALL
+        .into_iter()
+        .map(|mode| {
+            let count = engine.workloads().filter(|workload| workload.mode == mode).count();
+            (mode, protection, count as u64)
+        })
+        .collect();
+    metrics.set_workloads(&workloads);
+    let counts = engine.store.counts(Timestamp::now());
+    metrics.set_grants(metrics::GrantCounts {
+        pending: counts.pending,
+        active: counts.active,
+        standing: counts.standing,
+        expired: counts.expired,
+        revoked: counts.revoked,
+    });
+    metrics.set_allowlist(engine.generation(), engine.entries());
+    metrics.set_manifest_errors(engine.manifests.errors.len() as u64);
+    for fill in engine.datapath.fill(&super::sizes(&shared.configuration)) {
+        metrics.set_map(fill.table, fill.entries as u64, fill.capacity as u64);
+    }
+    let counts = shared.audit.counts();
+    metrics.set_audit(counts.totals());
+    Ok(())
+}
+
+fn internal(error: &impl std::fmt::Display) -> ServiceError {
+    ServiceError::Unavailable {
+        error: error.to_string(),
+        remedy: "see the daemon's log".to_owned(),
+    }
+}
+
+fn no_grant(id: &str) -> ServiceError {
+    ServiceError::NotFound { what: "grant", name: id.to_owned() }
+}
+
+/// A workload by name, identity or cgroup.
+fn find<'a>(engine: &'a Engine, wanted: &str) -> Result<&'a Workload, ServiceError> {
+    let cgroup = engine.cgroup_root().join(wanted.trim_start_matches('/'));
+    let by_name = engine.workloads().find(|workload| workload.name == wanted);
+    by_name
+        .or_else(|| engine.workloads().find(|workload| workload.identity.as_str() == wanted))
+        .or_else(|| engine.workload_at(&cgroup).filter(|_| wanted.starts_with('/')))
+        .ok_or_else(|| ServiceError::NotFound { what: "workload", name: wanted.to_owned() })
+}
+
+/// How much of the promise is kept, door by door.
+#[must_use]
+pub fn protection_view(states: &[(Door, DoorState)]) -> ProtectionView {
+    let layers = states.iter().map(|(door, state)| {
+        let (state, reason) = match state {
+            DoorState::Active => (LayerState::Active, None),
+            DoorState::Unavailable(reason) => (LayerState::Unavailable, Some(reason.clone())),
+        };
+        let remedy = reason.as_ref().map(|_| {
+            format!("without it nothing closes this door: {}; see agentguard doctor", door.closes)
+        });
+        Layer { layer: "portable".to_owned(), hook: door.hook.to_owned(), state, reason, remedy }
+    });
+    ProtectionView { level: level(&Protection::of(states)), layers: layers.collect() }
+}
+
+const fn level(protection: &Protection) -> ProtectionLevel {
+    match protection {
+        Protection::Full => ProtectionLevel::Full,
+        Protection::Partial(_) => ProtectionLevel::Partial,
+        Protection::None => ProtectionLevel::None,
+    }
+}
+
+fn error_view(error: &crate::manifest::ManifestError) -> ManifestErrorView {
+    let position = error.position;
+    let message = match &error.value {
+        Some(value) => format!("{value} {}; {}", error.message, error.remedy),
+        None => format!("{}; {}", error.message, error.remedy),
+    };
+    ManifestErrorView {
+        file: PathBuf::from(&error.file),
+        line: position.map_or(0, |position| position.line as u64),
+        column: position.map_or(0, |position| position.column as u64),
+        field: error.field.clone().unwrap_or_default(),
+        message,
+    }
+}
+
+fn workload_view(engine: &Engine, workload: &Workload) -> WorkloadView {
+    let below = workload.cgroup.strip_prefix(engine.cgroup_root()).unwrap_or(&workload.cgroup);
+    let tag = engine.tag(workload);
+    let denied = tag.and_then(|tag| engine.datapath.counters(tag.counters).ok()).map_or(0, |row| {
+        row.iter().filter(|(_, _, verdict, _)| verdict.reason().is_some()).map(|(.., n)| n).sum()
+    });
+    WorkloadView {
+        name: workload.name.clone(),
+        identity: Some(workload.identity.to_string()),
+        cgroup: format!("/{}", below.display()),
+        mode: workload.mode.into(),
+        protection: level(&Protection::of(engine.datapath.states())),
+        source: workload.source.as_str().to_owned(),
+        processes: processes(&workload.cgroup),
+        generation: tag.map_or(0, |tag| u64::from(tag.allowlist.0)),
+        created: workload.created,
+        owner: workload.owner,
+        denied,
+    }
+}
+
+/// Processes in a cgroup and all below it.
+fn processes(cgroup: &Path) -> u64 {
+    let own = std::fs::read_to_string(cgroup.join("cgroup.procs"))
+        .map_or(0, |pids| pids.lines().count() as u64);
+    let below = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    own + below.map(|entry| processes(&entry.path())).sum::<u64>()
+}
+
+fn grant_view(engine: &Engine, stored: &StoredGrant, now: Timestamp) -> GrantView {
+    let document = &stored.document;
+    GrantView {
+        id: document.id.to_string(),
+        subject: document.subject.as_str().to_owned(),
+        scopes: document.scopes.iter().map(ToString::to_string).collect(),
+        not_before: document.not_before,
+        expires_at: expiry_view(document.expiry),
+        state: match engine.store.state(stored, now) {
+            State::Pending => GrantState::Pending,
+            State::Active => GrantState::Active,
+            State::Expired => GrantState::Expired,
+            State::Revoked => GrantState::Revoked,
+        },
+        source: match &stored.source {
+            Source::Manifest => "manifest",
+            Source::Api { .. } => "api",
+            Source::Exec { .. } => "exec",
+        }
+        .to_owned(),
+        granted_by: document.granted_by.clone(),
+        reason: document.reason.clone(),
+    }
+}
+
+const fn expiry_view(expiry: Expiry) -> ExpiryView {
+    match expiry {
+        Expiry::At(time) => ExpiryView::At(time),
+        Expiry::Never => ExpiryView::Never,
+    }
+}
+
+/// The request that a target stands for.
+fn resolve(target: &Target) -> Result<Request, ServiceError> {
+    let invalid = |error: String| ServiceError::Invalid(vec![error]);
+    let destination = |host: &str, port: u16, protocol: ProtocolView| {
+        let address = match host.parse::<IpAddr>() {
+            Ok(address) => address,
+            Err(_) => (host, port)
+                .to_socket_addrs()
+                .ok()
+                .and_then(|mut addresses| addresses.next())
+                .map(|address| address.ip())
+                .ok_or_else(|| {
+                    invalid(format!("target.host: {host:?} is no address and no name that resolves; write an address"))
+                })?,
+        };
+        let address = Address::from(address);
+        Ok(Destination { address, protocol: number(protocol), port })
+    };
+    Ok(match target {
+        Target::Connect { host, port, protocol } => {
+            Request::Connect(destination(host, *port, *protocol)?)
+        }
+        Target::Send { host, port, protocol } => {
+            Request::Send(destination(host, *port, *protocol)?)
+        }
+        Target::Bind { port, protocol } => {
+            Request::Bind(Endpoint { protocol: number(*protocol), port: *port })
+        }
+        Target::Exec { path } => {
+            let file = file_id(path).map_err(|error| {
+                invalid(format!("target.path: {}: {error}; name a file that is there", path.display()))
+            })?;
+            Request::Exec(file, Naming::Named)
+        }
+    })
+}
+
+const fn number(protocol: ProtocolView) -> u8 {
+    match protocol {
+        ProtocolView::Tcp => ip::TCP,
+        ProtocolView::Udp => ip::UDP,
+        ProtocolView::Sctp => ip::SCTP,
+        ProtocolView::Icmp => ip::ICMP,
+    }
+}
+
+/// The target of a record, where `explain` can be asked about it.
+fn target_of(denial: &Denial) -> Option<(Target, Request)> {
+    let event = &denial.event;
+    let kind = RequestKind::try_from(event.kind).ok()?;
+    let protocol = match Protocol::try_from(event.key.protocol) {
+        Ok(Protocol::Tcp) => Some(ProtocolView::Tcp),
+        Ok(Protocol::Udp) => Some(ProtocolView::Udp),
+        Ok(Protocol::Sctp) => Some(ProtocolView::Sctp),
+        Ok(Protocol::Icmp) => Some(ProtocolView::Icmp),
+        Ok(Protocol::Any) | Err(_) => None,
+    };
+    let host = event.address().ip().to_string();
+    let port = event.key.port;
+    let destination =
+        Destination { address: event.address(), protocol: event.key.protocol, port };
+    let endpoint = Endpoint { protocol: event.key.protocol, port };
+    Some(match kind {
+        RequestKind::Connect => {
+            (Target::Connect { host, port, protocol: protocol? }, Request::Connect(destination))
+        }
+        RequestKind::Send | RequestKind::Packet => {
+            (Target::Send { host, port, protocol: protocol? }, Request::Send(destination))
+        }
+        RequestKind::Bind | RequestKind::Reply => {
+            (Target::Bind { port, protocol: protocol? }, Request::Bind(endpoint))
+        }
+        RequestKind::Exec => {
+            let path = denial.path.clone()?;
+            (Target::Exec { path }, Request::Exec(event.file(), Naming::Named))
+        }
+        RequestKind::RawSocket | RequestKind::Leave | RequestKind::Malformed => return None,
+    })
+}
+
+fn last_denial(engine: &Engine, denial: &Denial) -> Option<LastDenial> {
+    let workload = engine.workload(denial.event.key.workload)?;
+    let (target, request) = target_of(denial)?;
+    let verdict = Verdict::try_from(denial.event.verdict).ok()?;
+    let Event { scope, grant, .. } = denial.event;
+    let decision = Decision { verdict, permission: Permission { expires_at: 0, scope, grant } };
+    Some(LastDenial {
+        time: denial.time,
+        pid: denial.event.pid,
+        executable: denial.executable.clone(),
+        explanation: explanation(engine, workload, target, &request, &decision),
+    })
+}
+
+fn explanation(
+    engine: &Engine,
+    workload: &Workload,
+    target: Target,
+    request: &Request,
+    decision: &Decision,
+) -> Explanation {
+    let Decision { verdict, permission } = *decision;
+    let scope = engine.names.scope_word(permission.scope);
+    let grant = engine.names.grant_word(permission.grant);
+    let expires_at = grant
+        .as_ref()
+        .and_then(|grant| engine.store.get(&grant.parse().ok()?))
+        .map(|stored| expiry_view(stored.document.expiry));
+    let refused = verdict.action(workload.mode) == Action::Refuse;
+    let because = because(verdict, scope.as_deref(), grant.as_deref(), workload, refused);
+    let permitting_scopes = match verdict {
+        Verdict::Deny(_) => permitting_scopes(engine, request),
+        Verdict::Allow | Verdict::Unmanaged => Vec::new(),
+    };
+    Explanation {
+        workload: workload.name.clone(),
+        identity: Some(workload.identity.to_string()),
+        hook: Some(hook_of(&target, request).to_owned()),
+        layer: Some("portable".to_owned()),
+        target,
+        verdict: verdict.into(),
+        reason: verdict.reason().map(|reason| reason.as_str().to_owned()),
+        mode: workload.mode.into(),
+        refused,
+        scope,
+        grant,
+        expires_at,
+        because,
+        permitting_scopes,
+        remedy: Vec::new(),
+    }
+}
+
+fn because(
+    verdict: Verdict,
+    scope: Option<&str>,
+    grant: Option<&str>,
+    workload: &Workload,
+    refused: bool,
+) -> String {
+    let identity = &workload.identity;
+    let scope = scope.unwrap_or("no scope");
+    let grant = grant.unwrap_or("no grant");
+    let reason = match verdict {
+        Verdict::Unmanaged => return "the process is no workload's".to_owned(),
+        Verdict::Allow => return format!("scope {scope} permits it, granted to {identity} by {grant}"),
+        Verdict::Deny(reason) => reason,
+    };
+    let why = match reason {
+        Reason::NotGranted => format!("no scope granted to {identity} covers it"),
+        Reason::PortNotGranted => {
+            format!("a scope granted to {identity} covers the address, but not this port and protocol")
+        }
+        Reason::Excepted => "the address is excepted from the block that covers it".to_owned(),
+        Reason::Expired => format!("scope {scope} permitted it, and grant {grant} is over"),
+        Reason::Metadata => {
+            "it is a cloud's metadata address, which only a scope that names exactly it permits".to_owned()
+        }
+        Reason::Unidentified => "the workload's identity is not known yet".to_owned(),
+        Reason::Malformed => "the request could not be read".to_owned(),
+        Reason::RawSocket => "raw IP sockets are not granted to anybody".to_owned(),
+        Reason::UnnamedFile => "the file has no name: it is in memory only, or was deleted".to_owned(),
+        Reason::ReplacedFile => "the file was replaced since it was granted".to_owned(),
+        Reason::LeftWorkload => "the process left its workload's cgroup".to_owned(),
+        Reason::MissingTable => "the kernel's tables do not hold what the tag points to".to_owned(),
+    };
+    if refused { why } else { format!("{why}; in audit mode it is let through") }
+}
+
+fn hook_of(target: &Target, request: &Request) -> &'static str {
+    let v4 = match request {
+        Request::Connect(destination)
+        | Request::Send(destination)
+        | Request::Packet(destination) => destination.address.ip().is_ipv4(),
+        Request::Reply(_)
+        | Request::Bind(_)
+        | Request::RawSocket { .. }
+        | Request::Exec(..)
+        | Request::Leave(_)
+        | Request::Malformed => true,
+    };
+    match (target, v4) {
+        (Target::Connect { .. }, true) => "cgroup/connect4",
+        (Target::Connect { .. }, false) => "cgroup/connect6",
+        (Target::Send { .. }, true) => "cgroup/sendmsg4",
+        (Target::Send { .. }, false) => "cgroup/sendmsg6",
+        (Target::Bind { .. }, _) => "cgroup/bind4",
+        (Target::Exec { .. }, _) => "tp_btf/sched_process_exec",
+    }
+}
+
+/// Scopes of the catalogue that would permit a request, by the naive reading of each.
+fn permitting_scopes(engine: &Engine, request: &Request) -> Vec<String> {
+    let permits = |permit: Permit| {
+        Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow
+    };
+    engine
+        .scope_permits()
+        .into_iter()
+        .filter(|(_, permit)| permits(permit.clone()))
+        .map(|(scope, _)| scope)
+        .collect()
+}
+
+/// What was denied, one sentence each, oldest first.
+#[must_use]
+pub fn describe_denials(engine: &Engine, denials: &Denials) -> Vec<String> {
+    let all = denials.all();
+    let described = all.iter().filter_map(|denial| {
+        let workload = engine.workload(denial.event.key.workload)?;
+        let verdict = Verdict::try_from(denial.event.verdict).ok()?;
+        let refused = verdict.action(workload.mode) == Action::Refuse;
+        let why = because(verdict, None, None, workload, refused);
+        let what = match target_of(denial) {
+            Some((target, _)) => target.to_string(),
+            None => RequestKind::try_from(denial.event.kind).ok()?.as_str().to_owned(),
+        };
+        Some(format!("denied: {what}: {why}"))
+    });
+    described.collect()
+}

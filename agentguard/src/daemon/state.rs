@@ -1,0 +1,181 @@
+//! What a restart must know, in one file.
+//!
+//! The kernel keeps enforcing without it; it is what the next daemon needs to go on telling and
+//! changing what the kernel holds. Written as a whole, renamed into place, for root alone.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use agentguard_common::{CgroupId, Mode, WorkloadId};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::engine::{Workload, WorkloadSource};
+use super::names::SavedNames;
+use crate::grant::store::Snapshot;
+
+/// The name of the file in the state directory.
+const FILE: &str = "state.json";
+
+/// What a restart must know.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedState {
+    pub names: SavedNames,
+    pub grants: Snapshot,
+    /// Rows of counters by identity.
+    pub counter_rows: BTreeMap<String, u16>,
+    pub workloads: Vec<SavedWorkload>,
+}
+
+/// A workload, as the file holds it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedWorkload {
+    id: u32,
+    name: String,
+    identity: String,
+    cgroup: PathBuf,
+    cgroup_id: u64,
+    mode: u8,
+    source: WorkloadSource,
+    created: Timestamp,
+    owner: Option<u32>,
+    unit: Option<String>,
+    launch: Vec<PathBuf>,
+}
+
+impl From<&Workload> for SavedWorkload {
+    fn from(workload: &Workload) -> Self {
+        let Workload {
+            id,
+            name,
+            identity,
+            cgroup,
+            cgroup_id,
+            mode,
+            source,
+            created,
+            owner,
+            unit,
+            launch,
+            populated: _,
+        } = workload.clone();
+        Self {
+            id: id.0,
+            name,
+            identity: identity.to_string(),
+            cgroup,
+            cgroup_id: cgroup_id.0,
+            mode: mode as u8,
+            source,
+            created,
+            owner,
+            unit,
+            launch,
+        }
+    }
+}
+
+impl SavedWorkload {
+    /// The workload again.
+    ///
+    /// # Errors
+    ///
+    /// Says which part of it is not valid.
+    pub fn restore(self) -> Result<Workload, String> {
+        let Self {
+            id,
+            name,
+            identity,
+            cgroup,
+            cgroup_id,
+            mode,
+            source,
+            created,
+            owner,
+            unit,
+            launch,
+        } = self;
+        Ok(Workload {
+            id: WorkloadId(id),
+            identity: identity
+                .parse()
+                .map_err(|error| format!("workload {name}: identity {identity:?} {error}"))?,
+            mode: Mode::try_from(mode)
+                .map_err(|unknown| format!("workload {name}: mode {} is unknown", unknown.0))?,
+            name,
+            cgroup,
+            cgroup_id: CgroupId(cgroup_id),
+            source,
+            created,
+            owner,
+            unit,
+            launch,
+            populated: true,
+        })
+    }
+}
+
+/// The file can not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("the state file {path} can not be read: {source}; check the state_directory")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("the state file {path} is not valid: {source}; move it away to start without it: grants given through the API and workloads started by exec are then unknown")]
+    Parse { path: PathBuf, source: serde_json::Error },
+    #[error("the state file {path} can not be written: {source}; free the disk or set state_directory")]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// Reads what an earlier daemon left; nothing if none was here.
+///
+/// # Errors
+///
+/// When there is a file and it can not be used: a daemon that went on without it would forget
+/// revocations.
+pub fn load(directory: &Path) -> Result<SavedState, StateError> {
+    let path = directory.join(FILE);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {
+            return Ok(SavedState::default());
+        }
+        Err(source) => return Err(StateError::Read { path, source }),
+    };
+    serde_json::from_slice(&text).map_err(|source| StateError::Parse { path, source })
+}
+
+/// Writes the file anew.
+///
+/// # Errors
+///
+/// When it can not be written; the old one stays.
+pub fn save(directory: &Path, state: &SavedState) -> Result<(), StateError> {
+    let path = directory.join(FILE);
+    let write = || -> io::Result<()> {
+        let new = directory.join(format!("{FILE}.new"));
+        let mut file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(&serde_json::to_vec(state)?)?;
+        file.sync_all()?;
+        fs::rename(&new, &path)
+    };
+    write().map_err(|source| StateError::Write { path: path.clone(), source })
+}
+
+/// Removes the file.
+///
+/// # Errors
+///
+/// When it is there and stays.
+pub fn remove(directory: &Path) -> io::Result<bool> {
+    match fs::remove_file(directory.join(FILE)) {
+        Ok(()) => Ok(true),
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}

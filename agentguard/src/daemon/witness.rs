@@ -1,0 +1,228 @@
+//! Reads the kernel's records, joins the words to their numbers, and has them written down.
+//!
+//! Runs on a thread of its own, so that nothing the daemon does holds it up. It changes nothing
+//! that is enforced.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use agentguard_common::event::{Event, Hook, Process as KnownProcess};
+use agentguard_common::{Mode, Verdict, WorkloadId};
+use jiff::Timestamp;
+
+use super::clock::Clock;
+use super::names::Names;
+use crate::audit::record::{
+    Ancestor, Layer, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
+    Workload,
+};
+use crate::audit::{AuditLog, text::Text};
+use crate::datapath::Processes;
+use crate::datapath::events::{KernelRecord, Rings, UnknownRecord};
+
+/// Records taken before other work gets its turn.
+const BATCH: usize = 1024;
+/// How long a ring is waited for.
+const NAP: Duration = Duration::from_millis(50);
+/// Denials that are kept for `explain --last`.
+const KEPT_DENIALS: usize = 1024;
+
+/// A denial, as `explain --last` needs it.
+#[derive(Clone, Debug)]
+pub struct Denial {
+    pub time: Timestamp,
+    pub event: Event,
+    /// The path of an exec, as the caller named it.
+    pub path: Option<PathBuf>,
+    pub executable: Option<PathBuf>,
+}
+
+/// The latest denials, shared with the engine.
+#[derive(Debug, Default)]
+pub struct Denials {
+    latest: Mutex<VecDeque<Denial>>,
+    undecodable: AtomicU64,
+}
+
+impl Denials {
+    /// The latest denial of a workload that `wanted` accepts.
+    #[must_use]
+    pub fn last(&self, wanted: impl Fn(WorkloadId) -> bool) -> Option<Denial> {
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.iter().rev().find(|denial| wanted(denial.event.key.workload)).cloned()
+    }
+
+    /// The latest denials, oldest first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Denial> {
+        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.iter().cloned().collect()
+    }
+
+    /// Records that were none of this version's.
+    #[must_use]
+    pub fn undecodable(&self) -> u64 {
+        self.undecodable.load(Ordering::Relaxed)
+    }
+
+    fn keep(&self, denial: Denial) {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest.len() == KEPT_DENIALS {
+            latest.pop_front();
+        }
+        latest.push_back(denial);
+    }
+}
+
+/// The reader of the kernel's records.
+pub struct Witness {
+    pub names: Arc<Names>,
+    pub processes: Processes,
+    pub audit: AuditLog,
+    pub denials: Arc<Denials>,
+    pub clock: Clock,
+}
+
+impl Witness {
+    /// Reads until told to stop, then what is left.
+    pub fn run(&self, mut rings: Rings, stop: &AtomicBool) {
+        loop {
+            let stopping = stop.load(Ordering::Acquire);
+            while rings.drain(BATCH, |record| self.witness(record)) == BATCH {}
+            if stopping {
+                return;
+            }
+            if let Err(error) = rings.wait(NAP) {
+                tracing::error!(%error, "the rings of records can not be watched; reading on");
+                std::thread::sleep(NAP);
+            }
+        }
+    }
+
+    fn witness(&self, record: Result<KernelRecord, UnknownRecord>) {
+        let told = record.map_err(|unknown| unknown.to_string()).and_then(|record| {
+            let told = self.tell(&record)?;
+            Ok((record, told))
+        });
+        match told {
+            Ok((record, told)) => {
+                let time = self.clock.at(record.event().time);
+                self.remember(&record, time, &told);
+                self.audit.append_at(time, RecordBody::Verdict(Box::new(told)));
+            }
+            Err(error) => {
+                self.denials.undecodable.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(error, "a record of the kernel can not be read");
+            }
+        }
+    }
+
+    fn remember(&self, record: &KernelRecord, time: Timestamp, told: &VerdictRecord) {
+        if told.outcome.reason().is_none() {
+            return;
+        }
+        let path = match record {
+            KernelRecord::Request(_) => None,
+            KernelRecord::Exec(exec) => path_of(&exec.path),
+        };
+        let executable = told.process.executable.as_ref().map(|text| text.as_str().into());
+        self.denials.keep(Denial { time, event: *record.event(), path, executable });
+    }
+
+    /// The record in words.
+    fn tell(&self, record: &KernelRecord) -> Result<VerdictRecord, String> {
+        let event = record.event();
+        let path = match record {
+            KernelRecord::Request(_) => None,
+            KernelRecord::Exec(exec) => Some(exec.path.as_slice()),
+        };
+        let verdict = Verdict::try_from(event.verdict)
+            .map_err(|unknown| format!("it has the unknown verdict {}", unknown.0))?;
+        let mode = Mode::try_from(event.mode)
+            .map_err(|unknown| format!("it has the unknown mode {}", unknown.0))?;
+        let hook = Hook::try_from(event.hook)
+            .map_err(|unknown| format!("it has the unknown hook {}", unknown.0))?;
+        let request = Request::of(event, path)
+            .map_err(|unknown| format!("it has the unknown request {}", unknown.0))?;
+        let name = self.names.workload(event.key.workload);
+        Ok(VerdictRecord {
+            boot_ns: event.time,
+            workload: Workload {
+                identity: self.names.identity_word(event.identity).map(Text::new),
+                name: Text::new(name.as_ref().map_or("unknown", |name| &name.name)),
+                cgroup_id: event.cgroup,
+                cgroup: name.as_ref().map(|name| Text::new(&name.cgroup)),
+                unit: name.and_then(|name| name.unit).map(Text::new),
+                container: None,
+                pod: None,
+            },
+            process: self.process(event, path),
+            request,
+            outcome: Outcome::new(verdict, mode),
+            scope: self.names.scope_word(event.scope).map(Text::new),
+            grant: self.names.grant_word(event.grant).map(Text::new),
+            allowlist_generation: u64::from(event.key.allowlist.0),
+            hook: Word(hook),
+            layer: Layer::Portable,
+            folded: event.folded,
+        })
+    }
+
+    /// The process and its ancestors: by what the kernel half keeps of them, which is still there
+    /// when they are gone, else by procfs.
+    fn process(&self, event: &Event, exec: Option<&[u8]>) -> Process {
+        let mut process = Process::of(event);
+        if event.detached != 0 {
+            return process;
+        }
+        let known = self.processes.get(event.pid);
+        process.start = known.as_ref().map(|known| self.start(known));
+        process.executable = exec.map(until_nul).map(Text::new).or_else(|| self.executable(event.pid, known.as_ref()));
+        let mut parents = Vec::new();
+        let mut parent = known.map_or_else(|| parent_of(event.pid), |known| Some(known.parent));
+        while let Some(pid) = parent
+            && pid > 0
+            && parents.len() < Process::MAX_PARENTS
+        {
+            let known = self.processes.get(pid);
+            parents.push(Ancestor {
+                pid,
+                start: known.as_ref().map(|known| self.start(known)),
+                executable: self.executable(pid, known.as_ref()),
+            });
+            parent = known.map_or_else(|| parent_of(pid), |known| Some(known.parent));
+        }
+        process.with_parents(parents)
+    }
+
+    fn start(&self, known: &KnownProcess) -> ProcessStart {
+        ProcessStart { time: self.clock.at(known.start), boot_ns: known.start }
+    }
+
+    fn executable(&self, pid: u32, known: Option<&KnownProcess>) -> Option<Text> {
+        if let Ok(path) = fs::read_link(format!("/proc/{pid}/exe")) {
+            use std::os::unix::ffi::OsStrExt as _;
+            return Some(Text::new(path.as_os_str().as_bytes()));
+        }
+        known.map(|known| until_nul(&known.path)).filter(|path| !path.is_empty()).map(Text::new)
+    }
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?;
+    u32::try_from(stat.ppid).ok()
+}
+
+fn until_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+fn path_of(bytes: &[u8]) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = until_nul(bytes);
+    (!path.is_empty()).then(|| PathBuf::from(std::ffi::OsStr::from_bytes(path)))
+}
