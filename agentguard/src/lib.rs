@@ -13,5 +13,6 @@ pub mod logging;
 pub mod manifest;
 pub mod metrics;
 pub mod name;
+pub mod numbers;
 pub mod pattern;
 pub mod scope;
