@@ -2,9 +2,13 @@
 
 pub mod catalogue;
 pub mod document;
+pub mod executables;
 
 pub use catalogue::{Catalogue, DuplicateScope};
 pub use document::{
     Destination, DnsName, EgressRule, ExecutablePattern, ExecutablePatternKind, PortRange,
     ScopeDocument, ScopeName, UnixSocket,
+};
+pub use executables::{
+    Admission, Pinned, Resolution, ResolveError, ResolveProblem, ResolvedFile, Resolver, RootId,
 };
