@@ -14,7 +14,6 @@ pub mod logging;
 pub mod manifest;
 pub mod metrics;
 pub mod name;
-pub mod numbers;
 pub mod pattern;
 pub mod reconcile;
 pub mod scope;

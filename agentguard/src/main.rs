@@ -104,6 +104,7 @@ fn failed(error: &DaemonError) -> Failure {
         | DaemonError::Load(_)
         | DaemonError::Audit(_)
         | DaemonError::State(_)
+        | DaemonError::Clock(_)
         | DaemonError::Metrics(_)
         | DaemonError::Bind(_)
         | DaemonError::Listen { .. }

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use agentguard_common::Mode;
 use jiff::Timestamp;
 
-use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, remove_cgroup};
+use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, exec_grant, remove_cgroup};
 use super::launch;
 use crate::api::service::ServiceError;
 use crate::api::types::{Confine, Confined, Expiry as ExpiryView};
-use crate::grant::store::Source;
+use crate::grant::store::{AddError, Source};
 use crate::grant::{Expiry, GrantDocument, Ttl};
 use crate::identity::{SpiffeId, Subject};
 use crate::scope::ScopeName;
@@ -47,7 +47,7 @@ pub fn confine(
         unavailable(&EngineError::MakeCgroup { path: path.clone(), source })
     })?;
     let undo = |engine: &mut Engine| {
-        engine.store.end_exec(&name);
+        engine.end_grant(&name);
         if let Err(error) = remove_cgroup(&path) {
             tracing::debug!(%error, path = %path.display(), "a cgroup stays");
         }
@@ -56,7 +56,7 @@ pub fn confine(
     let expiry = grant.as_ref().map(|grant| grant.expiry);
     if let Some(grant) = grant {
         let source = Source::Exec { uid: candidate.uid };
-        if let Err(error) = engine.store.add(grant, source) {
+        if let Err(error) = add_grant(engine, grant, source) {
             undo(engine);
             return Err(ServiceError::Conflict {
                 error: error.to_string(),
@@ -72,7 +72,7 @@ pub fn confine(
         source: WorkloadSource::Exec,
         owner: Some(candidate.uid),
         unit: None,
-        launch: launch::files(&request.executable, &search_path(candidate.pid)),
+        launch: launch::resolve(&launch::files(&request.executable, &search_path(candidate.pid))),
     });
     let workload = match added {
         Ok(workload) => workload,
@@ -99,6 +99,12 @@ pub fn confine(
         }),
         warnings: warnings(candidate.pid),
     })
+}
+
+fn add_grant(engine: &mut Engine, grant: GrantDocument, source: Source) -> Result<(), AddError> {
+    // One of an earlier workload of this name is over with it.
+    engine.store.end(&grant.id);
+    engine.store.add(grant, source, &engine.manifests.catalogue)
 }
 
 fn parse_scopes(engine: &Engine, request: &Confine) -> Result<Vec<ScopeName>, ServiceError> {
@@ -199,7 +205,7 @@ fn grant_of(
         .map_err(|error| invalid(format!("ttl: {ttl:?} {error}")))?
         .after(Timestamp::now())
         .ok_or_else(|| invalid(format!("ttl: {ttl:?} ends after the last time there is")))?;
-    let id = format!("exec-{name}");
+    let id = exec_grant(name);
     Ok(Some(GrantDocument {
         id: id.parse().map_err(|error| invalid(format!("name: {id:?} {error}")))?,
         subject: Subject::Exact(identity.clone()),

@@ -19,7 +19,6 @@ use agentguard_common::{
 };
 use jiff::{SignedDuration, Timestamp};
 
-use super::clock::{Clock, boot_ns};
 use super::names::{Names, WorkloadName};
 use super::state::{SavedState, SavedWorkload};
 use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
@@ -32,12 +31,13 @@ use crate::audit::record::{
 };
 use crate::audit::text::Text;
 use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
-use crate::grant::store::{GrantStore, Source, State};
-use crate::grant::{Expiry, GrantDocument};
+use crate::grant::clock::{Clock, boot_ns};
+use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
+use crate::grant::{Expiry, GrantId};
 use crate::identity::SpiffeId;
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
-use crate::scope::executables::Pinned;
+use crate::scope::executables::{Admission, Pinned, Resolver};
 use crate::scope::{Catalogue, Destination, ScopeDocument};
 
 /// How long an allow-list that no tag leads to stays, so that a program that read the tag before
@@ -45,6 +45,8 @@ use crate::scope::{Catalogue, Destination, ScopeDocument};
 const GRACE: Duration = Duration::from_secs(1);
 /// How long the end of a grant stays a reason of its own.
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
+/// How long a grant that was given at run time is shown after its end.
+const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
 /// The scope by which a command that was named to `exec` may itself be run.
 const LAUNCH: &str = "agentguard:launch";
 
@@ -63,7 +65,7 @@ pub struct Workload {
     pub owner: Option<u32>,
     pub unit: Option<String>,
     /// What `exec` was asked to run: the file and, for a script, its interpreters.
-    pub launch: Vec<PathBuf>,
+    pub launch: Vec<FileId>,
     /// Whether a process has been in it yet.
     pub populated: bool,
 }
@@ -98,7 +100,7 @@ pub struct NewWorkload {
     pub source: WorkloadSource,
     pub owner: Option<u32>,
     pub unit: Option<String>,
-    pub launch: Vec<PathBuf>,
+    pub launch: Vec<FileId>,
 }
 
 /// The allow-list of an identity, in force.
@@ -145,6 +147,7 @@ pub struct Engine {
     installed: BTreeMap<SpiffeId, Installed>,
     tables: TableSet,
     executables: Pinned,
+    mounts: Resolver,
     executable_problems: Vec<String>,
     audit: AuditLog,
     /// Below the cgroup root: where `exec` makes its cgroups.
@@ -160,14 +163,22 @@ pub struct Engine {
     /// What was in force when this daemon adopted it, until its own is.
     inherited: Option<(Instant, AllowlistId, RuleSetId)>,
     /// States of grants as last recorded.
-    recorded: BTreeMap<String, State>,
+    recorded: BTreeMap<GrantId, Phase>,
+    /// When a grant begins or ends next.
+    next_change: Option<Timestamp>,
     /// Whether something was changed that a restart must know.
     dirty: bool,
 }
 
 impl Engine {
     #[must_use]
-    pub fn new(datapath: Datapath, cgroup_root: PathBuf, audit: AuditLog, names: Arc<Names>) -> Self {
+    pub fn new(
+        datapath: Datapath,
+        cgroup_root: PathBuf,
+        audit: AuditLog,
+        names: Arc<Names>,
+        clock: Clock,
+    ) -> Self {
         let (allowlist, rules, workload) = datapath.highest();
         let next_allowlist = AllowlistId(allowlist.0 + 1);
         let next_rules = RuleSetId(rules.0 + 1);
@@ -175,14 +186,15 @@ impl Engine {
             datapath.adopted().then(|| (Instant::now(), next_allowlist, next_rules));
         Self {
             datapath,
-            store: GrantStore::default(),
+            store: GrantStore::new(clock),
             manifests: Manifests::default(),
             names,
-            clock: Clock::read(),
+            clock,
             workloads: BTreeMap::new(),
             installed: BTreeMap::new(),
             tables: TableSet::default(),
-            executables: Pinned::new(PathBuf::from("/")),
+            executables: Pinned::default(),
+            mounts: Resolver::new(PathBuf::from("/")),
             executable_problems: Vec::new(),
             audit,
             cgroup_root,
@@ -194,6 +206,7 @@ impl Engine {
             forgotten: Vec::new(),
             inherited,
             recorded: BTreeMap::new(),
+            next_change: None,
             dirty: false,
         }
     }
@@ -295,6 +308,7 @@ impl Engine {
                 tracing::error!(%error, "an allow-list was not brought up to date");
             }
         }
+        self.next_change = self.store.next_change(now);
         self.record_grants(now);
     }
 
@@ -334,23 +348,22 @@ impl Engine {
         now: Timestamp,
         problems: &mut BTreeSet<String>,
     ) -> Vec<Permit> {
-        let grants: Vec<GrantDocument> = self
+        let grants: Vec<StoredGrant> = self
             .store
             .grants()
             .filter(|stored| stored.document.subject.matches(identity))
-            .filter(|stored| match self.store.state(stored, now) {
+            .filter(|stored| match self.store.state_of(stored, now) {
                 State::Active => true,
                 State::Expired => match stored.document.expiry {
                     Expiry::At(end) => now.duration_since(end) < REMEMBERED_END,
                     Expiry::Never => false,
                 },
-                State::Pending | State::Revoked => false,
+                State::Pending | State::Revoked(_) => false,
             })
-            .map(|stored| stored.document.clone())
+            .cloned()
             .collect();
         let mut permits = Vec::new();
-        for grant in grants {
-            let expires_at = self.clock.end(grant.expiry);
+        for StoredGrant { document: grant, boot_expiry: expires_at, .. } in grants {
             let number = self.names.grant(grant.id.as_str());
             for scope in &grant.scopes {
                 let Some(scope) = self.manifests.catalogue.get(scope).cloned() else {
@@ -371,23 +384,18 @@ impl Engine {
                 });
             }
         }
-        let launches: Vec<(String, Vec<PathBuf>)> = self
+        let launched = self
             .workloads
             .values()
-            .filter(|workload| workload.identity == *identity && !workload.launch.is_empty())
-            .map(|workload| (workload.name.clone(), workload.launch.clone()))
-            .collect();
-        for (name, files) in launches {
-            let executables = self.resolve_files(&files, problems);
-            permits.push(Permit {
-                scope: self.names.scope(LAUNCH),
-                grant: self.names.grant(&format!("{LAUNCH}/{name}")),
-                expires_at: NEVER,
-                egress: Vec::new(),
-                executables,
-                listening: Vec::new(),
-            });
-        }
+            .filter(|workload| workload.identity == *identity && !workload.launch.is_empty());
+        permits.extend(launched.map(|workload| Permit {
+            scope: self.names.scope(LAUNCH),
+            grant: self.names.grant(&format!("{LAUNCH}/{}", workload.name)),
+            expires_at: NEVER,
+            egress: Vec::new(),
+            executables: workload.launch.clone(),
+            listening: Vec::new(),
+        }));
         permits
     }
 
@@ -415,29 +423,19 @@ impl Engine {
     }
 
     fn resolve(&mut self, scope: &ScopeDocument, problems: &mut BTreeSet<String>) -> Vec<FileId> {
-        let mut files = BTreeSet::new();
-        for pattern in &scope.exec {
-            let resolution = self.executables.resolve(pattern);
-            files.extend(resolution.files.iter().map(|file| file.id));
-            let told = resolution.problems.iter();
-            problems.extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
-        }
-        files.into_iter().collect()
-    }
-
-    fn resolve_files(&mut self, files: &[PathBuf], problems: &mut BTreeSet<String>) -> Vec<FileId> {
-        let mut ids = BTreeSet::new();
-        for file in files {
-            match self.executables.file(file) {
-                Ok(id) => {
-                    ids.insert(id);
-                }
-                Err(error) => {
-                    problems.insert(format!("{}: {error}", file.display()));
-                }
+        let resolved =
+            self.executables.resolve(&self.mounts, &scope.exec, Admission::OnRefresh);
+        match resolved {
+            Ok(resolution) => {
+                let told = resolution.problems.iter();
+                problems.extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
+                resolution.files.iter().map(|file| file.id).collect()
+            }
+            Err(error) => {
+                problems.insert(format!("scope {}: {error}", scope.scope));
+                Vec::new()
             }
         }
-        ids.into_iter().collect()
     }
 
     /// Looks at every granted file again and takes what is there now.
@@ -574,7 +572,7 @@ impl Engine {
             tracing::error!(%error, workload = workload.name, "a workload was not let go whole");
         }
         if workload.source == WorkloadSource::Exec {
-            self.store.end_exec(&workload.name);
+            self.end_grant(&workload.name);
             if let Err(error) = remove_cgroup(&workload.cgroup) {
                 tracing::debug!(%error, path = %workload.cgroup.display(), "a cgroup stays");
             }
@@ -583,19 +581,31 @@ impl Engine {
         self.forgotten.push((Instant::now(), id));
     }
 
+    /// Forgets what was granted to a workload of `exec` when it was started.
+    pub fn end_grant(&mut self, workload: &str) {
+        if let Ok(id) = exec_grant(workload).parse() {
+            self.store.end(&id);
+        }
+    }
+
     // -- time ----------------------------------------------------------------------------------
 
     /// What is due: ends and beginnings of grants, workloads that are gone, allow-lists that no
     /// program reads any more.
     pub fn tick(&mut self) {
-        if let Some(clock) = self.clock.stepped() {
-            tracing::warn!("the wall clock was stepped; the ends of all grants are reckoned anew");
-            self.clock = clock;
-            self.reconcile();
+        match self.clock.refresh() {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::warn!("the wall clock was set; the ends of all grants are reckoned anew");
+                self.store.set_clock(self.clock);
+                self.reconcile();
+            }
+            Err(error) => tracing::error!(%error, "it is not known whether the wall clock was set"),
         }
         let now = Timestamp::now();
-        if self.store.changed_since_last(now) {
+        if self.next_change.is_some_and(|change| change <= now) {
             self.reconcile();
+            self.store.prune(now, KEPT_GRANT);
         }
         self.follow_moved();
         self.end_empty_workloads();
@@ -698,25 +708,30 @@ impl Engine {
         let mut seen = BTreeMap::new();
         let mut records = Vec::new();
         for stored in self.store.grants() {
-            let state = self.store.state(stored, now);
-            let id = stored.document.id.to_string();
-            let before = self.recorded.get(&id).copied();
-            if before != Some(state) {
-                if before.is_none() {
-                    records.push(grant_record(stored, GrantChange::Added, None));
-                }
+            let state = self.store.state_of(stored, now);
+            let phase = Phase::of(&state);
+            let id = &stored.document.id;
+            let before = self.recorded.get(id).copied();
+            if before.is_none() {
+                records.push(grant_record(stored, GrantChange::Added, None));
+            }
+            if before != Some(phase) {
                 match state {
                     State::Pending => {}
-                    State::Active => records.push(grant_record(stored, GrantChange::Activated, None)),
-                    State::Expired => records.push(grant_record(stored, GrantChange::Expired, None)),
-                    State::Revoked => {
-                        let by = self.store.revocation(&stored.document.id);
-                        records.push(grant_record(stored, GrantChange::Revoked, by));
+                    State::Active => {
+                        records.push(grant_record(stored, GrantChange::Activated, None));
+                    }
+                    State::Expired => {
+                        records.push(grant_record(stored, GrantChange::Expired, None));
+                    }
+                    State::Revoked(by) => {
+                        records.push(grant_record(stored, GrantChange::Revoked, Some(by)));
                     }
                 }
             }
-            seen.insert(id, state);
+            seen.insert(id.clone(), phase);
         }
+        self.dirty |= seen != self.recorded;
         self.recorded = seen;
         for record in records {
             self.audit.append(record);
@@ -727,7 +742,7 @@ impl Engine {
 
     /// What a restart must know, if something of it has changed since it was last asked.
     pub fn take_changes(&mut self) -> Option<SavedState> {
-        if !std::mem::take(&mut self.dirty) && !self.store.take_dirty() {
+        if !std::mem::take(&mut self.dirty) {
             return None;
         }
         Some(SavedState {
@@ -746,7 +761,9 @@ impl Engine {
     /// the kernel knows them by.
     pub fn restore(&mut self, saved: SavedState) {
         let SavedState { names: _, grants, counter_rows, workloads } = saved;
-        self.store.restore(grants);
+        if let Err(error) = self.store.restore(grants) {
+            tracing::error!(%error, "grants and revocations of an earlier daemon are not known");
+        }
         for (identity, row) in counter_rows {
             match identity.parse() {
                 Ok(identity) => {
@@ -783,6 +800,32 @@ impl Engine {
         }
         self.dirty = true;
     }
+}
+
+/// Where a grant is in its life, as last recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Pending,
+    Active,
+    Expired,
+    Revoked,
+}
+
+impl Phase {
+    const fn of(state: &State<'_>) -> Self {
+        match state {
+            State::Pending => Self::Pending,
+            State::Active => Self::Active,
+            State::Expired => Self::Expired,
+            State::Revoked(_) => Self::Revoked,
+        }
+    }
+}
+
+/// The id of the grant that `exec` makes for a workload.
+#[must_use]
+pub fn exec_grant(workload: &str) -> String {
+    format!("exec-{workload}")
 }
 
 impl Installed {
@@ -822,23 +865,22 @@ fn port_range(range: &crate::scope::PortRange) -> PortRange {
 }
 
 fn grant_record(
-    stored: &crate::grant::store::StoredGrant,
+    stored: &StoredGrant,
     change: GrantChange,
-    by: Option<&crate::grant::store::Revocation>,
+    by: Option<&Revocation>,
 ) -> RecordBody {
     let document = &stored.document;
-    let (name, source, uid) = match &stored.source {
-        Source::Manifest => ("manifest".to_owned(), ActorSource::Manifest, None),
-        Source::Api { uid } | Source::Exec { uid } => {
-            (document.granted_by.clone(), ActorSource::Api, Some(*uid))
-        }
+    let (source, uid) = match stored.source {
+        Source::Manifest => (ActorSource::Manifest, None),
+        Source::Api { uid } | Source::Exec { uid } => (ActorSource::Api, Some(uid)),
     };
     let actor = match (by, change) {
         (Some(by), _) => {
             Some(Actor { source: ActorSource::Api, name: Text::new(&by.by), uid: None, pid: None })
         }
         (None, GrantChange::Added) => {
-            Some(Actor { source, name: Text::new(name), uid, pid: None })
+            let name = Text::new(&document.granted_by);
+            Some(Actor { source, name, uid, pid: None })
         }
         (None, GrantChange::Activated | GrantChange::Expired | GrantChange::Revoked) => None,
     };

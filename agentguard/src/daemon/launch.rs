@@ -1,9 +1,14 @@
 //! What a command line runs before the workload itself decides anything: the file that was named
 //! and, where that is a script, the interpreters the kernel runs in its place.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+
+use agentguard_common::FileId;
+
+use crate::scope::ExecutablePattern;
+use crate::scope::executables::Resolver;
 
 /// Interpreters of interpreters that are followed; the kernel follows five
 /// (`search_binary_handler`, fs/exec.c).
@@ -31,6 +36,30 @@ pub fn files(executable: &Path, search_path: &str) -> Vec<PathBuf> {
         }
     }
     files
+}
+
+/// The files, as the kernel half knows them; what is not there is left out, since it can not run.
+#[must_use]
+pub fn resolve(files: &[PathBuf]) -> Vec<FileId> {
+    files.iter().filter_map(|file| file_id(file).ok()).collect()
+}
+
+/// A file of the host, as the kernel half knows it.
+///
+/// # Errors
+///
+/// Why it is none that can be run.
+pub fn file_id(path: &Path) -> Result<FileId, String> {
+    let real = fs::canonicalize(path).map_err(|error| error.to_string())?;
+    let text = real.to_str().ok_or("its path is not UTF-8")?;
+    let pattern: ExecutablePattern = text.parse().map_err(|error| format!("its path {error}"))?;
+    let resolution =
+        Resolver::new(PathBuf::from("/")).resolve(&pattern).map_err(|error| error.to_string())?;
+    match (resolution.files.first(), resolution.problems.first()) {
+        (Some(file), _) => Ok(file.id),
+        (None, Some(problem)) => Err(problem.to_string()),
+        (None, None) => Err("it is not there".to_owned()),
+    }
 }
 
 /// What stands behind `#!`: the interpreter and, in one piece, its argument.

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
 
-use super::engine::{NewWorkload, WorkloadSource};
+use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
 use super::service::Shared;
 use crate::audit::record::{ManifestErrorRecord, RecordBody};
 use crate::audit::text::Text;
 use crate::identity::WorkloadDocument;
 use crate::identity::cgroup::CgroupSource;
-use crate::identity::source::IdentityEvent;
+use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
 use crate::manifest::{Manifest, ManifestError, assemble, files, parse_paths};
 
 /// Changes that come together are taken together.
@@ -31,6 +31,8 @@ pub struct Sources {
     told: Vec<String>,
     cgroups: CgroupSource,
     selectors: Vec<WorkloadDocument>,
+    /// Found, but not held yet.
+    waiting: Vec<Discovered>,
 }
 
 impl Sources {
@@ -41,6 +43,7 @@ impl Sources {
             told: Vec::new(),
             cgroups: super::cgroup_source(shared),
             selectors: Vec::new(),
+            waiting: Vec::new(),
         }
     }
 }
@@ -113,36 +116,24 @@ fn tell(shared: &Shared, sources: &mut Sources, errors: &[ManifestError]) {
 
 /// Takes in workloads whose cgroup has appeared, and lets go those whose selector is gone.
 fn scan(shared: &Shared, sources: &mut Sources) {
-    for event in sources.cgroups.scan() {
-        let mut engine = shared.engine();
+    let found = match sources.cgroups.scan() {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::error!(%error, "it is not known which workloads came and went");
+            return;
+        }
+    };
+    for problem in &found.problems {
+        tracing::debug!(%problem, "workloads contradict each other");
+    }
+    let mut appeared = std::mem::take(&mut sources.waiting);
+    let mut engine = shared.engine();
+    for event in found.events {
         match event {
-            IdentityEvent::Appeared(found) => {
-                let cgroup = engine.cgroup_root().join(found.cgroup.trim_start_matches('/'));
-                if let Some(known) = engine.workload_at(&cgroup) {
-                    if known.identity == found.identity && known.mode == found.mode {
-                        continue;
-                    }
-                    let id = known.id;
-                    engine.remove(id);
-                }
-                let name = found.name.clone();
-                let added = engine.add(NewWorkload {
-                    name: found.name,
-                    identity: found.identity,
-                    cgroup,
-                    mode: found.mode,
-                    source: WorkloadSource::Manifest,
-                    owner: None,
-                    unit: found.unit,
-                    launch: Vec::new(),
-                });
-                if let Err(error) = added {
-                    tracing::error!(%error, workload = name, "a workload is not held; trying again");
-                    sources.cgroups.forget(&found.cgroup);
-                }
-            }
+            IdentityEvent::Appeared(workload) => appeared.push(workload),
             IdentityEvent::Gone { cgroup } => {
-                let cgroup = engine.cgroup_root().join(cgroup.trim_start_matches('/'));
+                appeared.retain(|waiting| waiting.cgroup != cgroup);
+                let cgroup = below(&engine, &cgroup);
                 let id = engine
                     .workload_at(&cgroup)
                     .filter(|workload| workload.source == WorkloadSource::Manifest)
@@ -153,10 +144,42 @@ fn scan(shared: &Shared, sources: &mut Sources) {
             }
         }
     }
+    for workload in appeared {
+        if let Err(error) = take_in(&mut engine, &workload) {
+            tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
+            sources.waiting.push(workload);
+        }
+    }
+}
+
+fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
+    let cgroup = below(engine, &found.cgroup);
+    if let Some(known) = engine.workload_at(&cgroup) {
+        if known.identity == found.identity && known.mode == found.mode {
+            return Ok(());
+        }
+        let id = known.id;
+        engine.remove(id);
+    }
+    engine.add(NewWorkload {
+        name: found.name.clone(),
+        identity: found.identity.clone(),
+        cgroup,
+        mode: found.mode,
+        source: WorkloadSource::Manifest,
+        owner: found.owner_uid,
+        unit: None,
+        launch: Vec::new(),
+    })?;
+    Ok(())
+}
+
+fn below(engine: &Engine, cgroup: &Path) -> PathBuf {
+    engine.cgroup_root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
 }
 
 /// Watches the directory for as long as the daemon runs.
-pub async fn watch(shared: Arc<Shared>) {
+pub async fn watch(shared: Arc<Shared>, mut sources: Sources) {
     let directory = shared.configuration.manifests_directory.to_path_buf();
     let (changed, mut changes) = mpsc::channel::<()>(1);
     let notice = move |event: notify::Result<notify::Event>| {
@@ -174,7 +197,6 @@ pub async fn watch(shared: Arc<Shared>) {
         }
     };
     let mut watched = false;
-    let mut sources = Sources::new(&shared);
     let mut fingerprint = Vec::new();
     loop {
         if !watched && let Some(watcher) = &mut watcher {

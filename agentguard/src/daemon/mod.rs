@@ -4,7 +4,6 @@
 //! identity sources, then the control socket. A daemon that stops takes nothing with it: what it
 //! put in force stays, until `agentguard uninstall`.
 
-mod clock;
 pub mod confine;
 pub mod doctor;
 pub mod engine;
@@ -35,7 +34,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 pub use self::service::protection_view;
-pub use self::standalone::exec_standalone;
+pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
 use self::engine::{Engine, protection_of};
@@ -47,7 +46,8 @@ use crate::audit::record::{LayerProtection, RecordBody, StartRecord, StopRecord}
 use crate::audit::text::Text;
 use crate::audit::{AuditLog, OpenError, record};
 use crate::config::{Configuration, HostError, Listen, Require};
-use crate::datapath::{self, Datapath, LoadError, Options, Protection, Sizes};
+use crate::datapath::{Datapath, LoadError, Options, Protection, Sizes};
+use crate::grant::clock::{Clock, ClockError};
 use crate::identity::cgroup::CgroupSource;
 use crate::metrics::{Metrics, MetricsError};
 
@@ -65,6 +65,8 @@ pub enum DaemonError {
     Audit(#[from] OpenError),
     #[error(transparent)]
     State(#[from] state::StateError),
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     #[error(transparent)]
@@ -103,7 +105,7 @@ fn require_root() -> Result<(), DaemonError> {
 async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let started = Instant::now();
     let parts = set_up(configuration, started)?;
-    let Parts { shared, witness, stop } = parts;
+    let Parts { shared, sources, witness, stop } = parts;
     let cancel = CancellationToken::new();
     let socket = server::bind(shared.configuration.api.socket.as_ref())?;
     let tcp = match shared.configuration.metrics.listen {
@@ -118,7 +120,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(keep_recent(Arc::clone(&shared)));
     tasks.spawn(tick(Arc::clone(&shared)));
-    tasks.spawn(manifests::watch(Arc::clone(&shared)));
+    tasks.spawn(manifests::watch(Arc::clone(&shared), sources));
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(server::serve_control(
         socket,
@@ -158,6 +160,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
 /// What runs once everything is in force.
 struct Parts {
     shared: Arc<Shared>,
+    sources: manifests::Sources,
     witness: JoinHandle<()>,
     stop: Arc<AtomicBool>,
 }
@@ -188,7 +191,9 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     record_start(&audit, &datapath);
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
-    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names));
+    let clock = Clock::read()?;
+    let mut engine =
+        Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
     engine.restore(saved);
@@ -204,14 +209,15 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         started,
         ready: AtomicBool::new(false),
     });
-    manifests::load(&shared, &mut manifests::Sources::new(&shared));
+    let mut sources = manifests::Sources::new(&shared);
+    manifests::load(&shared, &mut sources);
     {
         let mut engine = shared.engine();
         engine.resume();
         engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
     }
     save(&shared);
-    Ok(Parts { shared, witness, stop })
+    Ok(Parts { shared, sources, witness, stop })
 }
 
 /// Starts the thread that reads the kernel's records.
@@ -385,7 +391,7 @@ pub(crate) fn standalone_pins(configuration: &Configuration, pid: u32) -> PathBu
     name.into()
 }
 
-pub(crate) use datapath::uninstall as remove_pins;
+pub(crate) use crate::datapath::uninstall as remove_pins;
 
 /// The source of workloads that `Workload` manifests select.
 pub(crate) fn cgroup_source(shared: &Shared) -> CgroupSource {

@@ -38,7 +38,7 @@ use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::manifest::{Creation, Manifest, parse_text};
 use crate::metrics::{self, Metrics, VerdictRow};
-use crate::scope::executables::file_id;
+use super::launch::file_id;
 
 /// What all parts of the daemon share.
 pub struct Shared {
@@ -113,12 +113,12 @@ impl Service for Daemon {
             totals: Some(Totals {
                 workloads: engine.workloads().count() as u64,
                 grants: GrantCounts {
-                    pending: counts.pending,
-                    active: counts.active + counts.standing,
-                    expired: counts.expired,
-                    revoked: counts.revoked,
+                    pending: counts.pending as u64,
+                    active: counts.active as u64,
+                    expired: counts.expired as u64,
+                    revoked: counts.revoked as u64,
                 },
-                standing_grants: counts.standing,
+                standing_grants: counts.standing as u64,
                 manifests: Manifests {
                     directory: shared.configuration.manifests_directory.to_path_buf(),
                     last_load: engine.manifests.last_load,
@@ -192,12 +192,14 @@ impl Service for Daemon {
             return Err(ServiceError::Invalid(unknown));
         }
         let id = document.id.clone();
-        engine.store.add(document, Source::Api { uid: caller.uid }).map_err(|error| {
-            ServiceError::Conflict {
+        let engine_ref = &mut *engine;
+        engine_ref
+            .store
+            .add(document, Source::Api { uid: caller.uid }, &engine_ref.manifests.catalogue)
+            .map_err(|error| ServiceError::Conflict {
                 error: error.to_string(),
                 remedy: "give the grant another name".to_owned(),
-            }
-        })?;
+            })?;
         engine.reconcile();
         let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
         Ok(grant_view(&engine, stored, Timestamp::now()))
@@ -213,9 +215,9 @@ impl Service for Daemon {
         let parsed = id.parse::<GrantId>().map_err(|_invalid| no_grant(id))?;
         let by = format!("uid {}", caller.uid);
         let now = Timestamp::now();
-        engine.store.revoke(&parsed, &by, reason, now).map_err(|error| match error {
-            RevokeError::Unknown { .. } => no_grant(id),
-            RevokeError::AlreadyOver { .. } => ServiceError::Conflict {
+        engine.store.revoke(&parsed, by, reason.to_owned(), now).map_err(|error| match error {
+            RevokeError::Unknown(_) => no_grant(id),
+            RevokeError::AlreadyOver(_) => ServiceError::Conflict {
                 error: error.to_string(),
                 remedy: "nothing is left to revoke".to_owned(),
             },
@@ -230,13 +232,13 @@ impl Service for Daemon {
         let resolved = tokio::task::spawn_blocking(move || resolve(&target))
             .await
             .map_err(|error| internal(&error))??;
-        let engine = self.0.engine();
-        let workload = find(&engine, &request.workload)?;
-        let decision = match engine.tag(workload) {
+        let mut engine = self.0.engine();
+        let workload = find(&engine, &request.workload)?.clone();
+        let decision = match engine.tag(&workload) {
             Some(tag) => decide(engine.tables(), &tag, &resolved, now()),
             None => Decision::deny(Reason::Unidentified),
         };
-        Ok(explanation(&engine, workload, request.target.clone(), &resolved, &decision))
+        Ok(explanation(&mut engine, &workload, request.target.clone(), &resolved, &decision))
     }
 
     async fn last_denial(
@@ -244,7 +246,7 @@ impl Service for Daemon {
         viewer: &Viewer,
         workload: Option<&str>,
     ) -> Result<Option<LastDenial>, ServiceError> {
-        let engine = self.0.engine();
+        let mut engine = self.0.engine();
         let wanted = match workload {
             Some(name) => Some(find(&engine, name)?.id),
             None => None,
@@ -255,7 +257,7 @@ impl Service for Daemon {
                     .workload(id)
                     .is_some_and(|workload| viewer.sees(Some(workload.identity.as_str())))
         });
-        Ok(denial.and_then(|denial| last_denial(&engine, &denial)))
+        Ok(denial.and_then(|denial| last_denial(&mut engine, &denial)))
     }
 
     async fn confine(
@@ -366,11 +368,11 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
     metrics.set_workloads(&workloads);
     let counts = engine.store.counts(Timestamp::now());
     metrics.set_grants(metrics::GrantCounts {
-        pending: counts.pending,
-        active: counts.active,
-        standing: counts.standing,
-        expired: counts.expired,
-        revoked: counts.revoked,
+        pending: counts.pending as u64,
+        active: counts.active.saturating_sub(counts.standing) as u64,
+        standing: counts.standing as u64,
+        expired: counts.expired as u64,
+        revoked: counts.revoked as u64,
     });
     metrics.set_allowlist(engine.generation(), engine.entries());
     metrics.set_manifest_errors(engine.manifests.errors.len() as u64);
@@ -480,18 +482,13 @@ fn grant_view(engine: &Engine, stored: &StoredGrant, now: Timestamp) -> GrantVie
         scopes: document.scopes.iter().map(ToString::to_string).collect(),
         not_before: document.not_before,
         expires_at: expiry_view(document.expiry),
-        state: match engine.store.state(stored, now) {
+        state: match engine.store.state_of(stored, now) {
             State::Pending => GrantState::Pending,
             State::Active => GrantState::Active,
             State::Expired => GrantState::Expired,
-            State::Revoked => GrantState::Revoked,
+            State::Revoked(_) => GrantState::Revoked,
         },
-        source: match &stored.source {
-            Source::Manifest => "manifest",
-            Source::Api { .. } => "api",
-            Source::Exec { .. } => "exec",
-        }
-        .to_owned(),
+        source: stored.source.as_str().to_owned(),
         granted_by: document.granted_by.clone(),
         reason: document.reason.clone(),
     }
@@ -584,8 +581,8 @@ fn target_of(denial: &Denial) -> Option<(Target, Request)> {
     })
 }
 
-fn last_denial(engine: &Engine, denial: &Denial) -> Option<LastDenial> {
-    let workload = engine.workload(denial.event.key.workload)?;
+fn last_denial(engine: &mut Engine, denial: &Denial) -> Option<LastDenial> {
+    let workload = engine.workload(denial.event.key.workload)?.clone();
     let (target, request) = target_of(denial)?;
     let verdict = Verdict::try_from(denial.event.verdict).ok()?;
     let Event { scope, grant, .. } = denial.event;
@@ -594,12 +591,12 @@ fn last_denial(engine: &Engine, denial: &Denial) -> Option<LastDenial> {
         time: denial.time,
         pid: denial.event.pid,
         executable: denial.executable.clone(),
-        explanation: explanation(engine, workload, target, &request, &decision),
+        explanation: explanation(engine, &workload, target, &request, &decision),
     })
 }
 
 fn explanation(
-    engine: &Engine,
+    engine: &mut Engine,
     workload: &Workload,
     target: Target,
     request: &Request,
@@ -696,7 +693,7 @@ fn hook_of(target: &Target, request: &Request) -> &'static str {
 }
 
 /// Scopes of the catalogue that would permit a request, by the naive reading of each.
-fn permitting_scopes(engine: &Engine, request: &Request) -> Vec<String> {
+fn permitting_scopes(engine: &mut Engine, request: &Request) -> Vec<String> {
     let permits = |permit: Permit| {
         Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow
     };

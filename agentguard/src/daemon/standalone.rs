@@ -30,6 +30,7 @@ use crate::api::types::Confine;
 use crate::audit::{self, AuditLog};
 use crate::config::Configuration;
 use crate::datapath::{Datapath, Options, uninstall};
+use crate::grant::clock::Clock;
 use crate::manifest::{assemble, parse_paths};
 
 /// The first argument of the child that waits.
@@ -93,7 +94,8 @@ async fn supervise(
         AuditLog::open(audit_options(configuration, own), &node).map_err(DaemonError::from)?;
     super::record_start(&audit, &datapath);
     let names = Arc::new(Names::default());
-    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), names);
+    let clock = Clock::read().map_err(DaemonError::from)?;
+    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), names, clock);
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let witness = start_witness(&engine, &audit, &denials, &stop)?;

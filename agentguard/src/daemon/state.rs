@@ -9,7 +9,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use agentguard_common::{CgroupId, Mode, WorkloadId};
+use agentguard_common::{CgroupId, FileId, Mode, WorkloadId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,8 @@ pub struct SavedWorkload {
     created: Timestamp,
     owner: Option<u32>,
     unit: Option<String>,
-    launch: Vec<PathBuf>,
+    /// Inode, device and generation.
+    launch: Vec<(u64, u32, u32)>,
 }
 
 impl From<&Workload> for SavedWorkload {
@@ -75,7 +76,10 @@ impl From<&Workload> for SavedWorkload {
             created,
             owner,
             unit,
-            launch,
+            launch: launch
+                .iter()
+                .map(|file| (file.inode, file.device, file.generation))
+                .collect(),
         }
     }
 }
@@ -114,7 +118,10 @@ impl SavedWorkload {
             created,
             owner,
             unit,
-            launch,
+            launch: launch
+                .into_iter()
+                .map(|(inode, device, generation)| FileId { inode, device, generation })
+                .collect(),
             populated: true,
         })
     }

@@ -14,7 +14,7 @@ use agentguard_common::event::{Event, Hook, Process as KnownProcess};
 use agentguard_common::{Mode, Verdict, WorkloadId};
 use jiff::Timestamp;
 
-use super::clock::Clock;
+use crate::grant::clock::Clock;
 use super::names::Names;
 use crate::audit::record::{
     Ancestor, Layer, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,

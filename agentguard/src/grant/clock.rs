@@ -52,6 +52,12 @@ impl Clock {
         u64::try_from(since).map_or(NEVER - 1, |since| since.min(NEVER - 1))
     }
 
+    /// The wall-clock time at `boot_ns` nanoseconds of boot time.
+    #[must_use]
+    pub fn at(&self, boot_ns: u64) -> Timestamp {
+        Timestamp::from_nanosecond(self.ahead + i128::from(boot_ns)).unwrap_or(Timestamp::MAX)
+    }
+
     /// When a grant ends, as nanoseconds of boot time.
     #[must_use]
     pub fn expiry(&self, expiry: Expiry) -> u64 {

@@ -265,6 +265,16 @@ impl GrantStore {
         Ok(grant)
     }
 
+    /// Forgets a grant that came at run time, because what it was given for has ended. Whether there
+    /// was one.
+    pub fn end(&mut self, id: &GrantId) -> bool {
+        let is_there = self.grants.get(id).is_some_and(|grant| grant.source != Source::Manifest);
+        if is_there {
+            self.remove(id);
+        }
+        is_there
+    }
+
     /// Every grant, in the order of the ids.
     pub fn grants(&self) -> impl ExactSizeIterator<Item = &StoredGrant> {
         self.grants.values()

@@ -102,6 +102,15 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The manifests of a directory: its files with a manifest's ending, sorted.
+///
+/// # Errors
+///
+/// When the directory can not be read.
+pub fn files(directory: &Path) -> Result<Vec<PathBuf>, ManifestError> {
+    manifests_in(directory).map_err(|error| unreadable(directory, &error))
+}
+
 fn files_of(paths: &[PathBuf]) -> (Vec<PathBuf>, Vec<ManifestError>) {
     let mut files = Vec::new();
     let mut errors = Vec::new();
