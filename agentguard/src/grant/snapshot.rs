@@ -66,6 +66,9 @@ struct WireDocument {
     reason: String,
 }
 
+/// What a [`Snapshot`] holds, as the store keeps it.
+pub(super) type Values = (Vec<(GrantDocument, Source)>, Vec<Revocation>);
+
 impl Snapshot {
     pub(super) fn new<'a>(
         grants: impl Iterator<Item = &'a StoredGrant>,
@@ -85,9 +88,7 @@ impl Snapshot {
     }
 
     /// The values that were written down.
-    pub(super) fn into_values(
-        self,
-    ) -> Result<(Vec<(GrantDocument, Source)>, Vec<Revocation>), RestoreError> {
+    pub(super) fn into_values(self) -> Result<Values, RestoreError> {
         if self.version != VERSION {
             return Err(RestoreError::Version(self.version));
         }

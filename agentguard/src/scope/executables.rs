@@ -191,6 +191,9 @@ struct Lookup {
     names: usize,
 }
 
+/// The names in a directory, and what each is as far as the directory says.
+type Names = Vec<(OsString, FileType)>;
+
 impl Resolver {
     /// A resolver for the mounts whose root is `root`: `/`, or `/proc/<pid>/root` of one of the
     /// workload's processes.
@@ -213,6 +216,15 @@ impl Resolver {
         }
         resolution.keep_each_file_once();
         Ok(resolution)
+    }
+
+    /// Which mounts these are, as [`Pinned::retain`] asks for it.
+    ///
+    /// # Errors
+    ///
+    /// When the root is gone or can not be read.
+    pub fn root_id(&self) -> Result<RootId, ResolveError> {
+        self.open().map(|root| root.id)
     }
 
     fn open(&self) -> Result<OpenRoot, ResolveError> {
@@ -510,7 +522,7 @@ impl OpenRoot {
         below: &Path,
         pattern: &ExecutablePattern,
         lookup: &mut Lookup,
-    ) -> Result<Option<(OwnedFd, Vec<(OsString, FileType)>)>, Errno> {
+    ) -> Result<Option<(OwnedFd, Names)>, Errno> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let inside =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -588,7 +600,7 @@ impl Lookup {
         &mut self,
         directory: impl AsFd,
         pattern: &ExecutablePattern,
-    ) -> Result<Vec<(OsString, FileType)>, Errno> {
+    ) -> Result<Names, Errno> {
         let mut names = Vec::new();
         if self.names > MAX_NAMES {
             return Ok(names);

@@ -328,7 +328,9 @@ fn mounts_without_workloads_are_forgotten() {
     tree.file("/bin/tool", 0o755);
     let mut pins = Pinned::default();
     pinned(&mut pins, &tree, &["/bin/tool"]);
-    assert_eq!(pins.roots().count(), 1);
+    let own = tree.resolver().root_id().unwrap();
+    pins.retain(|root| *root == own);
+    assert_eq!(pins.roots().collect::<Vec<_>>(), [&own]);
     pins.retain(|_| false);
     assert_eq!(pins.roots().count(), 0);
 }
