@@ -45,7 +45,8 @@ use crate::api::server::{self, BindError, Limits};
 use crate::audit::record::{LayerProtection, RecordBody, StartRecord, StopRecord};
 use crate::audit::text::Text;
 use crate::audit::{AuditLog, OpenError, record};
-use crate::config::{Configuration, HostError, Listen, Require};
+use crate::config::value::Listen;
+use crate::config::{Configuration, HostError, Require};
 use crate::datapath::{Datapath, LoadError, Options, Protection, Sizes};
 use crate::grant::clock::{Clock, ClockError};
 use crate::identity::cgroup::CgroupSource;
@@ -110,7 +111,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let socket = server::bind(shared.configuration.api.socket.as_ref())?;
     let tcp = match shared.configuration.metrics.listen {
         Listen::Off => None,
-        Listen::On(address) => Some(
+        Listen::At(address) => Some(
             TcpListener::bind(address)
                 .await
                 .map_err(|source| DaemonError::Listen { address, source })?,

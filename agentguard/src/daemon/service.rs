@@ -273,9 +273,8 @@ impl Service for Daemon {
             return Ok(confined);
         }
         // The pid may have been another process's by the time it was moved.
-        if let Some(id) =
-            engine.workloads().find(|workload| workload.name == confined.workload).map(|found| found.id)
-        {
+        let id = engine.workloads().find(|found| found.name == confined.workload).map(|w| w.id);
+        if let Some(id) = id {
             engine.remove(id);
         }
         Err(ServiceError::Conflict {
@@ -380,7 +379,14 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         metrics.set_map(fill.table, fill.entries as u64, fill.capacity as u64);
     }
     let counts = shared.audit.counts();
-    metrics.set_audit(counts.totals());
+    metrics.set_audit(metrics::AuditTotals {
+        written: counts.written,
+        lost: counts.lost,
+        bytes: counts.bytes,
+        write_failures: counts.write_failures,
+        rotations: counts.rotations,
+        failing: counts.failing,
+    });
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::{Workload, WorkloadSource};
 use super::names::SavedNames;
-use crate::grant::store::Snapshot;
+use crate::grant::snapshot::Snapshot;
 
 /// The name of the file in the state directory.
 const FILE: &str = "state.json";

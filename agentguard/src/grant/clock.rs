@@ -83,6 +83,16 @@ impl Clock {
     }
 }
 
+/// Nanoseconds of boot time, now; the last moment there is if the kernel does not tell, so that
+/// everything that ends is over.
+#[must_use]
+pub fn boot_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(u64::MAX, |time| {
+        let nanoseconds = i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec());
+        u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+    })
+}
+
 fn distance() -> Result<i128, ClockError> {
     let nanoseconds = |clock| {
         let time = clock_gettime(clock)?;

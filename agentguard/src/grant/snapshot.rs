@@ -24,6 +24,13 @@ pub struct Snapshot {
     revocations: Vec<WireRevocation>,
 }
 
+impl Default for Snapshot {
+    /// Of a store that never held anything.
+    fn default() -> Self {
+        Self { version: VERSION, grants: Vec::new(), revocations: Vec::new() }
+    }
+}
+
 /// Why a [`Snapshot`] can not be restored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
