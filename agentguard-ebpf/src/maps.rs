@@ -291,16 +291,11 @@ pub(crate) fn counters(row: u16) -> Option<&'static mut Counters> {
     Some(unsafe { &mut *counters })
 }
 
-/// Nanoseconds in which the same request leaves only one record.
+/// What can be changed while programs run.
 #[inline(always)]
-pub(crate) fn aggregation_window() -> u64 {
-    SETTINGS.get(0).map_or(0, |settings| settings.aggregation_window)
-}
-
-/// Whether the datapath's own diagnostics are on.
-#[inline(always)]
-pub(crate) fn diagnostics() -> bool {
-    SETTINGS.get(0).is_some_and(|settings| settings.diagnostics != 0)
+pub(crate) fn settings() -> Settings {
+    const NONE: Settings = Settings { aggregation_window: 0, diagnostics: 0, reserved: 0 };
+    SETTINGS.get(0).copied().unwrap_or(NONE)
 }
 
 /// The ring for records of denials.
