@@ -4,10 +4,12 @@
 //! `explain` and the fake datapath over ordinary collections. It allocates nothing, and its loops
 //! are bounded for the verifier.
 
-use crate::allowlist::{DestinationEntry, ExecutableEntry, Permission, ROWS_PER_SET, RuleRow, Tag};
+use crate::allowlist::{
+    DestinationEntry, ExecutableEntry, ROWS_PER_SET, RULES_PER_ROW, RuleRow, Tag,
+};
 use crate::request::{Destination, Endpoint, FileId, Mover, Naming, Request};
 use crate::verdict::{Decision, Reason, Verdict};
-use crate::{Address, AllowlistId, GrantId, RuleSetId, ScopeId};
+use crate::{Address, AllowlistId, RuleSetId};
 
 /// A read-only view of the compiled allow-lists.
 pub trait Tables {
@@ -16,6 +18,12 @@ pub trait Tables {
 
     /// A row of rules.
     fn rules(&self, id: RuleSetId) -> Option<&RuleRow>;
+
+    /// Looks for the rule of a set that answers for a port. The kernel's tables call [`search`] as
+    /// a function of its own, which the verifier then follows once instead of on every path.
+    fn search(&self, rules: RuleSetId, protocol: u8, port: u16) -> Found {
+        search(self, rules, protocol, port)
+    }
 
     /// Hands a number through. The kernel's tables hide it from the compiler on the way.
     fn opaque(&self, number: u64) -> u64 {
@@ -83,12 +91,6 @@ fn decide_destination<T: Tables>(
     decide_rules(tables, entry.rules, destination.protocol, destination.port, now)
 }
 
-/// Of all rules that cover the port the one that lasts longest answers, so that the verdict does
-/// not depend on their order.
-///
-/// The scan has no branch: the verifier follows both ways of each, and what it learns of the best
-/// so far keeps it from seeing that the ways meet again. With branches a set of 128 rules is too
-/// much for it.
 #[inline(always)]
 fn decide_rules<T: Tables>(
     tables: &T,
@@ -97,35 +99,77 @@ fn decide_rules<T: Tables>(
     port: u16,
     now: u64,
 ) -> Decision {
-    let mut expires_at = 0;
-    let mut scope = 0;
-    let mut grant = 0;
+    let found = tables.search(rules, protocol, port);
+    if found == Found::NOTHING {
+        return Decision::deny(Reason::PortNotGranted);
+    }
+    // An incomplete set names no row either.
+    let Some(row) = tables.rules(found.row()) else {
+        return Decision::deny(Reason::MissingTable);
+    };
+    let permission = row.rules[found.place()].permission;
+    let verdict =
+        if permission.expires_at > now { Verdict::Allow } else { Verdict::Deny(Reason::Expired) };
+    Decision { verdict, permission }
+}
+
+/// Which rule of a set answers for a port: its row, and its place in the row in the lowest bits.
+/// One number, because that is what a function of a kernel program can return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found(pub u64);
+
+impl Found {
+    /// No rule covers the port.
+    pub const NOTHING: Self = Self(0);
+    /// A row of the set is missing. It has the number of no row.
+    const INCOMPLETE: Self = Self(1);
+
+    const fn at(row: RuleSetId, place: usize) -> u64 {
+        row.0 as u64 * RULES_PER_ROW as u64 + place as u64
+    }
+
+    #[inline(always)]
+    const fn row(self) -> RuleSetId {
+        RuleSetId((self.0 / RULES_PER_ROW as u64) as u32)
+    }
+
+    /// Below [`RULES_PER_ROW`].
+    #[inline(always)]
+    const fn place(self) -> usize {
+        (self.0 % RULES_PER_ROW as u64) as usize
+    }
+}
+
+/// Of all rules that cover the port the one that lasts longest answers, so that the verdict does
+/// not depend on their order.
+///
+/// The scan has no branch: the verifier follows both ways of each, and what it learns of the best
+/// so far keeps it from seeing that the ways meet again.
+#[inline(always)]
+pub fn search<T: Tables + ?Sized>(
+    tables: &T,
+    rules: RuleSetId,
+    protocol: u8,
+    port: u16,
+) -> Found {
+    let mut latest = 0;
+    let mut found = Found::NOTHING.0;
     let mut row_id = rules;
     for _ in 0..ROWS_PER_SET {
-        let Some(row) = tables.rules(row_id) else {
-            return Decision::deny(Reason::MissingTable);
-        };
-        for rule in &row.rules {
-            let Permission { expires_at: end, scope: of_scope, grant: of_grant } = rule.permission;
-            let later = u64::wrapping_sub(expires_at, end) >> 63;
+        let Some(row) = tables.rules(row_id) else { return Found::INCOMPLETE };
+        for (place, rule) in row.rules.iter().enumerate() {
+            let end = rule.permission.expires_at;
+            let later = u64::wrapping_sub(latest, end) >> 63;
             let take = tables.opaque((later & rule.covers(protocol, port)).wrapping_neg());
-            expires_at ^= (expires_at ^ end) & take;
-            scope ^= (scope ^ of_scope.0) & take as u32;
-            grant ^= (grant ^ of_grant.0) & take as u32;
+            latest ^= (latest ^ end) & take;
+            found ^= (found ^ Found::at(row_id, place)) & take;
         }
         row_id = row.next;
         if !row_id.is_some() {
             break;
         }
     }
-    let permission = Permission { expires_at, scope: ScopeId(scope), grant: GrantId(grant) };
-    if expires_at > now {
-        Decision { verdict: Verdict::Allow, permission }
-    } else if expires_at > 0 {
-        Decision { verdict: Verdict::Deny(Reason::Expired), permission }
-    } else {
-        Decision::deny(Reason::PortNotGranted)
-    }
+    Found(found)
 }
 
 #[inline(always)]

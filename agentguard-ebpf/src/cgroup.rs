@@ -2,12 +2,13 @@
 //! leave.
 
 use agentguard_common::event::Hook;
-use agentguard_common::{Action, CgroupId, Mode, Mover, WorkloadId};
+use agentguard_common::{Action, CgroupId, Mover, WorkloadId};
 use aya_ebpf::bindings::task_struct;
 use aya_ebpf::helpers::generated::bpf_get_current_task_btf;
 use aya_ebpf::programs::BtfTracePointContext;
 
-use crate::judge::{Inquiry, Others, judge_from};
+use crate::diagnostics::{self, Full};
+use crate::judge::{Inquiry, Others, judge_from, judge_without_room};
 use crate::kernel::{self, Cgroup, Task};
 use crate::maps;
 use crate::record::Origin;
@@ -21,10 +22,13 @@ pub(crate) fn mkdir(ctx: &BtfTracePointContext) -> i32 {
         return 0;
     }
     let Some(parent) = cgroup.parent() else { return 0 };
-    if let Some(workload) = maps::member(parent.id()) {
-        if !maps::adopt(cgroup.id(), workload) {
-            // No room: whoever makes cgroups until the table is full does not get one outside.
-            return kernel::kill_current();
+    let Some(workload) = maps::member(parent.id()) else { return 0 };
+    if !maps::adopt(cgroup.id(), workload) {
+        diagnostics::full(Full::Cgroups, cgroup.id().0);
+        // Whoever makes cgroups until the table is full does not get one outside.
+        match judge_without_room(cgroup.id(), workload, &Origin::Caller) {
+            Action::Refuse => return kernel::kill_current(),
+            Action::Pass => {}
         }
     }
     0
@@ -56,8 +60,7 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let Some(workload) = workload_of(parent) else { return 0 };
     // SAFETY: an argument of the tracepoint.
     if !unsafe { maps::tie(child.0, workload) } {
-        child.kill();
-        return 0;
+        return without_room(Full::Tasks, child, child.cgroup(), workload);
     }
     if child.tgid() == parent.tgid() {
         return 0;
@@ -94,7 +97,7 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
         (None, Some(workload)) => {
             // SAFETY: an argument of the tracepoint.
             if !unsafe { maps::tie(task.0, workload) } {
-                task.kill();
+                without_room(Full::Tasks, task, cgroup.id(), workload);
             }
         }
         (Some(origin), Some(destination)) if origin == destination => {
@@ -121,20 +124,36 @@ fn mover() -> Mover {
 /// A task of `workload` is in a cgroup outside of it.
 #[inline(always)]
 fn leave(task: Task, cgroup: CgroupId, workload: WorkloadId, mover: Mover) {
+    diagnostics::left(task.pid(), workload);
     let inquiry = Inquiry::leave(Hook::Leave, cgroup, mover);
-    let origin = Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 };
-    match judge_from::<Others>(&inquiry, workload, &origin, 0) {
+    match judge_from::<Others>(&inquiry, workload, &origin(task, cgroup), 0) {
         Action::Refuse => {
             task.kill();
         }
         Action::Pass => {
-            if !maps::follow(task.tgid(), cgroup, workload)
-                && maps::tag(workload).is_none_or(|tag| tag.mode() == Mode::Enforce)
-            {
-                task.kill();
+            if !maps::follow(task.tgid(), cgroup, workload) {
+                without_room(Full::Moved, task, cgroup, workload);
             }
         }
     }
+}
+
+/// A table can not hold a task of `workload`.
+#[inline(always)]
+fn without_room(table: Full, task: Task, cgroup: CgroupId, workload: WorkloadId) -> i32 {
+    diagnostics::full(table, task.pid().into());
+    match judge_without_room(cgroup, workload, &origin(task, cgroup)) {
+        Action::Refuse => {
+            task.kill();
+        }
+        Action::Pass => {}
+    }
+    0
+}
+
+#[inline(always)]
+fn origin(task: Task, cgroup: CgroupId) -> Origin {
+    Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 }
 }
 
 /// Forgets a process with its last thread.

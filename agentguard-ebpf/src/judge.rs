@@ -7,7 +7,7 @@ use agentguard_common::{
     Permission, Reason, Request, Tag, Verdict, WorkloadId, decide,
 };
 
-use crate::kernel;
+use crate::{diagnostics, kernel};
 use crate::maps::{self, CachedVerdict, KernelTables};
 use crate::record::{self, Fate, Origin, Record};
 
@@ -227,35 +227,58 @@ pub(crate) fn judge_from<C: Classed>(
     origin: &Origin,
     carried: u64,
 ) -> Action {
-    let hook = &inquiry.hook;
     let Some(tag) = maps::tag(workload) else {
-        // A cgroup says it is a workload's, and the workload has no row.
-        let tag = Tag::new(
-            agentguard_common::IdentityId::NONE,
-            Mode::Enforce,
-            agentguard_common::AllowlistId::NONE,
-            agentguard_common::RuleSetId::NONE,
-            OTHER,
-        );
-        let key = inquiry.key::<C>(workload, &tag);
-        let decision = Decision::deny(Reason::MissingTable);
-        let record =
-            Record { hook: *hook, kind: inquiry.kind, decision, folded: carried, now: kernel::now() };
-        let fate = record::write(&record, &key, &tag, origin);
-        record::count(&tag, *hook, decision.verdict.code(), fate);
-        return Action::Refuse;
+        return deny_without_table::<C>(inquiry, workload, &ROWLESS, origin, carried);
     };
     let key = inquiry.key::<C>(workload, &tag);
-    let cached = maps::cached(&key);
-    if let Some(&mut ref mut cached) = cached {
-        if kernel::jiffies() < cached.fresh_until {
+    let (code, fate) = match maps::cached(&key) {
+        Some(cached) if kernel::jiffies() < cached.fresh_until => {
             cached.folded += 1 + carried;
-            let code = cached.verdict;
-            record::count(&tag, *hook, code, Fate::Aggregated);
-            return action_of(code, tag.mode());
+            (cached.verdict as u8, Fate::Aggregated)
         }
-    }
-    let code = judge_afresh::<C>(inquiry, &tag, &key, origin, carried);
+        Some(_) | None => judge_afresh::<C>(inquiry, &tag, &key, origin, carried),
+    };
+    record::count(&tag, inquiry.hook, code, fate);
+    action_of(code, tag.mode())
+}
+
+/// A table has no room for a task or a cgroup of a workload, so that nothing would hold it.
+#[inline(always)]
+pub(crate) fn judge_without_room(
+    cgroup: CgroupId,
+    workload: WorkloadId,
+    origin: &Origin,
+) -> Action {
+    let inquiry = Inquiry::leave(Hook::Leave, cgroup, Mover::Workload);
+    let tag = maps::tag(workload).unwrap_or(ROWLESS);
+    deny_without_table::<Others>(&inquiry, workload, &tag, origin, 0)
+}
+
+/// What a workload is held to whose cgroup says so, but which has no row.
+const ROWLESS: Tag = Tag::new(
+    agentguard_common::IdentityId::NONE,
+    Mode::Enforce,
+    agentguard_common::AllowlistId::NONE,
+    agentguard_common::RuleSetId::NONE,
+    OTHER,
+);
+
+#[inline(always)]
+fn deny_without_table<C: Classed>(
+    inquiry: &Inquiry,
+    workload: WorkloadId,
+    tag: &Tag,
+    origin: &Origin,
+    carried: u64,
+) -> Action {
+    let Decision { verdict, permission } = Decision::deny(Reason::MissingTable);
+    let code = verdict.code();
+    let key = inquiry.key::<C>(workload, tag);
+    let Inquiry { hook, kind, .. } = *inquiry;
+    let now = kernel::now();
+    let record = Record { hook, kind, verdict: code, permission, folded: carried, now };
+    let fate = record::write(&record, &key, tag, origin);
+    record::count(tag, hook, code, fate);
     action_of(code, tag.mode())
 }
 
@@ -267,28 +290,31 @@ fn judge_afresh<C: Classed>(
     key: &RequestKey,
     origin: &Origin,
     carried: u64,
-) -> u8 {
-    let hook = &inquiry.hook;
+) -> (u8, Fate) {
     let now = kernel::now();
-    let window = maps::aggregation_window();
+    let settings = maps::settings();
+    let window = settings.aggregation_window;
     let mut folded = carried;
     if let Some(cached) = maps::cached(key) {
-        let code = cached.verdict;
+        let code = cached.verdict as u8;
         if now.wrapping_sub(cached.logged_at) < window && ends(code, &cached.permission) > now {
             cached.folded += 1 + carried;
             cached.fresh_until =
                 fresh_until(code, &cached.permission, cached.logged_at, window, now);
-            record::count(tag, *hook, code, Fate::Aggregated);
-            return code;
+            return (code, Fate::Aggregated);
         }
         folded += cached.folded;
     }
     let decision = decide(&KernelTables, tag, &inquiry.request::<C>(), now);
-    let record = Record { hook: *hook, kind: inquiry.kind, decision, folded, now };
+    let code = kernel::forgotten(decision.verdict.code().into()) as u8;
+    let expires_at = kernel::forgotten(decision.permission.expires_at);
+    let permission = Permission { expires_at, ..decision.permission };
+    if settings.diagnostics != 0 {
+        diagnostics::decided(inquiry.hook, key.workload, code);
+    }
+    let record =
+        Record { hook: inquiry.hook, kind: inquiry.kind, verdict: code, permission, folded, now };
     let fate = record::write(&record, key, tag, origin);
-    let Decision { verdict, permission } = decision;
-    let code = verdict.code();
-    record::count(tag, *hook, code, fate);
     maps::cache(
         key,
         &CachedVerdict {
@@ -296,11 +322,10 @@ fn judge_afresh<C: Classed>(
             logged_at: now,
             fresh_until: fresh_until(code, &permission, now, window, now),
             folded: 0,
-            verdict: code,
-            reserved: [0; 7],
+            verdict: code.into(),
         },
     );
-    code
+    (code, fate)
 }
 
 /// When a verdict ends by itself, in boot time. The key holds the allow-list's generation, so only

@@ -9,6 +9,7 @@ mod bind;
 mod cgroup;
 mod connect;
 mod context;
+mod diagnostics;
 mod exec;
 mod judge;
 mod kernel;

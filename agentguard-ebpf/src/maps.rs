@@ -6,6 +6,7 @@ use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
     DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
 };
+use agentguard_common::decide::{Found, search};
 use agentguard_common::event::{Event, Process, RequestKey};
 use agentguard_common::stats::{Counters, OTHER};
 use agentguard_common::{
@@ -121,8 +122,8 @@ pub(crate) struct CachedVerdict {
     /// Jiffies until which nothing needs to be looked at again.
     pub(crate) fresh_until: u64,
     pub(crate) folded: u64,
-    pub(crate) verdict: u8,
-    pub(crate) reserved: [u8; 7],
+    /// The verdict's code; a whole word, because odd bytes are cleared by a call of `memset`.
+    pub(crate) verdict: u64,
 }
 
 /// Which rule a socket's packets are judged by.
@@ -187,6 +188,11 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn search(&self, rules: RuleSetId, protocol: u8, port: u16) -> Found {
+        Found(search_rules(rules.0, protocol.into(), port.into()))
+    }
+
+    #[inline(always)]
     fn opaque(&self, number: u64) -> u64 {
         crate::kernel::opaque(number)
     }
@@ -196,6 +202,14 @@ impl Tables for KernelTables {
         // SAFETY: as for rules.
         unsafe { EXECUTABLES.get(ExecutableKey::new(allowlist, file)) }.copied()
     }
+}
+
+/// [`search`] as a global function: one that the verifier checks for itself, for all arguments, and
+/// then takes for granted wherever it is called. Such a function takes and returns plain numbers.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn search_rules(rules: u32, protocol: u32, port: u32) -> u64 {
+    search(&KernelTables, RuleSetId(rules), protocol as u8, port as u16).0
 }
 
 /// The tag of a workload.
@@ -277,16 +291,11 @@ pub(crate) fn counters(row: u16) -> Option<&'static mut Counters> {
     Some(unsafe { &mut *counters })
 }
 
-/// Nanoseconds in which the same request leaves only one record.
+/// What can be changed while programs run.
 #[inline(always)]
-pub(crate) fn aggregation_window() -> u64 {
-    SETTINGS.get(0).map_or(0, |settings| settings.aggregation_window)
-}
-
-/// Whether the datapath's own diagnostics are on.
-#[inline(always)]
-pub(crate) fn diagnostics() -> bool {
-    SETTINGS.get(0).is_some_and(|settings| settings.diagnostics != 0)
+pub(crate) fn settings() -> Settings {
+    const NONE: Settings = Settings { aggregation_window: 0, diagnostics: 0, reserved: 0 };
+    SETTINGS.get(0).copied().unwrap_or(NONE)
 }
 
 /// The ring for records of denials.

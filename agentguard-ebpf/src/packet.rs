@@ -78,10 +78,11 @@ fn judge_on_socket<C: Classed>(
     inquiry: &Inquiry,
 ) -> Action {
     let (target, port, protocol) = inquiry.target();
+    let Some(tag) = maps::tag(owner) else {
+        return judge_packet::<C>(inquiry, owner, 0);
+    };
     let jiffies = kernel::jiffies();
-    let tag = maps::tag(owner);
-    if let Some(tag) = tag
-        && jiffies < known.fresh_until
+    if jiffies < known.fresh_until
         && known.allowlist == tag.allowlist
         && known.workload == owner
         && known.target == target
@@ -98,15 +99,14 @@ fn judge_on_socket<C: Classed>(
     known.fresh_until = 0;
     let action = judge_packet::<C>(inquiry, owner, folded);
     // What was just judged is in the cache of verdicts; the socket borrows its freshness.
-    if let Some(tag) = tag
-        && let Some(cached) = maps::cached(&inquiry.key::<C>(owner, &tag))
+    if let Some(cached) = maps::cached(&inquiry.key::<C>(owner, &tag))
     {
         known.workload = owner;
         known.allowlist = tag.allowlist;
         known.target = target;
         known.port = port;
         known.protocol = protocol;
-        known.verdict = cached.verdict;
+        known.verdict = cached.verdict as u8;
         let fresh = jiffies + FRESH_JIFFIES;
         known.fresh_until =
             if cached.fresh_until < fresh { cached.fresh_until } else { fresh };
@@ -176,8 +176,9 @@ unsafe fn peer(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Inquiry {
 /// Reads `N` bytes of the packet, from its network header on.
 #[inline(always)]
 fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    // SAFETY: the helper writes `N` bytes or none.
+    // Not filled first: that would be a loop, which the verifier walks through byte by byte.
+    let mut bytes = core::mem::MaybeUninit::<[u8; N]>::uninit();
+    // SAFETY: the helper writes `N` bytes, whether it can read them or not.
     let status = unsafe {
         bpf_skb_load_bytes_relative(
             skb.cast(),
@@ -187,7 +188,8 @@ fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
             BPF_HDR_START_NET,
         )
     };
-    if status == 0 { Some(bytes) } else { None }
+    // SAFETY: as above.
+    if status == 0 { Some(unsafe { bytes.assume_init() }) } else { None }
 }
 
 /// Where the packet's own header says it goes; `None` if it can not be read.

@@ -2,7 +2,7 @@
 
 use agentguard_common::event::{COMM_BYTES, Event, ExecEvent, Hook, PATH_BYTES, RequestKey, RequestKind};
 use agentguard_common::stats::{CELLS, Counters};
-use agentguard_common::{Decision, Tag, Verdict};
+use agentguard_common::{Permission, Tag, Verdict};
 use aya_ebpf::helpers::generated::{
     bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel_str,
     bpf_ringbuf_reserve, bpf_ringbuf_submit,
@@ -11,6 +11,7 @@ use aya_ebpf::helpers::generated::{
 use crate::{kernel, maps};
 
 /// What became of the record of a verdict.
+#[repr(u32)]
 #[derive(Clone, Copy)]
 pub(crate) enum Fate {
     Logged,
@@ -34,7 +35,9 @@ pub(crate) enum Origin {
 pub(crate) struct Record {
     pub(crate) hook: Hook,
     pub(crate) kind: RequestKind,
-    pub(crate) decision: Decision,
+    /// The code of the verdict.
+    pub(crate) verdict: u8,
+    pub(crate) permission: Permission,
     pub(crate) folded: u64,
     pub(crate) now: u64,
 }
@@ -42,18 +45,27 @@ pub(crate) struct Record {
 /// Counts a verdict and what became of its record.
 #[inline(always)]
 pub(crate) fn count(tag: &Tag, hook: Hook, code: u8, fate: Fate) {
-    let Some(counters) = maps::counters(tag.counters) else { return };
-    // The compiler knows that this is in bounds and would leave the check out; the verifier, which
-    // does not know, wants to see it.
-    let cell = kernel::opaque(Counters::cell_of(hook, tag.mode(), code) as u64) as usize % CELLS;
-    if let Some(cell) = counters.verdicts.get_mut(cell) {
+    let cell = Counters::cell_of(hook, tag.mode(), code) as u32;
+    count_cell(tag.counters.into(), cell, fate as u32);
+}
+
+/// A global function, which the verifier checks once for all arguments. Where it follows every path
+/// to here, every verdict is a place of its own in the counters, and no two paths are alike.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn count_cell(row: u32, cell: u32, fate: u32) -> u32 {
+    let Some(counters) = maps::counters(row as u16) else { return 0 };
+    if let Some(cell) = counters.verdicts.get_mut(cell as usize % CELLS) {
         increment(cell);
     }
+    const LOGGED: u32 = Fate::Logged as u32;
+    const AGGREGATED: u32 = Fate::Aggregated as u32;
     match fate {
-        Fate::Logged => increment(&mut counters.logged),
-        Fate::Aggregated => increment(&mut counters.aggregated),
-        Fate::Lost => increment(&mut counters.lost),
+        LOGGED => increment(&mut counters.logged),
+        AGGREGATED => increment(&mut counters.aggregated),
+        _lost => increment(&mut counters.lost),
     }
+    0
 }
 
 /// Adds one. Atomic although the row is this CPU's own: a program can be preempted between a load
@@ -78,10 +90,8 @@ fn increment(counter: &mut u64) {
 /// Writes a record: denials to a ring of their own, so that nothing else can push them out.
 #[inline(always)]
 pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origin) -> Fate {
-    let ring = match record.decision.verdict {
-        Verdict::Deny(_) => maps::denied(),
-        Verdict::Allow | Verdict::Unmanaged => maps::allowed(),
-    };
+    let ring =
+        if record.verdict == Verdict::Allow.code() { maps::allowed() } else { maps::denied() };
     match origin {
         Origin::Exec { path } => {
             // SAFETY: the ring is a map; the size is a constant.
@@ -128,7 +138,7 @@ unsafe fn fill(
     tag: &Tag,
     origin: &Origin,
 ) {
-    let Record { hook, kind, decision, folded, now } = record;
+    let Record { hook, kind, verdict, permission, folded, now } = record;
     // SAFETY: the caller's promise; each field is written in place, so that no copy of the record
     // stands on the program's small stack.
     unsafe {
@@ -136,15 +146,13 @@ unsafe fn fill(
         (&raw mut (*event).folded).write(*folded);
         (&raw mut (*event).key).write(*key);
         (&raw mut (*event).identity).write(tag.identity);
-        (&raw mut (*event).scope).write(decision.permission.scope);
-        (&raw mut (*event).grant).write(decision.permission.grant);
+        (&raw mut (*event).scope).write(permission.scope);
+        (&raw mut (*event).grant).write(permission.grant);
         (&raw mut (*event).hook).write(*hook as u8);
-        (&raw mut (*event).verdict).write(decision.verdict.code());
+        (&raw mut (*event).verdict).write(*verdict);
         (&raw mut (*event).mode).write(tag.mode() as u8);
         (&raw mut (*event).kind).write(*kind as u8);
-        (&raw mut (*event).reserved).write([0; 3]);
-        let comm = (&raw mut (*event).comm).cast::<[u64; COMM_BYTES / 8]>();
-        comm.write([0; COMM_BYTES / 8]);
+        let comm = (&raw mut (*event).comm).cast::<u64>();
         match origin {
             Origin::Caller | Origin::Exec { .. } => {
                 let ids = kernel::current_pid_tgid();
@@ -152,7 +160,7 @@ unsafe fn fill(
                 (&raw mut (*event).pid).write((ids >> 32) as u32);
                 (&raw mut (*event).tid).write(ids as u32);
                 (&raw mut (*event).uid).write(bpf_get_current_uid_gid() as u32);
-                (&raw mut (*event).detached).write(0);
+                set_detached(event, false);
                 bpf_get_current_comm(comm.cast(), COMM_BYTES as u32);
             }
             Origin::Nobody => {
@@ -160,15 +168,43 @@ unsafe fn fill(
                 (&raw mut (*event).pid).write(0);
                 (&raw mut (*event).tid).write(0);
                 (&raw mut (*event).uid).write(u32::MAX);
-                (&raw mut (*event).detached).write(1);
+                set_detached(event, true);
+                clear(comm);
             }
             Origin::Task { tgid, pid, cgroup } => {
                 (&raw mut (*event).cgroup).write(*cgroup);
                 (&raw mut (*event).pid).write(*tgid);
                 (&raw mut (*event).tid).write(*pid);
                 (&raw mut (*event).uid).write(bpf_get_current_uid_gid() as u32);
-                (&raw mut (*event).detached).write(0);
+                set_detached(event, false);
+                clear(comm);
             }
         }
+    }
+}
+
+/// Writes the flag, and the bytes that are reserved behind it.
+///
+/// # Safety
+///
+/// As for [`fill`].
+#[inline(always)]
+unsafe fn set_detached(event: *mut Event, detached: bool) {
+    // One word: by itself an odd number of bytes becomes a call of `memset`, a loop over bytes.
+    // SAFETY: the caller's promise; the word is the last of the event.
+    unsafe { (&raw mut (*event).detached).cast::<u32>().write(u32::from(detached).to_le()) };
+}
+
+/// Clears a task's name.
+///
+/// # Safety
+///
+/// `comm` points to [`COMM_BYTES`] bytes that are this program's alone.
+#[inline(always)]
+unsafe fn clear(comm: *mut u64) {
+    // SAFETY: the caller's promise. Volatile, so that it does not become a call of `memset`.
+    unsafe {
+        comm.write_volatile(0);
+        comm.add(1).write_volatile(0);
     }
 }
