@@ -263,10 +263,18 @@ fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
 fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
     let states = datapath.states();
     let missing = match (require, Protection::of(states)) {
-        (Require::None, _) | (_, Protection::Full) => return Ok(()),
-        (Require::Portable, _) if Protection::is_portable_complete(states) => return Ok(()),
-        (Require::Portable | Require::Full, Protection::None) => "nothing loads".to_owned(),
-        (Require::Portable | Require::Full, Protection::Partial(missing)) => missing.join("; "),
+        (Require::None, _) | (Require::Portable | Require::Full, Protection::Full) => {
+            return Ok(());
+        }
+        (Require::Portable, _) => {
+            let missing = Protection::missing_doors(states);
+            if missing.is_empty() {
+                return Ok(());
+            }
+            missing.join("; ")
+        }
+        (Require::Full, Protection::Partial(missing)) => missing.join("; "),
+        (Require::Full, Protection::None) => "nothing loads".to_owned(),
     };
     let require = match require {
         Require::Full => "full",

@@ -79,17 +79,21 @@ impl Protection {
         if active == 0 {
             return Self::None;
         }
-        let missing = states
-            .iter()
-            .filter_map(|(door, state)| match state {
-                DoorState::Active => None,
-                DoorState::Unavailable(reason) => {
-                    Some(format!("{} ({}): {reason}", door.hook, door.closes))
-                }
-            })
-            .chain(GAPS.iter().map(|gap| (*gap).to_owned()))
-            .collect();
+        let mut missing = Self::missing_doors(states);
+        missing.extend(GAPS.iter().map(|gap| (*gap).to_owned()));
         Self::Partial(missing)
+    }
+
+    /// Doors of the portable layer that nothing closes, with the reasons.
+    #[must_use]
+    pub fn missing_doors(states: &[(Door, DoorState)]) -> Vec<String> {
+        let missing = states.iter().filter_map(|(door, state)| match state {
+            DoorState::Active => None,
+            DoorState::Unavailable(reason) => {
+                Some(format!("{} ({}): {reason}", door.hook, door.closes))
+            }
+        });
+        missing.collect()
     }
 
     /// Whether every portable door is active.
