@@ -569,9 +569,10 @@ impl RuleSets {
 /// The rules by which `permit` permits `ranges`.
 fn rules_of(permit: &Permit, ranges: &[PortRange]) -> impl Iterator<Item = Rule> {
     let permission = permit.permission();
-    ranges.iter().filter(|range| range.first <= range.last).map(move |range| {
-        Rule::new(permission, range.protocol as u8, range.first, range.last)
-    })
+    ranges
+        .iter()
+        .filter(|range| range.first <= range.last)
+        .map(move |range| Rule::new(permission, range.protocol as u8, range.first, range.last))
 }
 
 /// Sorts rules into the order in which they answer, and joins ranges of one permission and

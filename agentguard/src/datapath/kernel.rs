@@ -32,8 +32,7 @@ impl Kernel {
     ///
     /// When the kernel has none.
     pub fn running() -> Result<Self, KernelError> {
-        let btf =
-            Btf::from_file(Path::new(BTF)).map_err(|source| KernelError::NoBtf { source })?;
+        let btf = Btf::from_file(Path::new(BTF)).map_err(|source| KernelError::NoBtf { source })?;
         Ok(Self { btf })
     }
 

@@ -21,14 +21,13 @@ use std::path::{Path, PathBuf};
 
 use agentguard_common::abi::{self, KernelOffsets, Settings};
 use aya::programs::{
-    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr,
-    CgroupSockAddrAttachType, CgroupSockAttachType, Program, ProgramError,
+    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, CgroupSockAddrAttachType,
+    CgroupSockAttachType, Program, ProgramError,
 };
 use aya::{Btf, Ebpf, EbpfLoader};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
-
 
 use super::events::Diagnostics;
 use super::kernel::{Kernel, KernelError};
@@ -83,7 +82,9 @@ pub struct Options {
 pub enum LoadError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    #[error("the BPF file system can not be mounted at {path}: {source}; mount it there or set pin_directory")]
+    #[error(
+        "the BPF file system can not be mounted at {path}: {source}; mount it there or set pin_directory"
+    )]
     Mount { path: PathBuf, source: nix::Error },
     #[error("pins can not be kept at {path}: {source}; free the path or set pin_directory")]
     Pin { path: PathBuf, source: io::Error },
@@ -235,7 +236,14 @@ impl Datapath {
             states.push((*door, state));
         }
         let tables = Tables::open(&pins.join("maps"))?;
-        let mut datapath = Self { programs, pins, tables, states, adopted: false, diagnostics: Diagnostics::of(&mut ebpf) };
+        let mut datapath = Self {
+            programs,
+            pins,
+            tables,
+            states,
+            adopted: false,
+            diagnostics: Diagnostics::of(&mut ebpf),
+        };
         datapath.set(options.settings)?;
         let ready = datapath.pins.join(READY);
         fs::create_dir(&ready).map_err(|source| LoadError::Pin { path: ready, source })?;
@@ -260,7 +268,8 @@ impl Datapath {
             states.push((*door, state));
         }
         let tables = Tables::open(&pins.join("maps"))?;
-        let diagnostics = programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
+        let diagnostics =
+            programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
         let mut datapath = Self { programs, pins, tables, states, adopted: true, diagnostics };
         datapath.set(options.settings)?;
         Ok(datapath)
@@ -295,8 +304,7 @@ pub fn uninstall(pin_directory: &Path) -> Result<usize, LoadError> {
     let builds = builds(pin_directory)?;
     for path in &builds {
         remove_pins(path)?;
-        fs::remove_dir(path)
-            .map_err(|source| LoadError::Pin { path: path.clone(), source })?;
+        fs::remove_dir(path).map_err(|source| LoadError::Pin { path: path.clone(), source })?;
     }
     match fs::remove_dir(pin_directory) {
         Ok(()) => {}
@@ -361,9 +369,8 @@ fn make_directories(pins: &Path) -> Result<(), LoadError> {
 /// Mounts the BPF file system if `pin_directory` is not on one, and makes the directory for root
 /// alone.
 fn mount_bpffs(pin_directory: &Path) -> Result<(), LoadError> {
-    let on_bpffs = |path: &Path| {
-        statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
-    };
+    let on_bpffs =
+        |path: &Path| statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
     let existing = pin_directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     if !on_bpffs(existing) {
         let path = Path::new("/sys/fs/bpf");
@@ -425,9 +432,7 @@ fn load(
 /// Whether the verifier lets the tracepoints call the kernel function they were bound to.
 fn takes_kernel_function(ebpf: &mut Ebpf, btf: &Btf) -> bool {
     match ebpf.program_mut("process_fork") {
-        Some(Program::BtfTracePoint(program)) => {
-            program.load("sched_process_fork", btf).is_ok()
-        }
+        Some(Program::BtfTracePoint(program)) => program.load("sched_process_fork", btf).is_ok(),
         Some(_) | None => false,
     }
 }
@@ -464,7 +469,9 @@ fn attach_tracepoint(door: &Door, program: &mut Program, pins: &Path) -> DoorSta
     let mut attach = || -> Result<(), String> {
         let id = program.attach().map_err(|error| error.to_string())?;
         let link = program.take_link(id).map_err(|error| error.to_string())?;
-        fd_link(link)?.pin(pins.join("links").join(door.program)).map_err(|error| error.to_string())?;
+        fd_link(link)?
+            .pin(pins.join("links").join(door.program))
+            .map_err(|error| error.to_string())?;
         Ok(())
     };
     match attach() {
