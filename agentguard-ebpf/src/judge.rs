@@ -310,7 +310,7 @@ fn judge_afresh<C: Classed>(
     let expires_at = kernel::forgotten(decision.permission.expires_at);
     let permission = Permission { expires_at, ..decision.permission };
     if settings.diagnostics != 0 {
-        diagnostics::decided(inquiry.hook, key.workload, code);
+        diagnostics::decided(key.workload, code);
     }
     let record =
         Record { hook: inquiry.hook, kind: inquiry.kind, verdict: code, permission, folded, now };

@@ -171,8 +171,7 @@ impl Datapath {
         make_directories(&pins)?;
         let kernel = Kernel::running()?;
         let offsets = kernel.offsets()?;
-        let btf = Btf::from_sys_fs()
-            .map_err(|error| LoadError::part("kernel type information", error))?;
+        let btf = kernel.for_loader()?;
         let signal = kernel.function("bpf_send_signal_task");
         let mut ebpf = load(options, &pins, &offsets, &btf, &object::bind(signal))?;
         if signal.is_some() && !takes_kernel_function(&mut ebpf, &btf) {
