@@ -163,13 +163,24 @@ pub struct Rule {
 
 impl Rule {
     /// Permits nothing: no port is at least 1 and at most 0.
-    pub const NOTHING: Self =
-        Self { permission: Permission::NONE, first_port: 1, last_port: 0, protocol: 0, mask: 0, reserved: [0; 2] };
+    pub const NOTHING: Self = Self {
+        permission: Permission::NONE,
+        first_port: 1,
+        last_port: 0,
+        protocol: 0,
+        mask: 0,
+        reserved: [0; 2],
+    };
 
     /// A permission for ports `first_port` to `last_port` (host byte order, both included) of
     /// `protocol`, a canonical IP protocol number; zero for every protocol.
     #[must_use]
-    pub const fn new(permission: Permission, protocol: u8, first_port: u16, last_port: u16) -> Self {
+    pub const fn new(
+        permission: Permission,
+        protocol: u8,
+        first_port: u16,
+        last_port: u16,
+    ) -> Self {
         let mask = if protocol == 0 { 0 } else { u8::MAX };
         Self { permission, first_port, last_port, protocol, mask, reserved: [0; 2] }
     }

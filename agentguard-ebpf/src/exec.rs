@@ -1,7 +1,7 @@
 //! `execve(2)`, at the point where the new program is in place and has not run yet.
 
-use agentguard_common::event::{Hook, PATH_BYTES};
 use agentguard_common::Action;
+use agentguard_common::event::{Hook, PATH_BYTES};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::programs::BtfTracePointContext;
 

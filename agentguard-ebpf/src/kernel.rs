@@ -161,8 +161,7 @@ impl Task {
         // SAFETY: user space replaces the number by the kernel's own function, or by a constant
         // error where there is none; the verifier checks the arguments.
         unsafe {
-            let send: SendSignalTask =
-                core::mem::transmute(kfunc::SEND_SIGNAL_TASK as usize);
+            let send: SendSignalTask = core::mem::transmute(kfunc::SEND_SIGNAL_TASK as usize);
             send(self.0, SIGKILL as i32, PIDTYPE_TGID, 0) == 0
         }
     }

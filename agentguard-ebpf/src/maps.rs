@@ -175,8 +175,7 @@ pub(crate) struct KernelTables;
 impl Tables for KernelTables {
     #[inline(always)]
     fn destination(&self, allowlist: AllowlistId, address: &Address) -> Option<DestinationEntry> {
-        let key =
-            Key::new(DestinationKey::BITS, DestinationKey { allowlist, address: *address });
+        let key = Key::new(DestinationKey::BITS, DestinationKey { allowlist, address: *address });
         DESTINATIONS.get(&key).copied()
     }
 

@@ -18,9 +18,7 @@ use agentguard::allowlist::{
 use agentguard::datapath::{Datapath, DoorState, Options, Sizes, uninstall};
 use agentguard_common::{
     AllowlistId, FileId, GrantId, IdentityId, Mode, Protocol, RuleSetId, ScopeId, Tag, WorkloadId,
-    abi::Settings,
-    allowlist::NEVER,
-    stats::Counters,
+    abi::Settings, allowlist::NEVER, stats::Counters,
 };
 use agentguard_tests::{Layer, requires};
 use nix::{

@@ -12,7 +12,9 @@ fn every_door_has_its_program_and_every_program_its_door() {
         .filter(|symbol| symbol.is_global() && symbol.kind() == object::SymbolKind::Text)
         .filter(|symbol| {
             let section = symbol.section_index().and_then(|index| {
-                object::ObjectSection::name(&file.section_by_index(index).ok()?).ok().map(str::to_owned)
+                object::ObjectSection::name(&file.section_by_index(index).ok()?)
+                    .ok()
+                    .map(str::to_owned)
             });
             section.is_some_and(|name| name != ".text")
         })

@@ -64,7 +64,11 @@ impl Worker {
             line.clear();
         }
         let status = self.child.wait().unwrap();
-        if status.signal() == Some(libc::SIGKILL) { "killed".to_owned() } else { status.to_string() }
+        if status.signal() == Some(libc::SIGKILL) {
+            "killed".to_owned()
+        } else {
+            status.to_string()
+        }
     }
 }
 
@@ -164,7 +168,8 @@ fn clone_into(cgroup: &str) -> io::Result<String> {
     arguments.exit_signal = libc::SIGCHLD as u64;
     arguments.cgroup = directory.as_raw_fd() as u64;
     // SAFETY: like a fork: the child runs on a copy, and calls nothing but `pause` and `_exit`.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of_val(&arguments)) };
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of_val(&arguments)) };
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -126,11 +126,9 @@ impl<'a> Types<'a> {
             let found = self.header(*self.starts.get((id as usize).checked_sub(1)?)?)?;
             match found.kind {
                 kind::STRUCT | kind::UNION => return Some(found),
-                kind::TYPEDEF
-                | kind::VOLATILE
-                | kind::CONST
-                | kind::RESTRICT
-                | kind::TYPE_TAG => id = found.of,
+                kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG => {
+                    id = found.of
+                }
                 _ => return None,
             }
         }

@@ -96,9 +96,9 @@ impl Kernel {
 }
 
 fn offset(types: &Types<'_>, structure: &str, fields: &[&str]) -> Result<u32, KernelError> {
-    types.offset(structure, fields).ok_or_else(|| KernelError::NoField {
-        path: format!("{structure}.{}", fields.join(".")),
-    })
+    types
+        .offset(structure, fields)
+        .ok_or_else(|| KernelError::NoField { path: format!("{structure}.{}", fields.join(".")) })
 }
 
 #[cfg(test)]

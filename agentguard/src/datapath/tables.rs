@@ -31,7 +31,9 @@ use crate::allowlist::compile::Rows;
 /// The datapath did not take a change; nothing of it is in force.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
-    #[error("the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full")]
+    #[error(
+        "the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full"
+    )]
     Table { table: &'static str, source: MapError },
     #[error("the cgroup {path} can not be opened: {source}")]
     Cgroup { path: PathBuf, source: io::Error },
@@ -117,10 +119,7 @@ impl Datapath {
     ///
     /// When the table does not take it.
     pub fn set(&mut self, settings: Settings) -> Result<(), LoadError> {
-        self.tables
-            .settings
-            .set(0, settings, 0)
-            .map_err(|error| LoadError::part("SETTINGS", error))
+        self.tables.settings.set(0, settings, 0).map_err(|error| LoadError::part("SETTINGS", error))
     }
 
     /// Writes an allow-list beside those in force. It decides nothing until a tag leads to it.
@@ -185,7 +184,11 @@ impl Datapath {
     /// # Errors
     ///
     /// When a row can not be removed.
-    pub fn sweep(&mut self, first: AllowlistId, first_rules: RuleSetId) -> Result<usize, DatapathError> {
+    pub fn sweep(
+        &mut self,
+        first: AllowlistId,
+        first_rules: RuleSetId,
+    ) -> Result<usize, DatapathError> {
         let tables = &mut self.tables;
         let destinations: Vec<_> = tables
             .destinations
@@ -193,8 +196,12 @@ impl Datapath {
             .filter_map(Result::ok)
             .filter(|key| { key.data() }.allowlist < first)
             .collect();
-        let executables: Vec<_> =
-            tables.executables.keys().filter_map(Result::ok).filter(|key| key.allowlist < first).collect();
+        let executables: Vec<_> = tables
+            .executables
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| key.allowlist < first)
+            .collect();
         let rules: Vec<_> =
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
         let swept = destinations.len() + executables.len() + rules.len();
@@ -273,7 +280,11 @@ impl Datapath {
     /// # Errors
     ///
     /// When a hook can not be attached or the table is full; what was attached stays attached.
-    pub fn capture(&mut self, path: &Path, workload: WorkloadId) -> Result<CgroupId, DatapathError> {
+    pub fn capture(
+        &mut self,
+        path: &Path,
+        workload: WorkloadId,
+    ) -> Result<CgroupId, DatapathError> {
         let id = cgroup_id(path)?;
         self.attach(path, Attachment { cgroup: id.0, workload, reserved: 0 })?;
         // From here on the kernel gives the tag to every child that is made; those that were
@@ -414,11 +425,8 @@ impl Datapath {
     ///
     /// When the kernel does not hand it out.
     pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
-        let values = self
-            .tables
-            .counters
-            .get(&u32::from(row_number), 0)
-            .map_err(row("COUNTERS"))?;
+        let values =
+            self.tables.counters.get(&u32::from(row_number), 0).map_err(row("COUNTERS"))?;
         let mut sum = Counters::ZERO;
         for counters in values.iter() {
             sum.add(counters);
@@ -442,7 +450,8 @@ impl Datapath {
     #[must_use]
     pub fn fill(&self, sizes: &super::Sizes) -> Vec<Fill> {
         let tables = &self.tables;
-        let fill = |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
+        let fill =
+            |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
         vec![
             fill("workloads", tables.workloads.keys().count(), sizes.workloads),
             fill("cgroups", tables.cgroups.keys().count(), sizes.cgroups),
