@@ -192,7 +192,7 @@ pub(crate) fn socket_call<C: Classed>(inquiry: &Inquiry) -> Action {
 
 /// The workload of the calling process; none for a process of the host.
 #[inline(always)]
-fn caller_in(current: agentguard_common::CgroupId) -> WorkloadId {
+fn caller_in(current: CgroupId) -> WorkloadId {
     match maps::member(current) {
         Some(workload) => workload,
         None => maps::moved(kernel::current_tgid()).unwrap_or(WorkloadId::NONE),
@@ -306,7 +306,7 @@ fn judge_afresh<C: Classed>(
     let expires_at = kernel::forgotten(decision.permission.expires_at);
     let permission = Permission { expires_at, ..decision.permission };
     if settings.diagnostics != 0 {
-        diagnostics::decided(inquiry.hook, key.workload, code);
+        diagnostics::decided(key.workload, code);
     }
     let record =
         Record { hook: inquiry.hook, kind: inquiry.kind, verdict: code, permission, folded, now };

@@ -24,6 +24,7 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_tgid: 0,
     task_start_boottime: 0,
     task_real_parent: 0,
+    task_group_leader: 0,
     task_cgroups: 0,
     css_set_default_cgroup: 0,
     cgroup_kernfs_node: 0,
@@ -128,6 +129,13 @@ impl Task {
             let parent: Pointer = field!(self.0, task_real_parent as Pointer);
             field!(parent, task_tgid as u32)
         }
+    }
+
+    /// The thread that stands for the task's process.
+    #[inline(always)]
+    pub(crate) fn leader(self) -> Self {
+        // SAFETY: tasks come from tracepoint arguments only, and every task has a leader.
+        unsafe { Self(field!(self.0, task_group_leader as *mut task_struct)) }
     }
 
     /// The task's cgroup in the v2 hierarchy.

@@ -383,7 +383,8 @@ pub(crate) unsafe fn socket_or_new(socket: *mut bpf_sock) -> Option<&'static mut
     }
 }
 
-/// The workload a task belongs to by descent, wherever it is now.
+/// The workload a task belongs to by descent, wherever it is now; none once user space has forgotten
+/// the workload.
 ///
 /// # Safety
 ///
@@ -396,7 +397,10 @@ pub(crate) unsafe fn task(task: *mut task_struct) -> Option<WorkloadId> {
             .cast::<Membership>()
             .as_ref()
     };
-    membership.map(|membership| membership.workload)
+    // SAFETY: only whether the row is there is asked.
+    membership
+        .map(|membership| membership.workload)
+        .filter(|workload| unsafe { WORKLOADS.get(workload) }.is_some())
 }
 
 /// Ties a task to a workload. `false`: no memory.

@@ -14,10 +14,12 @@
 //! them and removes theirs last ([`Datapath::remove_others`]), so that both decide for a moment
 //! and none never.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use agentguard_common::abi::{self, KernelOffsets, Settings};
 use aya::programs::{
@@ -172,15 +174,21 @@ impl Datapath {
         make_directories(&pins)?;
         let kernel = Kernel::running()?;
         let offsets = kernel.offsets()?;
-        let btf = Btf::from_sys_fs()
-            .map_err(|error| LoadError::part("kernel type information", error))?;
         let signal = kernel.function("bpf_send_signal_task");
-        let mut ebpf = load(options, &pins, &offsets, &btf, &object::bind(signal))?;
+        // aya's loader reads the kernel's types for itself, and lends them to nobody.
+        let (btf, loader) = thread::scope(|scope| {
+            let loader = scope.spawn(EbpfLoader::new);
+            (kernel.for_loader(), loader.join())
+        });
+        let btf = btf?;
+        let loader = loader.unwrap_or_else(|_panic| EbpfLoader::new());
+        let mut ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(signal))?;
         if signal.is_some() && !takes_kernel_function(&mut ebpf, &btf) {
             drop(ebpf);
             remove_pins(&pins)?;
             make_directories(&pins)?;
-            ebpf = load(options, &pins, &offsets, &btf, &object::bind(None))?;
+            let loader = EbpfLoader::new();
+            ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(None))?;
         }
         Self::set_up(ebpf, pins, options, &btf)
     }
@@ -211,12 +219,12 @@ impl Datapath {
     ) -> Result<Self, LoadError> {
         let mut programs = Vec::new();
         let mut states = Vec::new();
+        let mut loaded = load_programs(&mut ebpf, btf);
         for door in doors() {
-            let loaded = match ebpf.program_mut(door.program) {
-                Some(program) => load_program(door, program, btf),
-                None => Err("the object does not hold it".to_owned()),
-            };
-            let state = match loaded {
+            let outcome = loaded
+                .remove(door.program)
+                .unwrap_or_else(|| Err("the object does not hold it".to_owned()));
+            let state = match outcome {
                 Ok(()) => {
                     let path = pins.join("programs").join(door.program);
                     let program = ebpf
@@ -390,11 +398,12 @@ fn mount_bpffs(pin_directory: &Path) -> Result<(), LoadError> {
         .map_err(|source| LoadError::Pin { path: pin_directory.to_owned(), source })
 }
 
-fn load(
+fn load<'a>(
+    mut loader: EbpfLoader<'a>,
     options: &Options,
     pins: &Path,
-    offsets: &KernelOffsets,
-    btf: &Btf,
+    offsets: &'a KernelOffsets,
+    btf: &'a Btf,
     object: &[u8],
 ) -> Result<Ebpf, LoadError> {
     let Sizes {
@@ -408,7 +417,6 @@ fn load(
         denied_ring,
         allowed_ring,
     } = options.sizes;
-    let mut loader = EbpfLoader::new();
     loader
         .btf(Some(btf))
         .allow_unsupported_maps()
@@ -435,6 +443,21 @@ fn takes_kernel_function(ebpf: &mut Ebpf, btf: &Btf) -> bool {
         Some(Program::BtfTracePoint(program)) => program.load("sched_process_fork", btf).is_ok(),
         Some(_) | None => false,
     }
+}
+
+/// Loads every program, all at once: what the verifier takes for them is most of a start.
+fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> BTreeMap<&'static str, Result<(), String>> {
+    thread::scope(|scope| {
+        let loading: Vec<_> = ebpf
+            .programs_mut()
+            .filter_map(|(name, program)| {
+                let door = doors().iter().find(|door| door.program == name)?;
+                Some((door.program, scope.spawn(move || load_program(door, program, btf))))
+            })
+            .collect();
+        let ended = |_panic| Err("its loader ended before its time".to_owned());
+        loading.into_iter().map(|(name, load)| (name, load.join().unwrap_or_else(ended))).collect()
+    })
 }
 
 /// Loads one program; the reason in one line when the kernel does not take it.

@@ -3,7 +3,7 @@
 use agentguard_common::abi::kfunc;
 
 /// The object, as the build made it.
-pub const OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AGENTGUARD_OBJECT"));
+pub(super) const OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AGENTGUARD_OBJECT"));
 
 /// `BPF_JMP | BPF_CALL`.
 const CALL: u8 = 0x85;
@@ -12,6 +12,12 @@ const MOVE: u8 = 0xb7;
 /// `BPF_PSEUDO_KFUNC_CALL` as the source register of a call: the immediate is a BTF id.
 const KFUNC: u8 = 2 << 4;
 const ENOSYS: i32 = 38;
+
+/// The object as the build made it.
+#[must_use]
+pub const fn object_bytes() -> &'static [u8] {
+    OBJECT
+}
 
 /// The object with its calls of kernel functions bound: to the function where the kernel has it,
 /// to the constant `-ENOSYS` where not.

@@ -369,6 +369,11 @@ impl Datapath {
             absent_is_fine(self.tables.cgroups.remove(&member)).map_err(row("CGROUPS"))?;
         }
         for program in &self.programs {
+            // The kernel detaches a moment after the pin is gone; until then the hook is nobody's.
+            let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
+            let nobody = Attachment { cgroup: cgroup.0, ..Attachment::default() };
+            absent_is_fine(self.tables.attachments.insert(key, nobody, 0))
+                .map_err(row("ATTACHMENTS"))?;
             let path = self.link(cgroup, program.name);
             match fs::remove_file(&path) {
                 Ok(()) => {}
