@@ -326,7 +326,7 @@ pub(crate) fn remember_new(tgid: u32) {
 #[inline(always)]
 pub(crate) fn inherit_process(parent: u32, child: u32, start: u64) {
     let Some(known) = process(parent) else { return };
-    let _forgotten = PROCESSES.insert(child, &*known, BPF_ANY.into());
+    let _forgotten = PROCESSES.insert(child, *known, BPF_ANY.into());
     if let Some(known) = process(child) {
         known.start = start;
         known.parent = parent;

@@ -869,13 +869,13 @@ mod tests {
         let ports =
             |first: u16, count| (0..count).map(move |at| tcp(first + at * 2, first + at * 2));
         let wide = egress(1, vec![block("10.0.0.0/8", &[])], ports(1, 40).collect());
-        let narrow = egress(2, vec![block("10.1.0.0/16", &[])], ports(1000, 100).collect());
+        let narrow = egress(2, vec![block("10.1.0.0/16", &[])], ports(1000, 50).collect());
         assert!(compile(std::slice::from_ref(&wide)).is_ok());
         assert!(compile(std::slice::from_ref(&narrow)).is_ok());
         let error = compile(&[wide, narrow]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "10.1.0.0/16 has more than 128 port rules, most of them from scope number 2; join \
+            "10.1.0.0/16 has more than 64 port rules, most of them from scope number 2; join \
              its port ranges, or grant fewer scopes for these addresses"
         );
         let listening = Permit { listening: ports(1, 129).collect(), ..permit(3, NEVER) };
