@@ -52,8 +52,12 @@ pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
         let inquiry = Inquiry::destination(Hook::Egress, RequestKind::Packet, header(skb));
         return judge_packet::<Destinations>(&inquiry, attachment.workload, 0);
     };
-    let owner = if attachment.workload.is_some() { attachment.workload } else { known.workload };
-    if !owner.is_some() {
+    let owner = match attachment.workload {
+        WorkloadId::NONE => known.workload,
+        workload => workload,
+    };
+    // In a cgroup of the host a socket whose workload is forgotten is nobody's.
+    if !attachment.workload.is_some() && maps::tag(owner).is_none() {
         return Action::Pass;
     }
     // SAFETY: as above.

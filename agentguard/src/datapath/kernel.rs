@@ -11,7 +11,7 @@ use aya::Btf;
 use super::btf::Types;
 
 /// Where the kernel describes its own types.
-pub const BTF: &str = "/sys/kernel/btf/vmlinux";
+pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The kernel's description of itself does not hold what the datapath needs.
 #[derive(Debug, thiserror::Error)]

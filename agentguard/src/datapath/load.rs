@@ -461,6 +461,7 @@ fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> BTreeMap<&'static str, Result<()
 }
 
 /// Loads one program; the reason in one line when the kernel does not take it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's kinds of programs are not ours")]
 fn load_program(door: &Door, program: &mut Program, btf: &Btf) -> Result<(), String> {
     let loaded = match program {
         Program::CgroupSockAddr(program) => program.load(),

@@ -25,7 +25,7 @@ pub const fn object_bytes() -> &'static [u8] {
 /// aya has no relocation for kernel functions, so the object calls numbers that no helper has
 /// (see [`kfunc`]).
 #[must_use]
-pub fn bind(send_signal_task: Option<u32>) -> Vec<u8> {
+pub(super) fn bind(send_signal_task: Option<u32>) -> Vec<u8> {
     let mut object = OBJECT.to_vec();
     for instruction in object.chunks_exact_mut(8) {
         let placeholder = kfunc::SEND_SIGNAL_TASK.to_le_bytes();

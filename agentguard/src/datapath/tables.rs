@@ -262,7 +262,7 @@ impl Datapath {
     ///
     /// When the table is full.
     pub fn switch(&mut self, workload: WorkloadId, tag: Tag) -> Result<(), DatapathError> {
-        self.tables.workloads.insert(workload, tag, 0).map_err(row("WORKLOADS"))
+        self.tables.workloads.insert(workload, tag.of(workload), 0).map_err(row("WORKLOADS"))
     }
 
     /// Forgets a workload; its cgroups must be gone or released.
@@ -541,7 +541,7 @@ fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
 /// # Errors
 ///
 /// When there is no such directory.
-pub fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
+pub(super) fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
     let metadata = fs::metadata(path)
         .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
     Ok(CgroupId(metadata.ino()))
