@@ -134,7 +134,10 @@ fn leave(task: Task, cgroup: CgroupId, workload: WorkloadId, mover: Mover) {
     let inquiry = Inquiry::leave(Hook::Leave, cgroup, mover);
     match judge_from::<Others>(&inquiry, workload, &origin(task, cgroup), 0) {
         Action::Refuse => {
-            task.kill();
+            if !task.kill() {
+                // Where the kernel can not end another task, it is at least not let out of sight.
+                let _full = maps::follow(task.tgid(), cgroup, workload);
+            }
         }
         Action::Pass => {
             if !maps::follow(task.tgid(), cgroup, workload) {
@@ -150,7 +153,10 @@ fn without_room(table: Full, task: Task, cgroup: CgroupId, workload: WorkloadId)
     diagnostics::full(table, task.pid().into());
     match judge_without_room(cgroup, workload, &origin(task, cgroup)) {
         Action::Refuse => {
-            task.kill();
+            if !task.kill() {
+                // Where the kernel can not end another task, it is at least not let out of sight.
+                let _full = maps::follow(task.tgid(), cgroup, workload);
+            }
         }
         Action::Pass => {}
     }

@@ -1,6 +1,6 @@
 //! The tables, private to this module; callers use verbs.
 //!
-//! Sizes are the defaults of the configuration; user space sets the real ones at load.
+//! User space sets the real sizes at load.
 
 use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
 use agentguard_common::allowlist::{

@@ -75,7 +75,7 @@ pub struct Configuration {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Api {
-    /// The unix socket of the control API; only root reaches it.
+    /// The unix socket of the control API. Every user may connect; who calls decides what is answered.
     pub socket: AbsolutePath,
 }
 

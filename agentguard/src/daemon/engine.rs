@@ -47,6 +47,8 @@ const GRACE: Duration = Duration::from_secs(1);
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
 /// How long a grant that was given at run time is shown after its end.
 const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
+/// Reconciliations that wait to be counted.
+const KEPT_RECONCILIATIONS: usize = 65_536;
 /// The scope by which a command that was named to `exec` may itself be run.
 const LAUNCH: &str = "agentguard:launch";
 
@@ -128,6 +130,10 @@ pub enum EngineError {
     Taken { path: PathBuf },
 }
 
+/// A reconciliation that left something as it was; the log says what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed;
+
 /// What the manifests say, and what is wrong with them.
 #[derive(Default)]
 pub struct Manifests {
@@ -168,6 +174,8 @@ pub struct Engine {
     next_change: Option<Timestamp>,
     /// Whether something was changed that a restart must know.
     dirty: bool,
+    /// How the reconciliations went that nobody has asked about yet.
+    reconciliations: Vec<Result<Duration, Failed>>,
 }
 
 impl Engine {
@@ -207,6 +215,7 @@ impl Engine {
             recorded: BTreeMap::new(),
             next_change: None,
             dirty: false,
+            reconciliations: Vec::new(),
         }
     }
 
@@ -289,6 +298,8 @@ impl Engine {
 
     /// Brings the kernel to what the grants say now, and records what began and ended.
     pub fn reconcile(&mut self) {
+        let started = Instant::now();
+        let mut failed = false;
         let now = Timestamp::now();
         let wanted = self.compile_all(now);
         let in_force = self
@@ -305,11 +316,22 @@ impl Engine {
                 }
             };
             if let Err(error) = done {
+                failed = true;
                 tracing::error!(%error, "an allow-list was not brought up to date");
             }
         }
+        // Bounded, should nobody ask for metrics.
+        if self.reconciliations.len() < KEPT_RECONCILIATIONS {
+            let outcome = if failed { Err(Failed) } else { Ok(started.elapsed()) };
+            self.reconciliations.push(outcome);
+        }
         self.next_change = self.store.next_change(now);
         self.record_grants(now);
+    }
+
+    /// How the reconciliations went since this was last asked.
+    pub fn take_reconciliations(&mut self) -> Vec<Result<Duration, Failed>> {
+        std::mem::take(&mut self.reconciliations)
     }
 
     fn compile_all(&mut self, now: Timestamp) -> BTreeMap<SpiffeId, CompiledAllowlist> {
@@ -689,7 +711,7 @@ impl Engine {
     fn record_workload(&self, id: WorkloadId, change: WorkloadChange) {
         let Some(workload) = self.workloads.get(&id) else { return };
         let name = self.names.workload(id);
-        let (protection, missing) = protection_of(&Protection::of(self.datapath.states()));
+        let (protection, missing) = protection_of(&self.datapath.protection());
         self.audit.append(RecordBody::Workload(Box::new(WorkloadRecord {
             change,
             workload: NamedWorkload {

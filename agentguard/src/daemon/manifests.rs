@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
@@ -50,7 +50,6 @@ impl Sources {
 
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
-    let started = Instant::now();
     let directory = shared.configuration.manifests_directory.as_ref();
     let (manifests, mut errors) = read(directory, &mut sources.sound);
     let (set, contradictions) = assemble(manifests);
@@ -63,7 +62,6 @@ pub fn load(shared: &Shared, sources: &mut Sources) {
         sources.selectors = selectors;
     }
     scan(shared, sources);
-    shared.metrics.reconciled(started.elapsed());
 }
 
 /// Every manifest of the directory: of a file with an error what it last said without one.

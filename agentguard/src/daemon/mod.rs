@@ -262,7 +262,7 @@ fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
 
 fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
     let states = datapath.states();
-    let missing = match (require, Protection::of(states)) {
+    let missing = match (require, datapath.protection()) {
         (Require::None, _) | (Require::Portable | Require::Full, Protection::Full) => {
             return Ok(());
         }
@@ -285,17 +285,27 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
-    let (protection, missing) = protection_of(&Protection::of(datapath.states()));
+    let doors = Protection::of(datapath.states(), Vec::new());
+    let portable = if Protection::missing_doors(datapath.states()).is_empty() {
+        Protection::Full
+    } else {
+        doors
+    };
+    let (protection, missing) = protection_of(&portable);
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
     let lsm = LayerProtection {
         layer: record::Layer::Lsm,
         protection: record::ProtectionWord::None,
-        missing: vec![record::Missing {
-            what: Text::new("all hooks of the LSM layer"),
-            why: Text::new("this version has none"),
-        }],
+        missing: datapath
+            .gaps()
+            .iter()
+            .map(|gap| record::Missing {
+                what: Text::new(gap),
+                why: Text::new("this version has no hooks of the LSM layer"),
+            })
+            .collect(),
     };
     audit.append(RecordBody::Start(StartRecord {
         version: Text::new(env!("CARGO_PKG_VERSION")),
