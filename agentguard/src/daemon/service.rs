@@ -101,6 +101,12 @@ impl Service for Daemon {
         let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
         let mut gaps: Vec<String> = engine.datapath.gaps();
         gaps.extend(engine.executable_problems().iter().cloned());
+        let undecodable = shared.denials.undecodable();
+        if undecodable > 0 {
+            gaps.push(format!(
+                "{undecodable} records of the kernel could not be read; restart the daemon with the build that is in force"
+            ));
+        }
         gaps.extend(engine.workloads().filter_map(|workload| {
             let capabilities = decisive(&workload.cgroup)?;
             Some(format!(
