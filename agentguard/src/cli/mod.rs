@@ -77,7 +77,7 @@ enum Command {
     Audit(audit::Arguments),
     Uninstall(uninstall::Arguments),
     Completions(generate::Completions),
-    Manual(generate::Manual),
+    Generate(generate::Arguments),
 }
 
 /// What every command is given.
@@ -152,7 +152,7 @@ pub fn run(
         Command::Audit(arguments) => audit::run(&arguments, context),
         Command::Uninstall(arguments) => uninstall::run(&arguments, context),
         Command::Completions(arguments) => generate::completions(&arguments, context),
-        Command::Manual(arguments) => generate::manual(&arguments, context),
+        Command::Generate(arguments) => generate::run(&arguments, context),
     };
     ended.unwrap_or_else(|failure| {
         if !failure.is_broken_pipe() {
