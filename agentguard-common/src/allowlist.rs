@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId};
+use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId, WorkloadId};
 
 /// `expires_at` of a permission that does not end. The upper half of the numbers is not used, so
 /// that the sign of a difference tells which of two ends later.
@@ -44,6 +44,8 @@ impl Permission {
 )]
 pub struct Tag {
     pub allowlist: AllowlistId,
+    /// Whose row it is, so that a reader who was held up knows when the row has become another's.
+    workload: WorkloadId,
     /// The rules for listening.
     pub listening: RuleSetId,
     /// [`IdentityId::NONE`] while the workload is known to be an agent but not yet which: it is
@@ -53,6 +55,9 @@ pub struct Tag {
     pub counters: u16,
     mode: u8,
     reserved: u8,
+    /// The allow-list once more. Generations are never used again, so a row whose two ends agree
+    /// was not replaced while it was read.
+    seal: AllowlistId,
 }
 
 impl Tag {
@@ -64,7 +69,33 @@ impl Tag {
         listening: RuleSetId,
         counters: u16,
     ) -> Self {
-        Self { allowlist, listening, identity, counters, mode: mode as u8, reserved: 0 }
+        Self {
+            allowlist,
+            workload: WorkloadId::NONE,
+            listening,
+            identity,
+            counters,
+            mode: mode as u8,
+            reserved: 0,
+            seal: allowlist,
+        }
+    }
+
+    /// The tag as the row of a workload.
+    #[must_use]
+    pub const fn of(self, workload: WorkloadId) -> Self {
+        Self { workload, ..self }
+    }
+
+    /// Whether this was read whole, and from the row of this workload.
+    ///
+    /// The kernel gives the memory of a replaced row to the next row at once
+    /// (`htab_map_update_elem`, kernel/bpf/hashtab.c); a program that was held up between its
+    /// look-up and its last read finds whatever is there by then.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_whole(&self, workload: WorkloadId) -> bool {
+        self.allowlist.0 == self.seal.0 && self.workload.0 == workload.0
     }
 
     /// Anything that is not plainly audit enforces.
@@ -163,13 +194,24 @@ pub struct Rule {
 
 impl Rule {
     /// Permits nothing: no port is at least 1 and at most 0.
-    pub const NOTHING: Self =
-        Self { permission: Permission::NONE, first_port: 1, last_port: 0, protocol: 0, mask: 0, reserved: [0; 2] };
+    pub const NOTHING: Self = Self {
+        permission: Permission::NONE,
+        first_port: 1,
+        last_port: 0,
+        protocol: 0,
+        mask: 0,
+        reserved: [0; 2],
+    };
 
     /// A permission for ports `first_port` to `last_port` (host byte order, both included) of
     /// `protocol`, a canonical IP protocol number; zero for every protocol.
     #[must_use]
-    pub const fn new(permission: Permission, protocol: u8, first_port: u16, last_port: u16) -> Self {
+    pub const fn new(
+        permission: Permission,
+        protocol: u8,
+        first_port: u16,
+        last_port: u16,
+    ) -> Self {
         let mask = if protocol == 0 { 0 } else { u8::MAX };
         Self { permission, first_port, last_port, protocol, mask, reserved: [0; 2] }
     }

@@ -146,12 +146,7 @@ impl Found {
 /// The scan has no branch: the verifier follows both ways of each, and what it learns of the best
 /// so far keeps it from seeing that the ways meet again.
 #[inline(always)]
-pub fn search<T: Tables + ?Sized>(
-    tables: &T,
-    rules: RuleSetId,
-    protocol: u8,
-    port: u16,
-) -> Found {
+pub fn search<T: Tables + ?Sized>(tables: &T, rules: RuleSetId, protocol: u8, port: u16) -> Found {
     let mut latest = 0;
     let mut found = Found::NOTHING.0;
     let mut row_id = rules;

@@ -37,8 +37,9 @@ fn become_server(ctx: &SockAddrContext, endpoint: &Endpoint) {
     if endpoint.protocol == ip::UDP || endpoint.port == 0 {
         return;
     }
+    let socket = read!(ctx, __bindgen_anon_1.sk);
     // SAFETY: the hook's context always has a full socket.
-    if let Some(socket) = unsafe { maps::socket_or_new(read!(ctx, __bindgen_anon_1.sk)) } {
+    if let Some(socket) = unsafe { maps::socket_or_new(socket) } {
         socket.role = Role::Server as u8;
     }
 }

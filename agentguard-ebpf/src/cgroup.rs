@@ -44,11 +44,18 @@ pub(crate) fn rmdir(ctx: &BtfTracePointContext) -> i32 {
     0
 }
 
+/// The workload of a task by descent: its own, or its process's. The threads of a process that ran
+/// before its cgroup was captured are not tied themselves.
+#[inline(always)]
+pub(crate) fn by_descent(task: Task) -> Option<WorkloadId> {
+    // SAFETY: tasks here are tracepoint arguments or the calling task, and so are their leaders.
+    unsafe { maps::task(task.0).or_else(|| maps::task(task.leader().0)) }
+}
+
 /// The workload of a task: by descent, or by the cgroup it is in.
 #[inline(always)]
 fn workload_of(task: Task) -> Option<WorkloadId> {
-    // SAFETY: tasks here are tracepoint arguments or the calling task.
-    unsafe { maps::task(task.0) }.or_else(|| maps::member(task.cgroup()))
+    by_descent(task).or_else(|| maps::member(task.cgroup()))
 }
 
 /// A child belongs where its parent belongs. One that is born in a foreign cgroup
@@ -90,8 +97,7 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     }
     let task = Task(ctx.arg(2));
     let destination = maps::member(cgroup.id());
-    // SAFETY: an argument of the tracepoint.
-    let origin = unsafe { maps::task(task.0) };
+    let origin = by_descent(task);
     match (origin, destination) {
         (None, None) => {}
         (None, Some(workload)) => {

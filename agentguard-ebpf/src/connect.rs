@@ -30,8 +30,9 @@ fn connect(ctx: &SockAddrContext, hook: Hook, destination: Option<Destination>) 
 /// A socket that was bound to a granted port is judged by where it goes once it connects.
 #[inline(always)]
 fn become_client(ctx: &SockAddrContext) {
+    let socket = read!(ctx, __bindgen_anon_1.sk);
     // SAFETY: the hook's context always has a full socket.
-    if let Some(socket) = unsafe { maps::socket(read!(ctx, __bindgen_anon_1.sk)) } {
+    if let Some(socket) = unsafe { maps::socket(socket) } {
         socket.role = Role::Client as u8;
     }
 }

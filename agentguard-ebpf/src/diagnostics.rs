@@ -2,10 +2,10 @@
 //! on.
 //!
 //! Each line is a global function: the verifier checks it once, and its formatting takes no part in
-//! the paths that lead to it. Such a function takes plain numbers, and returns one.
+//! the paths that lead to it. Such a function takes plain numbers, and returns one. Lines are short:
+//! their arguments stand on a stack that all calls share.
 
 use agentguard_common::WorkloadId;
-use agentguard_common::event::Hook;
 use aya_log_ebpf::{debug, warn};
 
 use crate::maps;
@@ -21,8 +21,8 @@ pub(crate) enum Full {
 
 /// A request was decided, not remembered.
 #[inline(always)]
-pub(crate) fn decided(hook: Hook, workload: WorkloadId, verdict: u8) {
-    say_decided(hook as u32, workload.0, verdict.into());
+pub(crate) fn decided(workload: WorkloadId, verdict: u8) {
+    say_decided(workload.0, verdict.into());
 }
 
 /// A task is in a cgroup outside its workload.
@@ -43,8 +43,8 @@ pub(crate) fn full(table: Full, of: u64) {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn say_decided(hook: u32, workload: u32, verdict: u32) -> u32 {
-    debug!((), "hook {}, workload {}: verdict {}", hook, workload, verdict);
+extern "C" fn say_decided(workload: u32, verdict: u32) -> u32 {
+    debug!((), "workload {}: verdict {}", workload, verdict);
     0
 }
 

@@ -1,10 +1,11 @@
 //! `execve(2)`, at the point where the new program is in place and has not run yet.
 
-use agentguard_common::event::{Hook, PATH_BYTES};
 use agentguard_common::Action;
+use agentguard_common::event::{Hook, PATH_BYTES};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::programs::BtfTracePointContext;
 
+use crate::cgroup;
 use crate::judge::{Execs, Inquiry, judge_from};
 use crate::kernel::{self, Program, Task};
 use crate::maps;
@@ -14,12 +15,15 @@ use crate::record::Origin;
 #[inline(always)]
 pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let task = Task(ctx.arg(0));
-    let cgroup = kernel::current_cgroup();
-    // SAFETY: an argument of the tracepoint.
-    let by_descent = unsafe { maps::task(task.0) };
-    let Some(workload) = maps::member(cgroup).or(by_descent) else { return Action::Pass };
+    let current = kernel::current_cgroup();
+    let by_descent = cgroup::by_descent(task);
+    // A thread that was not the leader takes the leader's place when it runs a program, and may
+    // not be tied itself.
+    let by_move = || maps::moved(task.tgid());
+    let Some(workload) = maps::member(current).or(by_descent).or_else(by_move) else {
+        return Action::Pass;
+    };
     if by_descent.is_none() {
-        // A thread that was not the leader takes the leader's place when it runs a program.
         // SAFETY: an argument of the tracepoint. Without memory the cgroup's tag still holds.
         let _tied = unsafe { maps::tie(task.0, workload) };
     }

@@ -7,9 +7,9 @@ use agentguard_common::{
     Permission, Reason, Request, Tag, Verdict, WorkloadId, decide,
 };
 
-use crate::{diagnostics, kernel};
 use crate::maps::{self, CachedVerdict, KernelTables};
 use crate::record::{self, Fate, Origin, Record};
+use crate::{diagnostics, kernel};
 
 /// How long a cached verdict needs no other look, in jiffies: 25 to 250 ms, as the kernel was
 /// built for 1000 to 100 of them in a second.
@@ -72,12 +72,9 @@ impl Inquiry {
         destination: Option<Destination>,
     ) -> Self {
         match destination {
-            Some(Destination { address, protocol, port }) => Self {
-                protocol,
-                port,
-                target: address.words(),
-                ..Self::new(hook, kind)
-            },
+            Some(Destination { address, protocol, port }) => {
+                Self { protocol, port, target: address.words(), ..Self::new(hook, kind) }
+            }
             None => Self::malformed(hook),
         }
     }
@@ -86,9 +83,7 @@ impl Inquiry {
     #[inline(always)]
     pub(crate) fn endpoint(hook: Hook, kind: RequestKind, endpoint: Option<Endpoint>) -> Self {
         match endpoint {
-            Some(Endpoint { protocol, port }) => {
-                Self { protocol, port, ..Self::new(hook, kind) }
-            }
+            Some(Endpoint { protocol, port }) => Self { protocol, port, ..Self::new(hook, kind) },
             None => Self::malformed(hook),
         }
     }
@@ -138,9 +133,7 @@ impl Inquiry {
                 port: self.port,
             }),
             Class::Local if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,
-            Class::Local => {
-                Request::Bind(Endpoint { protocol: self.protocol, port: self.port })
-            }
+            Class::Local => Request::Bind(Endpoint { protocol: self.protocol, port: self.port }),
             Class::Exec => {
                 let naming = if self.port == UNNAMED { Naming::Unnamed } else { Naming::Named };
                 Request::Exec(RequestKey::file_of(&self.target), naming)
@@ -149,8 +142,7 @@ impl Inquiry {
                 Request::RawSocket { protocol: self.protocol }
             }
             Class::Other => {
-                let mover =
-                    if self.protocol == BY_HOST { Mover::Host } else { Mover::Workload };
+                let mover = if self.protocol == BY_HOST { Mover::Host } else { Mover::Workload };
                 Request::Leave(mover)
             }
         }
@@ -200,7 +192,7 @@ pub(crate) fn socket_call<C: Classed>(inquiry: &Inquiry) -> Action {
 
 /// The workload of the calling process; none for a process of the host.
 #[inline(always)]
-fn caller_in(current: agentguard_common::CgroupId) -> WorkloadId {
+fn caller_in(current: CgroupId) -> WorkloadId {
     match maps::member(current) {
         Some(workload) => workload,
         None => maps::moved(kernel::current_tgid()).unwrap_or(WorkloadId::NONE),
@@ -216,7 +208,11 @@ pub(crate) fn judge<C: Classed>(inquiry: &Inquiry, workload: WorkloadId) -> Acti
 /// Judges a packet, on whose way out the calling process is anybody; `folded` like it have passed
 /// on its socket since the last look.
 #[inline(never)]
-pub(crate) fn judge_packet<C: Classed>(inquiry: &Inquiry, workload: WorkloadId, folded: u64) -> Action {
+pub(crate) fn judge_packet<C: Classed>(
+    inquiry: &Inquiry,
+    workload: WorkloadId,
+    folded: u64,
+) -> Action {
     judge_from::<C>(inquiry, workload, &Origin::Nobody, folded)
 }
 
@@ -310,7 +306,7 @@ fn judge_afresh<C: Classed>(
     let expires_at = kernel::forgotten(decision.permission.expires_at);
     let permission = Permission { expires_at, ..decision.permission };
     if settings.diagnostics != 0 {
-        diagnostics::decided(inquiry.hook, key.workload, code);
+        diagnostics::decided(key.workload, code);
     }
     let record =
         Record { hook: inquiry.hook, kind: inquiry.kind, verdict: code, permission, folded, now };
@@ -353,13 +349,7 @@ pub(crate) fn action_of(code: u8, mode: Mode) -> Action {
 
 /// Until when, in jiffies, a cached verdict can be given again without a look at the clock.
 #[inline(always)]
-fn fresh_until(
-    code: u8,
-    permission: &Permission,
-    logged_at: u64,
-    window: u64,
-    now: u64,
-) -> u64 {
+fn fresh_until(code: u8, permission: &Permission, logged_at: u64, window: u64, now: u64) -> u64 {
     let soon = now + FRESH_NANOSECONDS;
     if logged_at + window > soon && ends(code, permission) > soon {
         kernel::jiffies() + FRESH_JIFFIES

@@ -24,6 +24,7 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_tgid: 0,
     task_start_boottime: 0,
     task_real_parent: 0,
+    task_group_leader: 0,
     task_cgroups: 0,
     css_set_default_cgroup: 0,
     cgroup_kernfs_node: 0,
@@ -130,6 +131,13 @@ impl Task {
         }
     }
 
+    /// The thread that stands for the task's process.
+    #[inline(always)]
+    pub(crate) fn leader(self) -> Self {
+        // SAFETY: tasks come from tracepoint arguments only, and every task has a leader.
+        unsafe { Self(field!(self.0, task_group_leader as *mut task_struct)) }
+    }
+
     /// The task's cgroup in the v2 hierarchy.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> CgroupId {
@@ -153,8 +161,7 @@ impl Task {
         // SAFETY: user space replaces the number by the kernel's own function, or by a constant
         // error where there is none; the verifier checks the arguments.
         unsafe {
-            let send: SendSignalTask =
-                core::mem::transmute(kfunc::SEND_SIGNAL_TASK as usize);
+            let send: SendSignalTask = core::mem::transmute(kfunc::SEND_SIGNAL_TASK as usize);
             send(self.0, SIGKILL as i32, PIDTYPE_TGID, 0) == 0
         }
     }

@@ -33,47 +33,47 @@ fn verdict(action: Action) -> i32 {
 }
 
 #[cgroup_sock_addr(connect4)]
-pub fn connect4(ctx: SockAddrContext) -> i32 {
+fn connect4(ctx: SockAddrContext) -> i32 {
     verdict(connect::v4(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
-pub fn connect6(ctx: SockAddrContext) -> i32 {
+fn connect6(ctx: SockAddrContext) -> i32 {
     verdict(connect::v6(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
-pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
     verdict(sendmsg::v4(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
-pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
     verdict(sendmsg::v6(&ctx))
 }
 
 #[cgroup_sock_addr(bind4)]
-pub fn bind4(ctx: SockAddrContext) -> i32 {
+fn bind4(ctx: SockAddrContext) -> i32 {
     verdict(bind::v4(&ctx))
 }
 
 #[cgroup_sock_addr(bind6)]
-pub fn bind6(ctx: SockAddrContext) -> i32 {
+fn bind6(ctx: SockAddrContext) -> i32 {
     verdict(bind::v6(&ctx))
 }
 
 #[cgroup_sock(sock_create)]
-pub fn sock_create(ctx: SockContext) -> i32 {
+fn sock_create(ctx: SockContext) -> i32 {
     verdict(socket::create(&ctx))
 }
 
 #[cgroup_skb(egress)]
-pub fn egress(ctx: SkBuffContext) -> i32 {
+fn egress(ctx: SkBuffContext) -> i32 {
     verdict(packet::egress(&ctx))
 }
 
 #[btf_tracepoint(function = "sched_process_exec")]
-pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
+fn process_exec(ctx: BtfTracePointContext) -> i32 {
     match exec::exec(&ctx) {
         Action::Pass => 0,
         Action::Refuse => kernel::kill_current(),
@@ -81,27 +81,27 @@ pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
 }
 
 #[btf_tracepoint(function = "sched_process_fork")]
-pub fn process_fork(ctx: BtfTracePointContext) -> i32 {
+fn process_fork(ctx: BtfTracePointContext) -> i32 {
     cgroup::fork(&ctx)
 }
 
 #[btf_tracepoint(function = "sched_process_exit")]
-pub fn process_exit(ctx: BtfTracePointContext) -> i32 {
+fn process_exit(ctx: BtfTracePointContext) -> i32 {
     cgroup::exit(&ctx)
 }
 
 #[btf_tracepoint(function = "cgroup_attach_task")]
-pub fn cgroup_attach_task(ctx: BtfTracePointContext) -> i32 {
+fn cgroup_attach_task(ctx: BtfTracePointContext) -> i32 {
     cgroup::attach_task(&ctx)
 }
 
 #[btf_tracepoint(function = "cgroup_mkdir")]
-pub fn cgroup_mkdir(ctx: BtfTracePointContext) -> i32 {
+fn cgroup_mkdir(ctx: BtfTracePointContext) -> i32 {
     cgroup::mkdir(&ctx)
 }
 
 #[btf_tracepoint(function = "cgroup_rmdir")]
-pub fn cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
+fn cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
     cgroup::rmdir(&ctx)
 }
 

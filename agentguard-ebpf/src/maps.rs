@@ -175,8 +175,7 @@ pub(crate) struct KernelTables;
 impl Tables for KernelTables {
     #[inline(always)]
     fn destination(&self, allowlist: AllowlistId, address: &Address) -> Option<DestinationEntry> {
-        let key =
-            Key::new(DestinationKey::BITS, DestinationKey { allowlist, address: *address });
+        let key = Key::new(DestinationKey::BITS, DestinationKey { allowlist, address: *address });
         DESTINATIONS.get(&key).copied()
     }
 
@@ -212,12 +211,23 @@ extern "C" fn search_rules(rules: u32, protocol: u32, port: u32) -> u64 {
     search(&KernelTables, RuleSetId(rules), protocol as u8, port as u16).0
 }
 
-/// The tag of a workload.
+/// Looks at a row that is being replaced; the next look finds the new one.
+const LOOKS: usize = 3;
+
+/// The tag of a workload. `None` also where it changes hands faster than it can be read, so that
+/// nothing is decided by a mixture.
 #[inline(always)]
 pub(crate) fn tag(workload: WorkloadId) -> Option<Tag> {
-    // SAFETY: user space replaces a row as a whole (the kernel swaps the element), so a copy is
-    // wholly old or wholly new.
-    unsafe { WORKLOADS.get(workload) }.copied()
+    for _ in 0..LOOKS {
+        let row = WORKLOADS.get_ptr(workload)?;
+        // SAFETY: the row stays mapped while the program runs. It may be replaced while it is
+        // read, which the tag itself tells.
+        let tag = unsafe { core::ptr::read_volatile(row) };
+        if tag.is_whole(workload) {
+            return Some(tag);
+        }
+    }
+    None
 }
 
 /// The workload whose cgroup this is.
@@ -327,7 +337,7 @@ pub(crate) fn remember_new(tgid: u32) {
 #[inline(always)]
 pub(crate) fn inherit_process(parent: u32, child: u32, start: u64) {
     let Some(known) = process(parent) else { return };
-    let _forgotten = PROCESSES.insert(child, &*known, BPF_ANY.into());
+    let _forgotten = PROCESSES.insert(child, *known, BPF_ANY.into());
     if let Some(known) = process(child) {
         known.start = start;
         known.parent = parent;
@@ -384,7 +394,8 @@ pub(crate) unsafe fn socket_or_new(socket: *mut bpf_sock) -> Option<&'static mut
     }
 }
 
-/// The workload a task belongs to by descent, wherever it is now.
+/// The workload a task belongs to by descent, wherever it is now; none once user space has forgotten
+/// the workload.
 ///
 /// # Safety
 ///
@@ -397,7 +408,10 @@ pub(crate) unsafe fn task(task: *mut task_struct) -> Option<WorkloadId> {
             .cast::<Membership>()
             .as_ref()
     };
-    membership.map(|membership| membership.workload)
+    // SAFETY: only whether the row is there is asked.
+    membership
+        .map(|membership| membership.workload)
+        .filter(|workload| unsafe { WORKLOADS.get(workload) }.is_some())
 }
 
 /// Ties a task to a workload. `false`: no memory.

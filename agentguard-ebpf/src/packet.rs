@@ -7,9 +7,7 @@
 
 use agentguard_common::event::{Hook, RequestKind};
 use agentguard_common::request::ip;
-use agentguard_common::{
-    Action, Address, Destination, Endpoint, WorkloadId,
-};
+use agentguard_common::{Action, Address, Destination, Endpoint, WorkloadId};
 use aya_ebpf::bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock};
 use aya_ebpf::helpers::generated::{bpf_sk_fullsock, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::SkBuffContext;
@@ -54,9 +52,12 @@ pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
         let inquiry = Inquiry::destination(Hook::Egress, RequestKind::Packet, header(skb));
         return judge_packet::<Destinations>(&inquiry, attachment.workload, 0);
     };
-    let owner =
-        if attachment.workload.is_some() { attachment.workload } else { known.workload };
-    if !owner.is_some() {
+    let owner = match attachment.workload {
+        WorkloadId::NONE => known.workload,
+        workload => workload,
+    };
+    // In a cgroup of the host a socket whose workload is forgotten is nobody's.
+    if !attachment.workload.is_some() && maps::tag(owner).is_none() {
         return Action::Pass;
     }
     // SAFETY: as above.
@@ -99,8 +100,7 @@ fn judge_on_socket<C: Classed>(
     known.fresh_until = 0;
     let action = judge_packet::<C>(inquiry, owner, folded);
     // What was just judged is in the cache of verdicts; the socket borrows its freshness.
-    if let Some(cached) = maps::cached(&inquiry.key::<C>(owner, &tag))
-    {
+    if let Some(cached) = maps::cached(&inquiry.key::<C>(owner, &tag)) {
         known.workload = owner;
         known.allowlist = tag.allowlist;
         known.target = target;
@@ -108,8 +108,7 @@ fn judge_on_socket<C: Classed>(
         known.protocol = protocol;
         known.verdict = cached.verdict as u8;
         let fresh = jiffies + FRESH_JIFFIES;
-        known.fresh_until =
-            if cached.fresh_until < fresh { cached.fresh_until } else { fresh };
+        known.fresh_until = if cached.fresh_until < fresh { cached.fresh_until } else { fresh };
     }
     action
 }
@@ -145,9 +144,8 @@ unsafe fn local(socket: *mut bpf_sock, known: &mut SocketVerdict) -> Option<Inqu
 #[inline(always)]
 unsafe fn peer(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Inquiry {
     // SAFETY: the caller's promise.
-    let (protocol, port, family) = unsafe {
-        ((*socket).protocol, u16::from_be((*socket).dst_port), (*socket).family)
-    };
+    let (protocol, port, family) =
+        unsafe { ((*socket).protocol, u16::from_be((*socket).dst_port), (*socket).family) };
     let mut destination = None;
     if let Some(protocol) = ip::canonical(protocol)
         && port != 0

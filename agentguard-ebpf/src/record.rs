@@ -1,11 +1,13 @@
 //! Counting verdicts and writing their records.
 
-use agentguard_common::event::{COMM_BYTES, Event, ExecEvent, Hook, PATH_BYTES, RequestKey, RequestKind};
+use agentguard_common::event::{
+    COMM_BYTES, Event, ExecEvent, Hook, PATH_BYTES, RequestKey, RequestKind,
+};
 use agentguard_common::stats::{CELLS, Counters};
 use agentguard_common::{Permission, Tag, Verdict};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel_str,
-    bpf_ringbuf_reserve, bpf_ringbuf_submit,
+    bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel_str, bpf_ringbuf_reserve,
+    bpf_ringbuf_submit,
 };
 
 use crate::{kernel, maps};
@@ -112,8 +114,8 @@ pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origi
         }
         Origin::Caller | Origin::Nobody | Origin::Task { .. } => {
             // SAFETY: as above.
-            let entry = unsafe { bpf_ringbuf_reserve(ring, size_of::<Event>() as u64, 0) }
-                .cast::<Event>();
+            let entry =
+                unsafe { bpf_ringbuf_reserve(ring, size_of::<Event>() as u64, 0) }.cast::<Event>();
             if entry.is_null() {
                 return Fate::Lost;
             }
@@ -131,13 +133,7 @@ pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origi
 ///
 /// `event` points to room for an event that is this program's alone.
 #[inline(always)]
-unsafe fn fill(
-    event: *mut Event,
-    record: &Record,
-    key: &RequestKey,
-    tag: &Tag,
-    origin: &Origin,
-) {
+unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, origin: &Origin) {
     let Record { hook, kind, verdict, permission, folded, now } = record;
     // SAFETY: the caller's promise; each field is written in place, so that no copy of the record
     // stands on the program's small stack.

@@ -1,7 +1,7 @@
 //! Creation of IP sockets: raw ones are refused here, the others have nothing to ask yet.
 
-use agentguard_common::event::Hook;
 use agentguard_common::Action;
+use agentguard_common::event::Hook;
 use aya_ebpf::programs::SockContext;
 
 use crate::judge::{Inquiry, Others, socket_call};

@@ -14,6 +14,7 @@ use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
 /// How much is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -81,10 +82,13 @@ impl FromStr for Format {
     }
 }
 
+/// Where the kernel programs' own lines come from, as they name it.
+const KERNEL_PROGRAMS: &str = "agentguard_ebpf";
+
 /// The log was set up before.
 #[derive(Debug, thiserror::Error)]
 #[error("the log is set up already; set it up once per process")]
-pub struct LoggingError(#[from] tracing::subscriber::SetGlobalDefaultError);
+pub struct LoggingError(#[from] TryInitError);
 
 /// Sends the process's log to standard error.
 ///
@@ -92,7 +96,8 @@ pub struct LoggingError(#[from] tracing::subscriber::SetGlobalDefaultError);
 /// When that was done before.
 pub fn init(level: Level, format: Format) -> Result<(), LoggingError> {
     let colours = io::stderr().is_terminal();
-    Ok(tracing::subscriber::set_global_default(subscriber(level, format, colours, io::stderr))?)
+    // Takes in what libraries and the kernel programs write with `log`, too.
+    Ok(subscriber(level, format, colours, io::stderr).try_init()?)
 }
 
 /// What [`init`] sets up, for any destination.
@@ -107,7 +112,11 @@ where
         Level::Debug => (LevelFilter::DEBUG, LevelFilter::WARN),
         Level::Trace => (LevelFilter::TRACE, LevelFilter::TRACE),
     };
-    let filter = Targets::new().with_target(env!("CARGO_CRATE_NAME"), own).with_default(libraries);
+    // What the kernel programs say of themselves is switched on and off in the kernel.
+    let filter = Targets::new()
+        .with_target(env!("CARGO_CRATE_NAME"), own)
+        .with_target(KERNEL_PROGRAMS, LevelFilter::DEBUG)
+        .with_default(libraries);
     let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     let lines = match format {
         Format::Text => lines.with_ansi(colours).boxed(),

@@ -31,7 +31,10 @@ fn main() -> ExitCode {
 struct Plugged;
 
 impl Plugged {
-    fn configuration(config: Option<&Path>, overrides: &Overrides) -> Result<Configuration, Failure> {
+    fn configuration(
+        config: Option<&Path>,
+        overrides: &Overrides,
+    ) -> Result<Configuration, Failure> {
         Configuration::load(config, overrides)
             .map_err(|error| Failure::new(Exit::InvalidConfiguration, error.to_string()))
     }
@@ -133,10 +136,10 @@ fn view(error: &ManifestError) -> ManifestErrorView {
 fn verify(file: &Path) -> Result<VerifiedLog, Failure> {
     let report = audit::verify::verify(file, None)
         .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
-    let broken = report.faults.first().map(|fault| BrokenChain {
-        line: fault.line as u64,
-        reason: fault.to_string(),
-    });
+    let broken = report
+        .faults
+        .first()
+        .map(|fault| BrokenChain { line: fault.line as u64, reason: fault.to_string() });
     Ok(VerifiedLog {
         file: file.to_owned(),
         records: report.records,

@@ -569,9 +569,10 @@ impl RuleSets {
 /// The rules by which `permit` permits `ranges`.
 fn rules_of(permit: &Permit, ranges: &[PortRange]) -> impl Iterator<Item = Rule> {
     let permission = permit.permission();
-    ranges.iter().filter(|range| range.first <= range.last).map(move |range| {
-        Rule::new(permission, range.protocol as u8, range.first, range.last)
-    })
+    ranges
+        .iter()
+        .filter(|range| range.first <= range.last)
+        .map(move |range| Rule::new(permission, range.protocol as u8, range.first, range.last))
 }
 
 /// Sorts rules into the order in which they answer, and joins ranges of one permission and
@@ -868,17 +869,17 @@ mod tests {
     fn too_many_rules_name_the_block_and_the_scope_with_the_most() {
         let ports =
             |first: u16, count| (0..count).map(move |at| tcp(first + at * 2, first + at * 2));
-        let wide = egress(1, vec![block("10.0.0.0/8", &[])], ports(1, 40).collect());
-        let narrow = egress(2, vec![block("10.1.0.0/16", &[])], ports(1000, 100).collect());
+        let wide = egress(1, vec![block("10.0.0.0/8", &[])], ports(1, 20).collect());
+        let narrow = egress(2, vec![block("10.1.0.0/16", &[])], ports(1000, 50).collect());
         assert!(compile(std::slice::from_ref(&wide)).is_ok());
         assert!(compile(std::slice::from_ref(&narrow)).is_ok());
         let error = compile(&[wide, narrow]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "10.1.0.0/16 has more than 128 port rules, most of them from scope number 2; join \
+            "10.1.0.0/16 has more than 64 port rules, most of them from scope number 2; join \
              its port ranges, or grant fewer scopes for these addresses"
         );
-        let listening = Permit { listening: ports(1, 129).collect(), ..permit(3, NEVER) };
+        let listening = Permit { listening: ports(1, 65).collect(), ..permit(3, NEVER) };
         assert_eq!(
             compile(&[listening]),
             Err(CompileError::TooManyListeningRules { scope: ScopeId(3) })

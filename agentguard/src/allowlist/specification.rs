@@ -4,7 +4,8 @@
 //! tables are compiled. Every decision looks at every permit.
 
 use agentguard_common::{
-    Address, Decision, Destination, Endpoint, FileId, Mover, Naming, Permission, Reason, Request, Verdict,
+    Address, Decision, Destination, Endpoint, FileId, Mover, Naming, Permission, Reason, Request,
+    Verdict,
 };
 use ipnet::IpNet;
 

@@ -111,11 +111,7 @@ pub trait Backend {
     ///
     /// # Errors
     /// Why the command was not run.
-    fn exec_standalone(
-        &self,
-        config: Option<&Path>,
-        request: &Confine,
-    ) -> Result<Exit, Failure>;
+    fn exec_standalone(&self, config: Option<&Path>, request: &Confine) -> Result<Exit, Failure>;
 
     /// # Errors
     /// Why nothing could be found out.

@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 mod audit;
 pub mod backend;
 mod check;
+mod diagnostics;
 mod doctor;
 mod events;
 mod exec;
@@ -22,6 +23,7 @@ mod generate;
 mod grant;
 mod grants;
 pub mod output;
+mod refresh;
 mod revoke;
 mod run;
 mod status;
@@ -75,6 +77,8 @@ enum Command {
     Check(check::Arguments),
     Doctor(doctor::Arguments),
     Audit(audit::Arguments),
+    Refresh(refresh::Arguments),
+    Diagnostics(diagnostics::Arguments),
     Uninstall(uninstall::Arguments),
     Completions(generate::Completions),
     Generate(generate::Arguments),
@@ -150,6 +154,8 @@ pub fn run(
         Command::Check(arguments) => check::run(&arguments, context),
         Command::Doctor(arguments) => doctor::run(&arguments, context),
         Command::Audit(arguments) => audit::run(&arguments, context),
+        Command::Refresh(arguments) => refresh::run(&arguments, context),
+        Command::Diagnostics(arguments) => diagnostics::run(&arguments, context),
         Command::Uninstall(arguments) => uninstall::run(&arguments, context),
         Command::Completions(arguments) => generate::completions(&arguments, context),
         Command::Generate(arguments) => generate::run(&arguments, context),

@@ -43,9 +43,8 @@ pub fn confine(
     let (name, identity) = choose(engine, candidate, identity, request)?;
     let grant = grant_of(&name, &identity, candidate, scopes, request)?;
     let path = engine.cgroup_root().join(PARENT).join(&name);
-    fs::create_dir_all(&path).map_err(|source| {
-        unavailable(&EngineError::MakeCgroup { path: path.clone(), source })
-    })?;
+    fs::create_dir_all(&path)
+        .map_err(|source| unavailable(&EngineError::MakeCgroup { path: path.clone(), source }))?;
     let undo = |engine: &mut Engine| {
         engine.end_grant(&name);
         if let Err(error) = remove_cgroup(&path) {
@@ -155,7 +154,9 @@ fn choose(
     }
     if request.identity.is_some() && candidate.uid != 0 && is_running(&wanted) {
         return Err(ServiceError::Conflict {
-            error: format!("a workload with the identity {wanted} runs already, and this would widen what it may do"),
+            error: format!(
+                "a workload with the identity {wanted} runs already, and this would widen what it may do"
+            ),
             remedy: "choose another --identity, or leave it out".to_owned(),
         });
     }
@@ -165,7 +166,11 @@ fn choose(
         if is_taken(&name) {
             continue;
         }
-        let id = if request.identity.is_some() { wanted.clone() } else { parse(&format!("{identity}{suffix}"))? };
+        let id = if request.identity.is_some() {
+            wanted.clone()
+        } else {
+            parse(&format!("{identity}{suffix}"))?
+        };
         if request.identity.is_some() || !is_running(&id) {
             return Ok((name, id));
         }
@@ -232,9 +237,10 @@ fn search_path(pid: u32) -> String {
 /// What of the process the portable layer does not hold: sockets it has already belong to the
 /// cgroup it was started in.
 fn warnings(pid: u32) -> Vec<String> {
-    let Ok(process) = i32::try_from(pid).map_err(|_| ()).and_then(|pid| {
-        procfs::process::Process::new(pid).map_err(|_| ())
-    }) else {
+    let Ok(process) = i32::try_from(pid)
+        .map_err(|_| ())
+        .and_then(|pid| procfs::process::Process::new(pid).map_err(|_| ()))
+    else {
         return Vec::new();
     };
     let Ok(descriptors) = process.fd() else { return Vec::new() };

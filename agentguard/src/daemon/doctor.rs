@@ -43,19 +43,19 @@ pub fn doctor(configuration: &Configuration) -> DoctorReport {
 }
 
 fn check(name: &str, state: CheckState, found: impl Into<String>, remedy: Option<&str>) -> Check {
-    Check {
-        name: name.to_owned(),
-        state,
-        found: found.into(),
-        remedy: remedy.map(str::to_owned),
-    }
+    Check { name: name.to_owned(), state, found: found.into(), remedy: remedy.map(str::to_owned) }
 }
 
 fn root() -> Check {
     if nix::unistd::geteuid().is_root() {
         check("root", CheckState::Ok, "this runs as root", None)
     } else {
-        check("root", CheckState::Failed, "this does not run as root", Some("sudo agentguard doctor"))
+        check(
+            "root",
+            CheckState::Failed,
+            "this does not run as root",
+            Some("sudo agentguard doctor"),
+        )
     }
 }
 
@@ -70,8 +70,15 @@ fn btf() -> Check {
 
 fn cgroup(configuration: &Configuration) -> Check {
     match configuration.find_cgroup_root() {
-        Ok(path) => check("cgroup v2", CheckState::Ok, format!("mounted at {}", path.display()), None),
-        Err(error) => check("cgroup v2", CheckState::Failed, error.to_string(), Some("mount -t cgroup2 none /sys/fs/cgroup")),
+        Ok(path) => {
+            check("cgroup v2", CheckState::Ok, format!("mounted at {}", path.display()), None)
+        }
+        Err(error) => check(
+            "cgroup v2",
+            CheckState::Failed,
+            error.to_string(),
+            Some("mount -t cgroup2 none /sys/fs/cgroup"),
+        ),
     }
 }
 
@@ -96,7 +103,8 @@ fn lsm() -> Check {
         Some(_) => "the kernel does not list the BPF LSM",
         None => "securityfs is not mounted, so it is not known which LSMs there are",
     };
-    let remedy = "the portable layer holds without it; see the gaps below for what that leaves open";
+    let remedy =
+        "the portable layer holds without it; see the gaps below for what that leaves open";
     check("BPF LSM", CheckState::Warning, found, Some(remedy))
 }
 
@@ -108,19 +116,12 @@ fn try_programs(configuration: &Configuration, checks: &mut Vec<Check>) -> Prote
     let mut name = configuration.pin_directory.to_path_buf().into_os_string();
     name.push(format!("-doctor-{}", std::process::id()));
     let pins = std::path::PathBuf::from(name);
-    let options = Options {
-        pin_directory: pins.clone(),
-        sizes: TRIAL,
-        settings: Settings::default(),
-    };
+    let options =
+        Options { pin_directory: pins.clone(), sizes: TRIAL, settings: Settings::default() };
     let protection = match Datapath::open(&options) {
         Ok(datapath) => {
             let view = protection_view(datapath.states());
-            let active = view
-                .layers
-                .iter()
-                .filter(|layer| layer.reason.is_none())
-                .count();
+            let active = view.layers.iter().filter(|layer| layer.reason.is_none()).count();
             let found = format!("{active} of {} programs load and attach", view.layers.len());
             let (state, remedy) = if active == view.layers.len() {
                 (CheckState::Ok, None)

@@ -182,8 +182,7 @@ impl Engine {
         let (allowlist, rules, workload) = datapath.highest();
         let next_allowlist = AllowlistId(allowlist.0 + 1);
         let next_rules = RuleSetId(rules.0 + 1);
-        let inherited =
-            datapath.adopted().then(|| (Instant::now(), next_allowlist, next_rules));
+        let inherited = datapath.adopted().then(|| (Instant::now(), next_allowlist, next_rules));
         Self {
             datapath,
             store: GrantStore::new(clock),
@@ -250,9 +249,10 @@ impl Engine {
     /// Entries of all allow-lists in force.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        let entries = self.installed.values().map(|installed| {
-            installed.rows.destinations.len() + installed.rows.executables.len()
-        });
+        let entries = self
+            .installed
+            .values()
+            .map(|installed| installed.rows.destinations.len() + installed.rows.executables.len());
         entries.sum::<usize>() as u64
     }
 
@@ -423,8 +423,7 @@ impl Engine {
     }
 
     fn resolve(&mut self, scope: &ScopeDocument, problems: &mut BTreeSet<String>) -> Vec<FileId> {
-        let resolved =
-            self.executables.resolve(&self.mounts, &scope.exec, Admission::OnRefresh);
+        let resolved = self.executables.resolve(&self.mounts, &scope.exec, Admission::OnRefresh);
         match resolved {
             Ok(resolution) => {
                 let told = resolution.problems.iter();
@@ -537,7 +536,8 @@ impl Engine {
     fn enlist(&mut self, workload: Workload) {
         let below = workload.cgroup.strip_prefix(&self.cgroup_root).unwrap_or(&workload.cgroup);
         let cgroup = format!("/{}", below.display());
-        let name = WorkloadName { name: workload.name.clone(), cgroup, unit: workload.unit.clone() };
+        let name =
+            WorkloadName { name: workload.name.clone(), cgroup, unit: workload.unit.clone() };
         self.names.name_workload(workload.id, name);
         self.workloads.insert(workload.id, workload);
     }
@@ -564,10 +564,8 @@ impl Engine {
 
     fn drop_workload(&mut self, id: WorkloadId) {
         let Some(workload) = self.workloads.remove(&id) else { return };
-        let released = self
-            .datapath
-            .release(workload.cgroup_id, id)
-            .and_then(|()| self.datapath.forget(id));
+        let released =
+            self.datapath.release(workload.cgroup_id, id).and_then(|()| self.datapath.forget(id));
         if let Err(error) = released {
             tracing::error!(%error, workload = workload.name, "a workload was not let go whole");
         }
@@ -864,11 +862,7 @@ fn port_range(range: &crate::scope::PortRange) -> PortRange {
     PortRange { protocol: range.protocol, first: range.first, last: range.last }
 }
 
-fn grant_record(
-    stored: &StoredGrant,
-    change: GrantChange,
-    by: Option<&Revocation>,
-) -> RecordBody {
+fn grant_record(stored: &StoredGrant, change: GrantChange, by: Option<&Revocation>) -> RecordBody {
     let document = &stored.document;
     let (source, uid) = match stored.source {
         Source::Manifest => (ActorSource::Manifest, None),
@@ -908,7 +902,8 @@ pub fn protection_of(protection: &Protection) -> (ProtectionWord, Vec<Missing>) 
         Protection::None => (ProtectionWord::None, Vec::new()),
         Protection::Partial(missing) => {
             let missing = missing.iter().map(|what| {
-                let (what, why) = what.split_once(": ").unwrap_or((what, "not in the portable layer"));
+                let (what, why) =
+                    what.split_once(": ").unwrap_or((what, "not in the portable layer"));
                 Missing { what: Text::new(what), why: Text::new(why) }
             });
             (ProtectionWord::Partial, missing.collect())

@@ -84,7 +84,10 @@ fn find(program: &str, search_path: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return Some(program.into());
     }
-    search_path.split(':').map(|directory| Path::new(directory).join(program)).find(|path| path.is_file())
+    search_path
+        .split(':')
+        .map(|directory| Path::new(directory).join(program))
+        .find(|path| path.is_file())
 }
 
 #[cfg(test)]

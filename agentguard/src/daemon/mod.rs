@@ -10,6 +10,7 @@ pub mod engine;
 mod launch;
 mod manifests;
 mod names;
+mod privileges;
 mod recent;
 mod service;
 mod standalone;
@@ -76,7 +77,9 @@ pub enum DaemonError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("the directory {path} can not be made: {source}")]
     Directory { path: PathBuf, source: io::Error },
-    #[error("this kernel does not give what `require: {require}` asks for: {missing}; see agentguard doctor, or require less")]
+    #[error(
+        "this kernel does not give what `require: {require}` asks for: {missing}; see agentguard doctor, or require less"
+    )]
     NotEnough { require: &'static str, missing: String },
     #[error("the runtime can not be set up: {0}")]
     Runtime(io::Error),
@@ -148,10 +151,9 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
         tracing::error!("the reader of records broke off");
     }
     save(&shared);
-    shared.audit.append(RecordBody::Stop(StopRecord {
-        why: Text::new(why),
-        protection_stays: true,
-    }));
+    shared
+        .audit
+        .append(RecordBody::Stop(StopRecord { why: Text::new(why), protection_stays: true }));
     if let Err(error) = shared.audit.close().await {
         tracing::error!(%error, "the last audit records may not be written");
     }
@@ -193,8 +195,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
-    let mut engine =
-        Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
+    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
     engine.restore(saved);
@@ -204,7 +205,6 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         node,
         metrics,
         audit,
-        names,
         denials,
         recent: recent::Recent::default(),
         started,

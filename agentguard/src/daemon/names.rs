@@ -23,8 +23,7 @@ impl Numbered {
     fn number(&mut self, word: &str) -> u32 {
         if self.numbers.len() != self.words.len() {
             let known = self.words.iter().enumerate();
-            self.numbers =
-                known.map(|(index, word)| (word.clone(), number_at(index))).collect();
+            self.numbers = known.map(|(index, word)| (word.clone(), number_at(index))).collect();
         }
         if let Some(number) = self.numbers.get(word) {
             return *number;

@@ -18,7 +18,8 @@ use tokio::sync::broadcast;
 
 use super::confine::{Candidate, confine};
 use super::engine::{Engine, Workload, now};
-use super::names::Names;
+use super::launch::file_id;
+use super::privileges::decisive;
 use super::recent::Recent;
 use super::witness::{Denial, Denials};
 use crate::allowlist::Permit;
@@ -38,7 +39,6 @@ use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::manifest::{Creation, Manifest, parse_text};
 use crate::metrics::{self, Metrics, VerdictRow};
-use super::launch::file_id;
 
 /// What all parts of the daemon share.
 pub struct Shared {
@@ -47,7 +47,6 @@ pub struct Shared {
     pub node: String,
     pub metrics: Metrics,
     pub audit: AuditLog,
-    pub names: Arc<Names>,
     pub denials: Arc<Denials>,
     pub recent: Recent,
     pub started: Instant,
@@ -102,6 +101,13 @@ impl Service for Daemon {
         let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
         let mut gaps: Vec<String> = GAPS.iter().map(|gap| (*gap).to_owned()).collect();
         gaps.extend(engine.executable_problems().iter().cloned());
+        gaps.extend(engine.workloads().filter_map(|workload| {
+            let capabilities = decisive(&workload.cgroup)?;
+            Some(format!(
+                "workload {} runs with {capabilities} in the host's namespaces, with which it could take the guard away; run it without",
+                workload.name
+            ))
+        }));
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: shared.node.clone(),
@@ -157,11 +163,7 @@ impl Service for Daemon {
         Ok(grant_view(&engine, stored, Timestamp::now()))
     }
 
-    async fn add_grant(
-        &self,
-        caller: &Caller,
-        manifest: &[u8],
-    ) -> Result<GrantView, ServiceError> {
+    async fn add_grant(&self, caller: &Caller, manifest: &[u8]) -> Result<GrantView, ServiceError> {
         let (mut manifests, errors) =
             parse_text("request", manifest, Creation::At(Timestamp::now()));
         if !errors.is_empty() {
@@ -537,7 +539,10 @@ fn resolve(target: &Target) -> Result<Request, ServiceError> {
         }
         Target::Exec { path } => {
             let file = file_id(path).map_err(|error| {
-                invalid(format!("target.path: {}: {error}; name a file that is there", path.display()))
+                invalid(format!(
+                    "target.path: {}: {error}; name a file that is there",
+                    path.display()
+                ))
             })?;
             Request::Exec(file, Naming::Named)
         }
@@ -566,8 +571,7 @@ fn target_of(denial: &Denial) -> Option<(Target, Request)> {
     };
     let host = event.address().ip().to_string();
     let port = event.key.port;
-    let destination =
-        Destination { address: event.address(), protocol: event.key.protocol, port };
+    let destination = Destination { address: event.address(), protocol: event.key.protocol, port };
     let endpoint = Endpoint { protocol: event.key.protocol, port };
     Some(match kind {
         RequestKind::Connect => {
@@ -652,23 +656,30 @@ fn because(
     let grant = grant.unwrap_or("no grant");
     let reason = match verdict {
         Verdict::Unmanaged => return "the process is no workload's".to_owned(),
-        Verdict::Allow => return format!("scope {scope} permits it, granted to {identity} by {grant}"),
+        Verdict::Allow => {
+            return format!("scope {scope} permits it, granted to {identity} by {grant}");
+        }
         Verdict::Deny(reason) => reason,
     };
     let why = match reason {
         Reason::NotGranted => format!("no scope granted to {identity} covers it"),
         Reason::PortNotGranted => {
-            format!("a scope granted to {identity} covers the address, but not this port and protocol")
+            format!(
+                "a scope granted to {identity} covers the address, but not this port and protocol"
+            )
         }
         Reason::Excepted => "the address is excepted from the block that covers it".to_owned(),
         Reason::Expired => format!("scope {scope} permitted it, and grant {grant} is over"),
         Reason::Metadata => {
-            "it is a cloud's metadata address, which only a scope that names exactly it permits".to_owned()
+            "it is a cloud's metadata address, which only a scope that names exactly it permits"
+                .to_owned()
         }
         Reason::Unidentified => "the workload's identity is not known yet".to_owned(),
         Reason::Malformed => "the request could not be read".to_owned(),
         Reason::RawSocket => "raw IP sockets are not granted to anybody".to_owned(),
-        Reason::UnnamedFile => "the file has no name: it is in memory only, or was deleted".to_owned(),
+        Reason::UnnamedFile => {
+            "the file has no name: it is in memory only, or was deleted".to_owned()
+        }
         Reason::ReplacedFile => "the file was replaced since it was granted".to_owned(),
         Reason::LeftWorkload => "the process left its workload's cgroup".to_owned(),
         Reason::MissingTable => "the kernel's tables do not hold what the tag points to".to_owned(),
@@ -700,9 +711,8 @@ fn hook_of(target: &Target, request: &Request) -> &'static str {
 
 /// Scopes of the catalogue that would permit a request, by the naive reading of each.
 fn permitting_scopes(engine: &mut Engine, request: &Request) -> Vec<String> {
-    let permits = |permit: Permit| {
-        Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow
-    };
+    let permits =
+        |permit: Permit| Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow;
     engine
         .scope_permits()
         .into_iter()

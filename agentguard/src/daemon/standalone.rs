@@ -339,7 +339,10 @@ fn summarize(engine: &Engine, denials: &Denials, left: usize) {
     let mut err = io::stderr().lock();
     // Where standard error is closed, nobody wants to know.
     if left > 0 {
-        let _ = writeln!(err, "agentguard: {left} background processes of the command were ended with it");
+        let _ = writeln!(
+            err,
+            "agentguard: {left} background processes of the command were ended with it"
+        );
     }
     for (line, count) in told {
         let times = if count > 1 { format!(" ({count} times)") } else { String::new() };
@@ -350,14 +353,15 @@ fn summarize(engine: &Engine, denials: &Denials, left: usize) {
 /// Takes away the protection of supervisors that were killed, once nothing needs it any more.
 fn clear_leftovers(configuration: &Configuration) {
     let pins: PathBuf = configuration.pin_directory.to_path_buf();
-    let (Some(parent), Some(name)) = (pins.parent(), pins.file_name().and_then(|name| name.to_str()))
+    let (Some(parent), Some(name)) =
+        (pins.parent(), pins.file_name().and_then(|name| name.to_str()))
     else {
         return;
     };
     let prefix = format!("{name}-exec-");
-    let in_use = configuration
-        .find_cgroup_root()
-        .is_ok_and(|root| fs::read_dir(root.join(PARENT)).is_ok_and(|mut found| found.next().is_some()));
+    let in_use = configuration.find_cgroup_root().is_ok_and(|root| {
+        fs::read_dir(root.join(PARENT)).is_ok_and(|mut found| found.next().is_some())
+    });
     if in_use {
         return;
     }

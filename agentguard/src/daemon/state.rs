@@ -76,10 +76,7 @@ impl From<&Workload> for SavedWorkload {
             created,
             owner,
             unit,
-            launch: launch
-                .iter()
-                .map(|file| (file.inode, file.device, file.generation))
-                .collect(),
+            launch: launch.iter().map(|file| (file.inode, file.device, file.generation)).collect(),
         }
     }
 }
@@ -132,9 +129,13 @@ impl SavedWorkload {
 pub enum StateError {
     #[error("the state file {path} can not be read: {source}; check the state_directory")]
     Read { path: PathBuf, source: io::Error },
-    #[error("the state file {path} is not valid: {source}; move it away to start without it: grants given through the API and workloads started by exec are then unknown")]
+    #[error(
+        "the state file {path} is not valid: {source}; move it away to start without it: grants given through the API and workloads started by exec are then unknown"
+    )]
     Parse { path: PathBuf, source: serde_json::Error },
-    #[error("the state file {path} can not be written: {source}; free the disk or set state_directory")]
+    #[error(
+        "the state file {path} can not be written: {source}; free the disk or set state_directory"
+    )]
     Write { path: PathBuf, source: io::Error },
 }
 

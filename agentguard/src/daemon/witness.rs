@@ -14,7 +14,6 @@ use agentguard_common::event::{Event, Hook, Process as KnownProcess};
 use agentguard_common::{Mode, Verdict, WorkloadId};
 use jiff::Timestamp;
 
-use crate::grant::clock::Clock;
 use super::names::Names;
 use crate::audit::record::{
     Ancestor, Layer, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
@@ -23,6 +22,7 @@ use crate::audit::record::{
 use crate::audit::{AuditLog, text::Text};
 use crate::datapath::Processes;
 use crate::datapath::events::{KernelRecord, Rings, UnknownRecord};
+use crate::grant::clock::Clock;
 
 /// Records taken before other work gets its turn.
 const BATCH: usize = 1024;
@@ -181,7 +181,10 @@ impl Witness {
         }
         let known = self.processes.get(event.pid);
         process.start = known.as_ref().map(|known| self.start(known));
-        process.executable = exec.map(until_nul).map(Text::new).or_else(|| self.executable(event.pid, known.as_ref()));
+        process.executable = exec
+            .map(until_nul)
+            .map(Text::new)
+            .or_else(|| self.executable(event.pid, known.as_ref()));
         let mut parents = Vec::new();
         let mut parent = known.map_or_else(|| parent_of(event.pid), |known| Some(known.parent));
         while let Some(pid) = parent

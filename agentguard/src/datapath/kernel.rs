@@ -3,26 +3,30 @@
 //!
 //! Everything is read from the kernel's BTF; nothing is concluded from a version number.
 
-use std::path::Path;
+use std::{fs, io};
 
 use agentguard_common::abi::KernelOffsets;
-use btf_rs::{Btf, Struct, Type};
+use aya::Btf;
+
+use super::btf::Types;
 
 /// Where the kernel describes its own types.
-pub const BTF: &str = "/sys/kernel/btf/vmlinux";
+pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The kernel's description of itself does not hold what the datapath needs.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     #[error("{BTF} can not be read ({source}); boot a kernel built with CONFIG_DEBUG_INFO_BTF=y")]
-    NoBtf { source: anyhow::Error },
+    NoBtf { source: io::Error },
+    #[error("{BTF} is not understood; this kernel is too different to be guarded")]
+    Format,
     #[error("the kernel's BTF has no field {path}; this kernel is too different to be guarded")]
     NoField { path: String },
 }
 
 /// The kernel's own types.
 pub struct Kernel {
-    btf: Btf,
+    bytes: Vec<u8>,
 }
 
 impl Kernel {
@@ -32,9 +36,17 @@ impl Kernel {
     ///
     /// When the kernel has none.
     pub fn running() -> Result<Self, KernelError> {
-        let btf =
-            Btf::from_file(Path::new(BTF)).map_err(|source| KernelError::NoBtf { source })?;
-        Ok(Self { btf })
+        let bytes = fs::read(BTF).map_err(|source| KernelError::NoBtf { source })?;
+        Ok(Self { bytes })
+    }
+
+    /// The types as the loader wants them.
+    ///
+    /// # Errors
+    ///
+    /// When the loader does not understand them.
+    pub(super) fn for_loader(&self) -> Result<Btf, KernelError> {
+        Btf::parse(&self.bytes, Default::default()).map_err(|_error| KernelError::Format)
     }
 
     /// Where the fields are that the kernel programs read.
@@ -43,7 +55,8 @@ impl Kernel {
     ///
     /// Names the first field that this kernel does not have.
     pub fn offsets(&self) -> Result<KernelOffsets, KernelError> {
-        let at = |structure: &str, fields: &[&str]| self.offset(structure, fields);
+        let types = self.types()?;
+        let at = |structure: &str, fields: &[&str]| offset(&types, structure, fields);
         Ok(KernelOffsets {
             bprm_file: at("linux_binprm", &["file"])?,
             bprm_filename: at("linux_binprm", &["filename"])?,
@@ -59,6 +72,7 @@ impl Kernel {
             task_start_boottime: at("task_struct", &["start_boottime"])
                 .or_else(|_renamed| at("task_struct", &["real_start_time"]))?,
             task_real_parent: at("task_struct", &["real_parent"])?,
+            task_group_leader: at("task_struct", &["group_leader"])?,
             task_cgroups: at("task_struct", &["cgroups"])?,
             css_set_default_cgroup: at("css_set", &["dfl_cgrp"])?,
             cgroup_kernfs_node: at("cgroup", &["kn"])?,
@@ -73,52 +87,18 @@ impl Kernel {
     /// The BTF id of a function of the kernel, by which a BPF program can call it.
     #[must_use]
     pub fn function(&self, name: &str) -> Option<u32> {
-        let ids = self.btf.resolve_ids_by_name(name).ok()?;
-        ids.into_iter().find(|id| matches!(self.btf.resolve_type_by_id(*id), Ok(Type::Func(_))))
+        self.types().ok()?.function(name)
     }
 
-    fn offset(&self, structure: &str, fields: &[&str]) -> Result<u32, KernelError> {
-        let no_field =
-            || KernelError::NoField { path: format!("{structure}.{}", fields.join(".")) };
-        let types = self.btf.resolve_types_by_name(structure).map_err(|_unknown| no_field())?;
-        let mut current = types
-            .into_iter()
-            .find_map(|found| match found {
-                Type::Struct(found) => Some(found),
-                _ => None,
-            })
-            .ok_or_else(no_field)?;
-        let mut bits = 0;
-        for (depth, field) in fields.iter().enumerate() {
-            let (offset, inner) = self.find(&current, field).ok_or_else(no_field)?;
-            bits += offset;
-            if depth + 1 < fields.len() {
-                current = inner.ok_or_else(no_field)?;
-            }
-        }
-        Ok(bits / 8)
+    fn types(&self) -> Result<Types<'_>, KernelError> {
+        Types::parse(&self.bytes).ok_or(KernelError::Format)
     }
+}
 
-    /// The offset of a field in bits, also inside unnamed members, and its type if that has
-    /// fields itself.
-    fn find(&self, structure: &Struct, field: &str) -> Option<(u32, Option<Struct>)> {
-        for member in &structure.members {
-            let inner = match self.btf.resolve_chained_type(member) {
-                Ok(Type::Struct(inner) | Type::Union(inner)) => Some(inner),
-                Ok(_) | Err(_) => None,
-            };
-            let name = self.btf.resolve_name(member).unwrap_or_default();
-            if name == field {
-                return Some((member.bit_offset(), inner));
-            }
-            if name.is_empty()
-                && let Some((offset, found)) = inner.and_then(|inner| self.find(&inner, field))
-            {
-                return Some((member.bit_offset() + offset, found));
-            }
-        }
-        None
-    }
+fn offset(types: &Types<'_>, structure: &str, fields: &[&str]) -> Result<u32, KernelError> {
+    types
+        .offset(structure, fields)
+        .ok_or_else(|| KernelError::NoField { path: format!("{structure}.{}", fields.join(".")) })
 }
 
 #[cfg(test)]
@@ -136,7 +116,7 @@ mod tests {
     #[test]
     fn an_unknown_field_is_named() {
         let kernel = Kernel::running().unwrap();
-        let error = kernel.offset("inode", &["i_wish"]).unwrap_err();
+        let error = offset(&kernel.types().unwrap(), "inode", &["i_wish"]).unwrap_err();
         assert!(error.to_string().contains("inode.i_wish"), "{error}");
     }
 

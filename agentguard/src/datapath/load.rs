@@ -14,21 +14,22 @@
 //! them and removes theirs last ([`Datapath::remove_others`]), so that both decide for a moment
 //! and none never.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use agentguard_common::abi::{self, KernelOffsets, Settings};
 use aya::programs::{
-    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr,
-    CgroupSockAddrAttachType, CgroupSockAttachType, Program, ProgramError,
+    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, CgroupSockAddrAttachType,
+    CgroupSockAttachType, Program, ProgramError,
 };
 use aya::{Btf, Ebpf, EbpfLoader};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
-
 
 use super::events::Diagnostics;
 use super::kernel::{Kernel, KernelError};
@@ -83,7 +84,9 @@ pub struct Options {
 pub enum LoadError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    #[error("the BPF file system can not be mounted at {path}: {source}; mount it there or set pin_directory")]
+    #[error(
+        "the BPF file system can not be mounted at {path}: {source}; mount it there or set pin_directory"
+    )]
     Mount { path: PathBuf, source: nix::Error },
     #[error("pins can not be kept at {path}: {source}; free the path or set pin_directory")]
     Pin { path: PathBuf, source: io::Error },
@@ -171,15 +174,21 @@ impl Datapath {
         make_directories(&pins)?;
         let kernel = Kernel::running()?;
         let offsets = kernel.offsets()?;
-        let btf = Btf::from_sys_fs()
-            .map_err(|error| LoadError::part("kernel type information", error))?;
         let signal = kernel.function("bpf_send_signal_task");
-        let mut ebpf = load(options, &pins, &offsets, &btf, &object::bind(signal))?;
+        // aya's loader reads the kernel's types for itself, and lends them to nobody.
+        let (btf, loader) = thread::scope(|scope| {
+            let loader = scope.spawn(EbpfLoader::new);
+            (kernel.for_loader(), loader.join())
+        });
+        let btf = btf?;
+        let loader = loader.unwrap_or_else(|_panic| EbpfLoader::new());
+        let mut ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(signal))?;
         if signal.is_some() && !takes_kernel_function(&mut ebpf, &btf) {
             drop(ebpf);
             remove_pins(&pins)?;
             make_directories(&pins)?;
-            ebpf = load(options, &pins, &offsets, &btf, &object::bind(None))?;
+            let loader = EbpfLoader::new();
+            ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(None))?;
         }
         Self::set_up(ebpf, pins, options, &btf)
     }
@@ -210,12 +219,12 @@ impl Datapath {
     ) -> Result<Self, LoadError> {
         let mut programs = Vec::new();
         let mut states = Vec::new();
+        let mut loaded = load_programs(&mut ebpf, btf);
         for door in doors() {
-            let loaded = match ebpf.program_mut(door.program) {
-                Some(program) => load_program(door, program, btf),
-                None => Err("the object does not hold it".to_owned()),
-            };
-            let state = match loaded {
+            let outcome = loaded
+                .remove(door.program)
+                .unwrap_or_else(|| Err("the object does not hold it".to_owned()));
+            let state = match outcome {
                 Ok(()) => {
                     let path = pins.join("programs").join(door.program);
                     let program = ebpf
@@ -235,7 +244,14 @@ impl Datapath {
             states.push((*door, state));
         }
         let tables = Tables::open(&pins.join("maps"))?;
-        let mut datapath = Self { programs, pins, tables, states, adopted: false, diagnostics: Diagnostics::of(&mut ebpf) };
+        let mut datapath = Self {
+            programs,
+            pins,
+            tables,
+            states,
+            adopted: false,
+            diagnostics: Diagnostics::of(&mut ebpf),
+        };
         datapath.set(options.settings)?;
         let ready = datapath.pins.join(READY);
         fs::create_dir(&ready).map_err(|source| LoadError::Pin { path: ready, source })?;
@@ -260,7 +276,8 @@ impl Datapath {
             states.push((*door, state));
         }
         let tables = Tables::open(&pins.join("maps"))?;
-        let diagnostics = programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
+        let diagnostics =
+            programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
         let mut datapath = Self { programs, pins, tables, states, adopted: true, diagnostics };
         datapath.set(options.settings)?;
         Ok(datapath)
@@ -295,8 +312,7 @@ pub fn uninstall(pin_directory: &Path) -> Result<usize, LoadError> {
     let builds = builds(pin_directory)?;
     for path in &builds {
         remove_pins(path)?;
-        fs::remove_dir(path)
-            .map_err(|source| LoadError::Pin { path: path.clone(), source })?;
+        fs::remove_dir(path).map_err(|source| LoadError::Pin { path: path.clone(), source })?;
     }
     match fs::remove_dir(pin_directory) {
         Ok(()) => {}
@@ -361,9 +377,8 @@ fn make_directories(pins: &Path) -> Result<(), LoadError> {
 /// Mounts the BPF file system if `pin_directory` is not on one, and makes the directory for root
 /// alone.
 fn mount_bpffs(pin_directory: &Path) -> Result<(), LoadError> {
-    let on_bpffs = |path: &Path| {
-        statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
-    };
+    let on_bpffs =
+        |path: &Path| statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
     let existing = pin_directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     if !on_bpffs(existing) {
         let path = Path::new("/sys/fs/bpf");
@@ -383,11 +398,12 @@ fn mount_bpffs(pin_directory: &Path) -> Result<(), LoadError> {
         .map_err(|source| LoadError::Pin { path: pin_directory.to_owned(), source })
 }
 
-fn load(
+fn load<'a>(
+    mut loader: EbpfLoader<'a>,
     options: &Options,
     pins: &Path,
-    offsets: &KernelOffsets,
-    btf: &Btf,
+    offsets: &'a KernelOffsets,
+    btf: &'a Btf,
     object: &[u8],
 ) -> Result<Ebpf, LoadError> {
     let Sizes {
@@ -401,7 +417,6 @@ fn load(
         denied_ring,
         allowed_ring,
     } = options.sizes;
-    let mut loader = EbpfLoader::new();
     loader
         .btf(Some(btf))
         .allow_unsupported_maps()
@@ -425,14 +440,28 @@ fn load(
 /// Whether the verifier lets the tracepoints call the kernel function they were bound to.
 fn takes_kernel_function(ebpf: &mut Ebpf, btf: &Btf) -> bool {
     match ebpf.program_mut("process_fork") {
-        Some(Program::BtfTracePoint(program)) => {
-            program.load("sched_process_fork", btf).is_ok()
-        }
+        Some(Program::BtfTracePoint(program)) => program.load("sched_process_fork", btf).is_ok(),
         Some(_) | None => false,
     }
 }
 
+/// Loads every program, all at once: what the verifier takes for them is most of a start.
+fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> BTreeMap<&'static str, Result<(), String>> {
+    thread::scope(|scope| {
+        let loading: Vec<_> = ebpf
+            .programs_mut()
+            .filter_map(|(name, program)| {
+                let door = doors().iter().find(|door| door.program == name)?;
+                Some((door.program, scope.spawn(move || load_program(door, program, btf))))
+            })
+            .collect();
+        let ended = |_panic| Err("its loader ended before its time".to_owned());
+        loading.into_iter().map(|(name, load)| (name, load.join().unwrap_or_else(ended))).collect()
+    })
+}
+
 /// Loads one program; the reason in one line when the kernel does not take it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's kinds of programs are not ours")]
 fn load_program(door: &Door, program: &mut Program, btf: &Btf) -> Result<(), String> {
     let loaded = match program {
         Program::CgroupSockAddr(program) => program.load(),
@@ -464,7 +493,9 @@ fn attach_tracepoint(door: &Door, program: &mut Program, pins: &Path) -> DoorSta
     let mut attach = || -> Result<(), String> {
         let id = program.attach().map_err(|error| error.to_string())?;
         let link = program.take_link(id).map_err(|error| error.to_string())?;
-        fd_link(link)?.pin(pins.join("links").join(door.program)).map_err(|error| error.to_string())?;
+        fd_link(link)?
+            .pin(pins.join("links").join(door.program))
+            .map_err(|error| error.to_string())?;
         Ok(())
     };
     match attach() {

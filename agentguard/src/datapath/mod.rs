@@ -2,6 +2,7 @@
 //!
 //! The only module that knows aya. Its callers speak of workloads, allow-lists and cgroups.
 
+mod btf;
 pub mod events;
 pub mod fake;
 mod kernel;
@@ -12,5 +13,6 @@ mod tables;
 
 pub use kernel::{Kernel, KernelError};
 pub use load::{Datapath, LoadError, Options, Sizes, uninstall};
+pub use object::object_bytes;
 pub use protection::{Door, DoorState, GAPS, Protection, doors};
 pub use tables::{DatapathError, Fill, Processes, cgroup_id};

@@ -3,7 +3,7 @@
 use agentguard_common::abi::kfunc;
 
 /// The object, as the build made it.
-pub const OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AGENTGUARD_OBJECT"));
+pub(super) const OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AGENTGUARD_OBJECT"));
 
 /// `BPF_JMP | BPF_CALL`.
 const CALL: u8 = 0x85;
@@ -13,13 +13,19 @@ const MOVE: u8 = 0xb7;
 const KFUNC: u8 = 2 << 4;
 const ENOSYS: i32 = 38;
 
+/// The object as the build made it.
+#[must_use]
+pub const fn object_bytes() -> &'static [u8] {
+    OBJECT
+}
+
 /// The object with its calls of kernel functions bound: to the function where the kernel has it,
 /// to the constant `-ENOSYS` where not.
 ///
 /// aya has no relocation for kernel functions, so the object calls numbers that no helper has
 /// (see [`kfunc`]).
 #[must_use]
-pub fn bind(send_signal_task: Option<u32>) -> Vec<u8> {
+pub(super) fn bind(send_signal_task: Option<u32>) -> Vec<u8> {
     let mut object = OBJECT.to_vec();
     for instruction in object.chunks_exact_mut(8) {
         let placeholder = kfunc::SEND_SIGNAL_TASK.to_le_bytes();

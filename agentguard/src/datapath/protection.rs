@@ -27,9 +27,21 @@ const PORTABLE: [Door; 14] = [
     Door { program: "sock_create", hook: "cgroup/sock_create", closes: "raw IP sockets" },
     Door { program: "egress", hook: "cgroup_skb/egress", closes: "flows that outlive their grant" },
     Door { program: "process_exec", hook: "tp_btf/sched_process_exec", closes: "exec" },
-    Door { program: "process_fork", hook: "tp_btf/sched_process_fork", closes: "birth outside the cgroup" },
-    Door { program: "process_exit", hook: "tp_btf/sched_process_exit", closes: "stale process tags" },
-    Door { program: "cgroup_attach_task", hook: "tp_btf/cgroup_attach_task", closes: "moves out of the cgroup" },
+    Door {
+        program: "process_fork",
+        hook: "tp_btf/sched_process_fork",
+        closes: "birth outside the cgroup",
+    },
+    Door {
+        program: "process_exit",
+        hook: "tp_btf/sched_process_exit",
+        closes: "stale process tags",
+    },
+    Door {
+        program: "cgroup_attach_task",
+        hook: "tp_btf/cgroup_attach_task",
+        closes: "moves out of the cgroup",
+    },
     Door { program: "cgroup_mkdir", hook: "tp_btf/cgroup_mkdir", closes: "untagged child cgroups" },
     Door { program: "cgroup_rmdir", hook: "tp_btf/cgroup_rmdir", closes: "stale cgroup tags" },
 ];
@@ -74,8 +86,7 @@ impl Protection {
     /// What the states of all doors add up to.
     #[must_use]
     pub fn of(states: &[(Door, DoorState)]) -> Self {
-        let active =
-            states.iter().filter(|(_, state)| matches!(state, DoorState::Active)).count();
+        let active = states.iter().filter(|(_, state)| matches!(state, DoorState::Active)).count();
         if active == 0 {
             return Self::None;
         }

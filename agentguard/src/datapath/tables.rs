@@ -31,7 +31,9 @@ use crate::allowlist::compile::Rows;
 /// The datapath did not take a change; nothing of it is in force.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
-    #[error("the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full")]
+    #[error(
+        "the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full"
+    )]
     Table { table: &'static str, source: MapError },
     #[error("the cgroup {path} can not be opened: {source}")]
     Cgroup { path: PathBuf, source: io::Error },
@@ -118,8 +120,7 @@ impl Datapath {
     /// When the table can not be opened.
     pub fn processes(&self) -> Result<Processes, LoadError> {
         let error = |error: MapError| LoadError::part("PROCESSES", error);
-        let data =
-            MapData::from_pin(self.tables.directory.join("PROCESSES")).map_err(error)?;
+        let data = MapData::from_pin(self.tables.directory.join("PROCESSES")).map_err(error)?;
         Map::from_map_data(data).and_then(HashMap::try_from).map(Processes).map_err(error)
     }
 
@@ -138,10 +139,7 @@ impl Datapath {
     ///
     /// When the table does not take it.
     pub fn set(&mut self, settings: Settings) -> Result<(), LoadError> {
-        self.tables
-            .settings
-            .set(0, settings, 0)
-            .map_err(|error| LoadError::part("SETTINGS", error))
+        self.tables.settings.set(0, settings, 0).map_err(|error| LoadError::part("SETTINGS", error))
     }
 
     /// Writes an allow-list beside those in force. It decides nothing until a tag leads to it.
@@ -206,7 +204,11 @@ impl Datapath {
     /// # Errors
     ///
     /// When a row can not be removed.
-    pub fn sweep(&mut self, first: AllowlistId, first_rules: RuleSetId) -> Result<usize, DatapathError> {
+    pub fn sweep(
+        &mut self,
+        first: AllowlistId,
+        first_rules: RuleSetId,
+    ) -> Result<usize, DatapathError> {
         let tables = &mut self.tables;
         let destinations: Vec<_> = tables
             .destinations
@@ -214,8 +216,12 @@ impl Datapath {
             .filter_map(Result::ok)
             .filter(|key| { key.data() }.allowlist < first)
             .collect();
-        let executables: Vec<_> =
-            tables.executables.keys().filter_map(Result::ok).filter(|key| key.allowlist < first).collect();
+        let executables: Vec<_> = tables
+            .executables
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| key.allowlist < first)
+            .collect();
         let rules: Vec<_> =
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
         let swept = destinations.len() + executables.len() + rules.len();
@@ -256,7 +262,7 @@ impl Datapath {
     ///
     /// When the table is full.
     pub fn switch(&mut self, workload: WorkloadId, tag: Tag) -> Result<(), DatapathError> {
-        self.tables.workloads.insert(workload, tag, 0).map_err(row("WORKLOADS"))
+        self.tables.workloads.insert(workload, tag.of(workload), 0).map_err(row("WORKLOADS"))
     }
 
     /// Forgets a workload; its cgroups must be gone or released.
@@ -294,7 +300,11 @@ impl Datapath {
     /// # Errors
     ///
     /// When a hook can not be attached or the table is full; what was attached stays attached.
-    pub fn capture(&mut self, path: &Path, workload: WorkloadId) -> Result<CgroupId, DatapathError> {
+    pub fn capture(
+        &mut self,
+        path: &Path,
+        workload: WorkloadId,
+    ) -> Result<CgroupId, DatapathError> {
         let id = cgroup_id(path)?;
         self.attach(path, Attachment { cgroup: id.0, workload, reserved: 0 })?;
         // From here on the kernel gives the tag to every child that is made; those that were
@@ -359,6 +369,11 @@ impl Datapath {
             absent_is_fine(self.tables.cgroups.remove(&member)).map_err(row("CGROUPS"))?;
         }
         for program in &self.programs {
+            // The kernel detaches a moment after the pin is gone; until then the hook is nobody's.
+            let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
+            let nobody = Attachment { cgroup: cgroup.0, ..Attachment::default() };
+            absent_is_fine(self.tables.attachments.insert(key, nobody, 0))
+                .map_err(row("ATTACHMENTS"))?;
             let path = self.link(cgroup, program.name);
             match fs::remove_file(&path) {
                 Ok(()) => {}
@@ -430,11 +445,8 @@ impl Datapath {
     ///
     /// When the kernel does not hand it out.
     pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
-        let values = self
-            .tables
-            .counters
-            .get(&u32::from(row_number), 0)
-            .map_err(row("COUNTERS"))?;
+        let values =
+            self.tables.counters.get(&u32::from(row_number), 0).map_err(row("COUNTERS"))?;
         let mut sum = Counters::ZERO;
         for counters in values.iter() {
             sum.add(counters);
@@ -452,7 +464,8 @@ impl Datapath {
     #[must_use]
     pub fn fill(&self, sizes: &super::Sizes) -> Vec<Fill> {
         let tables = &self.tables;
-        let fill = |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
+        let fill =
+            |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
         vec![
             fill("workloads", tables.workloads.keys().count(), sizes.workloads),
             fill("cgroups", tables.cgroups.keys().count(), sizes.cgroups),
@@ -528,7 +541,7 @@ fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
 /// # Errors
 ///
 /// When there is no such directory.
-pub fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
+pub(super) fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
     let metadata = fs::metadata(path)
         .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
     Ok(CgroupId(metadata.ino()))

@@ -7,5 +7,5 @@ pub mod spiffe;
 
 pub use cgroup::{CgroupSource, CgroupWatch, WatchError};
 pub use document::{CgroupPattern, Selector, WorkloadDocument};
-pub use spiffe::{SpiffeId, SpiffePrefix, Subject, TrustDomain};
 pub use source::{Discovered, IdentityEvent, IdentitySource, Scan, SourceError, SourceProblem};
+pub use spiffe::{SpiffeId, SpiffePrefix, Subject, TrustDomain};

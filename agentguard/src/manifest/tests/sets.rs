@@ -229,10 +229,14 @@ fn a_file_without_manifests_is_warned_of() {
 fn the_examples_are_valid() {
     let report = check(&[repository("deploy/examples")], at("2026-11-22T00:00:00Z"));
     assert_eq!(report.errors, []);
-    let counts = Counts { files: 3, scopes: 5, grants: 3, standing_grants: 1, workloads: 2 };
-    assert_eq!(report.counts, counts);
-    let [standing] = report.warnings.as_slice() else { panic!("{:#?}", report.warnings) };
-    assert!(standing.to_string().contains("standing grant"), "{standing}");
+    let Counts { files, scopes, grants, standing_grants, workloads } = report.counts;
+    for count in [files, scopes, grants, standing_grants, workloads] {
+        assert!(count > 0, "{:?}", report.counts);
+    }
+    assert_eq!(report.warnings.len(), standing_grants, "{:#?}", report.warnings);
+    for warning in &report.warnings {
+        assert!(warning.to_string().contains("standing grant"), "{warning}");
+    }
 }
 
 #[test]

@@ -1,0 +1,222 @@
+//! A datapath and a cgroup of one's own, and what is granted there.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use agentguard::allowlist::{
+    Block, EgressPermit, Permit, PortRange,
+    compile::{Rows, compile},
+};
+use agentguard::datapath::{Datapath, DoorState, Options, Sizes, uninstall};
+use agentguard_common::{
+    AllowlistId, FileId, GrantId, IdentityId, Mode, Protocol, RuleSetId, ScopeId, Tag, WorkloadId,
+    abi::Settings, allowlist::NEVER, stats::Counters,
+};
+use agentguard_tests::{Layer, requires};
+use nix::{
+    sys::signal::{Signal, kill},
+    time::{ClockId, clock_gettime},
+    unistd::Pid,
+};
+
+use crate::worker::Worker;
+
+pub(crate) const WORKLOAD: WorkloadId = WorkloadId(1);
+/// Rows of rules that one generation may use.
+const ROWS: u32 = 64;
+
+/// Tables that are quick to make.
+pub(crate) const SMALL: Sizes = Sizes {
+    workloads: 16,
+    cgroups: 64,
+    destinations: 4096,
+    rules: 4096,
+    executables: 1024,
+    verdicts: 4096,
+    counters: 4,
+    denied_ring: 1 << 16,
+    allowed_ring: 1 << 16,
+};
+
+/// A datapath with a workload's cgroup; dropped, both go, with what runs there.
+pub(crate) struct Fixture {
+    pub(crate) datapath: Datapath,
+    pub(crate) cgroup: PathBuf,
+    pins: PathBuf,
+    generation: u32,
+}
+
+impl Fixture {
+    pub(crate) fn new() -> Self {
+        Self::with(SMALL)
+    }
+
+    #[track_caller]
+    pub(crate) fn with(sizes: Sizes) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        requires(Layer::Portable);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("agentguard-datapath-{}-{number}", process::id());
+        let pins = Path::new("/sys/fs/bpf").join(&name);
+        let settings = Settings { aggregation_window: 1_000_000_000, diagnostics: 0, reserved: 0 };
+        let datapath =
+            Datapath::open(&Options { pin_directory: pins.clone(), sizes, settings }).unwrap();
+        for (door, state) in datapath.states() {
+            assert_eq!(*state, DoorState::Active, "{}", door.hook);
+        }
+        let cgroup = root().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        Self { datapath, cgroup, pins, generation: 0 }
+    }
+
+    /// A process in the workload's cgroup, which belongs to the workload once that is captured.
+    pub(crate) fn worker(&self) -> Worker {
+        let worker = Worker::start();
+        move_to(&self.cgroup, worker.pid());
+        worker
+    }
+
+    /// Holds the workload to `permits` from now on, in a generation of its own.
+    pub(crate) fn permit(&mut self, mode: Mode, permits: &[Permit]) -> Rows {
+        self.generation += 1;
+        let allowlist = AllowlistId(self.generation);
+        let first = RuleSetId(self.generation * ROWS);
+        let rows = compile(permits).unwrap().rows(allowlist, first).unwrap();
+        self.datapath.load_allowlist(&rows).unwrap();
+        let tag = Tag::new(IdentityId(1), mode, allowlist, rows.listening, 1);
+        self.datapath.switch(WORKLOAD, tag).unwrap();
+        rows
+    }
+
+    /// Begins to hold the cgroup to `permits`.
+    pub(crate) fn attach(&mut self, mode: Mode, permits: &[Permit]) {
+        self.permit(mode, permits);
+        self.datapath.capture(&self.cgroup, WORKLOAD).unwrap();
+    }
+
+    /// Ends the hold on the cgroup.
+    pub(crate) fn detach(&mut self) {
+        let id = self.datapath.cgroups().first().copied();
+        for (cgroup, workload) in id.into_iter().chain(self.datapath.cgroups()) {
+            self.datapath.release(cgroup, workload).unwrap();
+        }
+        self.datapath.release(cgroup_id(&self.cgroup), WORKLOAD).unwrap();
+        self.datapath.forget(WORKLOAD).unwrap();
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.datapath.counters(1).unwrap()
+    }
+
+    /// A cgroup beside the workload's, which is nobody's; it goes with the fixture.
+    pub(crate) fn outside(&self) -> PathBuf {
+        let mut path = self.cgroup.clone().into_os_string();
+        path.push("-outside");
+        let path = PathBuf::from(path);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Err(error) = uninstall(&self.pins) {
+            eprintln!("{} is left behind: {error}", self.pins.display());
+        }
+        let mut outside = self.cgroup.clone().into_os_string();
+        outside.push("-outside");
+        for cgroup in [&self.cgroup, Path::new(&outside)] {
+            if cgroup.exists() {
+                remove(cgroup);
+            }
+        }
+    }
+}
+
+fn remove(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    // What was killed leaves its cgroup a moment later.
+    for _ in 0..200 {
+        if fs::remove_dir(cgroup).is_ok() {
+            return;
+        }
+        let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        for pid in processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0) {
+            let _ended_already = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    eprintln!("{} is left behind", cgroup.display());
+}
+
+/// Where cgroup v2 is mounted.
+pub(crate) fn root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    PathBuf::from(mount.and_then(|line| line.split(' ').nth(1)).expect("cgroup v2 is mounted"))
+}
+
+pub(crate) fn cgroup_id(path: &Path) -> agentguard_common::CgroupId {
+    agentguard_common::CgroupId(fs::metadata(path).unwrap().ino())
+}
+
+/// Moves a process, as the host does.
+pub(crate) fn move_to(cgroup: &Path, pid: u32) {
+    fs::write(cgroup.join("cgroup.procs"), pid.to_string()).unwrap();
+}
+
+/// Nanoseconds of boot time, so much from now.
+pub(crate) fn in_boot_time(later: Duration) -> u64 {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap());
+    u64::try_from((now + later).as_nanos()).unwrap()
+}
+
+/// A grant of nothing yet.
+pub(crate) fn standing() -> Permit {
+    Permit {
+        scope: ScopeId(1),
+        grant: GrantId(1),
+        expires_at: NEVER,
+        egress: vec![],
+        executables: vec![],
+        listening: vec![],
+    }
+}
+
+/// A grant of one destination.
+pub(crate) fn to(protocol: Protocol, destination: SocketAddr) -> Permit {
+    let block = Block { cidr: destination.ip().into(), except: vec![] };
+    Permit {
+        egress: vec![EgressPermit {
+            blocks: vec![block],
+            ports: vec![port(protocol, destination.port())],
+        }],
+        ..standing()
+    }
+}
+
+/// A grant to run one file.
+pub(crate) fn running(path: &Path) -> Permit {
+    let metadata = fs::metadata(path).unwrap();
+    let (major, minor) =
+        (nix::sys::stat::major(metadata.dev()), nix::sys::stat::minor(metadata.dev()));
+    let device = u32::try_from(major << 20 | minor).unwrap();
+    let file = FileId { inode: metadata.ino(), device, generation: 0 };
+    Permit { executables: vec![file], ..standing() }
+}
+
+pub(crate) fn port(protocol: Protocol, port: u16) -> PortRange {
+    PortRange { protocol, first: port, last: port }
+}

@@ -1,0 +1,109 @@
+//! Who belongs to a workload, and what happens to those that leave.
+
+use std::fs;
+
+use agentguard_common::Mode;
+
+use crate::fixture::{Fixture, SMALL, WORKLOAD, cgroup_id, move_to};
+use crate::worker::Worker;
+
+const CONNECT: &str = "connect udp 127.0.0.1:9";
+
+#[test]
+fn a_process_that_moves_itself_out_is_killed() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    let out = format!("move {}", outside.display());
+    assert_eq!(worker.told(&out), "ok", "before");
+    move_to(&fixture.cgroup, worker.pid());
+    // It was there before the cgroup was captured.
+    fixture.attach(Mode::Enforce, &[]);
+    assert_eq!(worker.told(&out), "killed", "attached");
+    let mut worker = fixture.worker();
+    fixture.detach();
+    assert_eq!(worker.told(&out), "ok", "detached");
+}
+
+#[test]
+fn a_process_that_moves_itself_out_in_audit_mode_keeps_its_tag() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Audit, &[]);
+    assert_eq!(worker.told(&format!("move {}", outside.display())), "ok");
+    assert_eq!(fixture.datapath.moved()[0].0, worker.pid());
+}
+
+#[test]
+fn a_child_born_in_another_cgroup_is_killed() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    let clone = format!("clone-into {}", outside.display());
+    assert_eq!(worker.told(&clone), "lives", "before");
+    fixture.attach(Mode::Enforce, &[]);
+    let fate = worker.told(&clone);
+    assert_eq!(fate, "killed", "attached: {:?}", fixture.counters().iter().collect::<Vec<_>>());
+    fixture.detach();
+    assert_eq!(worker.told(&clone), "lives", "detached");
+}
+
+#[test]
+fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    move_to(&outside, worker.pid());
+    let moved = fixture.datapath.moved();
+    assert_eq!(moved.len(), 1);
+    assert_eq!((moved[0].0, moved[0].1.cgroup), (worker.pid(), cgroup_id(&outside).0));
+    fixture.datapath.follow(&outside).unwrap();
+    assert_eq!(worker.told(CONNECT), "EPERM");
+    assert_eq!(worker.told("run /bin/true"), "killed");
+    // Its neighbours there are nobody's.
+    let mut neighbour = Worker::start();
+    move_to(&outside, neighbour.pid());
+    assert_eq!(neighbour.told(CONNECT), "ok");
+    assert_eq!(neighbour.told("run /bin/true"), "ok");
+    move_to(&fixture.cgroup, worker.pid());
+    assert!(fixture.datapath.moved().is_empty());
+    assert_eq!(worker.told(CONNECT), "EPERM");
+}
+
+#[test]
+fn a_child_cgroup_is_born_with_its_parents_tag_and_forgotten_when_it_goes() {
+    let mut fixture = Fixture::new();
+    fixture.attach(Mode::Enforce, &[]);
+    let child = fixture.cgroup.join("child");
+    fs::create_dir(&child).unwrap();
+    let id = cgroup_id(&child);
+    assert!(fixture.datapath.cgroups().contains(&(id, WORKLOAD)));
+    let mut worker = Worker::start();
+    assert_eq!(worker.told(CONNECT), "ok");
+    move_to(&child, worker.pid());
+    assert_eq!(worker.told(CONNECT), "EPERM");
+    // Inside the workload it moves as it likes.
+    assert_eq!(worker.told(&format!("move {}", fixture.cgroup.display())), "ok");
+    fs::remove_dir(&child).unwrap();
+    assert!(fixture.datapath.cgroups().iter().all(|(cgroup, _)| *cgroup != id));
+}
+
+#[test]
+fn whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted() {
+    let mut fixture = Fixture::with(agentguard::datapath::Sizes { cgroups: 2, ..SMALL });
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    let make = |name| format!("mkdir {}", fixture.cgroup.join(name).display());
+    assert_eq!(worker.told(&make("one")), "ok");
+    assert_eq!(worker.told(&make("two")), "killed");
+    let denied: Vec<_> = fixture
+        .counters()
+        .iter()
+        .filter(|cell| cell.0 == agentguard_common::event::Hook::Leave)
+        .map(|cell| (cell.2, cell.3))
+        .collect();
+    let reason = agentguard_common::Reason::MissingTable;
+    assert_eq!(denied, [(agentguard_common::Verdict::Deny(reason), 1)]);
+}

@@ -1,0 +1,235 @@
+//! What runs inside a workload: reads one command a line, does it, and says how it went.
+
+use std::{
+    env, fs,
+    io::{self, BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    os::{fd::AsRawFd as _, unix::process::ExitStatusExt as _},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+const VARIABLE: &str = "AGENTGUARD_DATAPATH_WORKER";
+/// What a worker's answers begin with, between the lines of the test runner.
+const ANSWER: &str = "answer: ";
+
+/// A process that does what it is told; dropped, it is killed.
+pub(crate) struct Worker {
+    child: Child,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Worker {
+    pub(crate) fn start() -> Self {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "worker::worker", "--nocapture", "--test-threads=1"])
+            .env(VARIABLE, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let commands = child.stdin.take().unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap());
+        let mut worker = Self { child, commands, answers };
+        assert_eq!(worker.told("hello"), "ok");
+        worker
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it answers to a command; `killed` when it does not live to answer.
+    pub(crate) fn told(&mut self, command: &str) -> String {
+        self.tell(command);
+        self.answer()
+    }
+
+    pub(crate) fn tell(&mut self, command: &str) {
+        // A worker that is killed is noticed by its missing answer.
+        let _killed = writeln!(self.commands, "{command}");
+    }
+
+    pub(crate) fn answer(&mut self) -> String {
+        let mut line = String::new();
+        while self.answers.read_line(&mut line).is_ok_and(|length| length > 0) {
+            if let Some((_, answer)) = line.split_once(ANSWER) {
+                return answer.trim().to_owned();
+            }
+            line.clear();
+        }
+        let status = self.child.wait().unwrap();
+        if status.signal() == Some(libc::SIGKILL) {
+            "killed".to_owned()
+        } else {
+            status.to_string()
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _ended_already = self.child.wait();
+    }
+}
+
+/// The worker itself. As a test it has nothing to do and passes.
+#[test]
+fn worker() {
+    if env::var_os(VARIABLE).is_none() {
+        return;
+    }
+    let mut flow = None;
+    for line in io::stdin().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        let outcome = obey(&words, &mut flow);
+        let answer = outcome.unwrap_or_else(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => "EPERM".to_owned(),
+            Some(_) | None => error.to_string(),
+        });
+        println!("{ANSWER}{answer}");
+    }
+}
+
+fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
+    let ok = |()| "ok".to_owned();
+    match words {
+        ["hello"] => Ok("ok".to_owned()),
+        ["connect", kind, to] => open(kind, address(to)).map(|socket| {
+            *flow = Some(socket);
+            "ok".to_owned()
+        }),
+        ["send", to] => {
+            let to = address(to);
+            socket("udp", to)?.send_to(b"datagram", &to.into()).map(|_length| "ok".to_owned())
+        }
+        ["flow"] => flow.as_ref().unwrap().send(b".").map(|_length| "ok".to_owned()),
+        ["bind", at] => {
+            let at = address(at);
+            let socket = socket("tcp", at)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&at.into()).map(ok)
+        }
+        ["raw"] => Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::ICMPV4))
+            .map(|_socket| "ok".to_owned()),
+        ["run", path] => {
+            let status = Command::new(path).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            // Killed before its first instruction, a child never tells that its exec went well.
+            match status {
+                Ok(status) if status.success() => Ok("ok".to_owned()),
+                Ok(status) if status.signal() == Some(libc::SIGKILL) => Ok("killed".to_owned()),
+                Ok(status) => Ok(status.to_string()),
+                Err(error) => Err(error),
+            }
+        }
+        ["move", cgroup] => fs::write(format!("{cgroup}/cgroup.procs"), "0").map(ok),
+        ["mkdir", cgroup] => fs::create_dir(cgroup).map(ok),
+        ["clone-into", cgroup] => clone_into(cgroup),
+        ["flood", kind, threads, each] => {
+            Ok(flood(*kind == "distinct", threads.parse().unwrap(), each.parse().unwrap()))
+        }
+        ["hammer", permitted, denied, milliseconds] => {
+            let time = Duration::from_millis(milliseconds.parse().unwrap());
+            hammer(address(permitted), address(denied), time)
+        }
+        _ => panic!("{words:?} is no command"),
+    }
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn socket(kind: &str, to: SocketAddr) -> io::Result<Socket> {
+    let kind = if kind == "tcp" { Type::STREAM } else { Type::DGRAM };
+    Socket::new(Domain::for_address(to), kind, None)
+}
+
+fn open(kind: &str, to: SocketAddr) -> io::Result<Socket> {
+    let socket = socket(kind, to)?;
+    socket.connect_timeout(&SockAddr::from(to), Duration::from_secs(5))?;
+    Ok(socket)
+}
+
+/// A child that is born in another cgroup and waits there; how it ends, or that it lives.
+fn clone_into(cgroup: &str) -> io::Result<String> {
+    let directory = fs::File::open(cgroup)?;
+    // SAFETY: plain numbers; zero means "not used".
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    // `CLONE_INTO_CGROUP`, for which the type that libc gives it is too small.
+    arguments.flags = 0x2_0000_0000;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.cgroup = directory.as_raw_fd() as u64;
+    // SAFETY: like a fork: the child runs on a copy, and calls nothing but `pause` and `_exit`.
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of_val(&arguments)) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if pid == 0 {
+        // SAFETY: async-signal-safe calls without pointers.
+        unsafe {
+            libc::usleep(200_000);
+            libc::_exit(0);
+        }
+    }
+    let mut status = 0;
+    // SAFETY: a child of this process, and room for its status.
+    unsafe { libc::waitpid(pid as i32, &raw mut status, 0) };
+    let killed = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
+    Ok(if killed { "killed".to_owned() } else { "lives".to_owned() })
+}
+
+/// Refused connects from several threads at once; how many there were.
+fn flood(distinct: bool, threads: u32, each: u32) -> String {
+    thread::scope(|scope| {
+        for number in 0..threads {
+            scope.spawn(move || {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                for turn in 0..each {
+                    let host = if distinct { number << 20 | turn } else { 1 };
+                    let host = Ipv4Addr::from(0x7f00_0000 | host & 0x00ff_ffff);
+                    let refused = socket.connect((host, 9)).unwrap_err();
+                    assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+                }
+            });
+        }
+    });
+    (threads * each).to_string()
+}
+
+/// Connects and connected sends to what is always permitted, connects to what never is; how many
+/// went the wrong way, of how many.
+fn hammer(permitted: SocketAddr, denied: SocketAddr, time: Duration) -> io::Result<String> {
+    let (wrong, all) = (AtomicU64::new(0), AtomicU64::new(0));
+    let start = Instant::now();
+    let keep_on = |attempt: &dyn Fn() -> bool| {
+        while start.elapsed() < time {
+            all.fetch_add(1, Ordering::Relaxed);
+            if !attempt() {
+                wrong.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    };
+    let refused = |outcome: io::Result<()>| {
+        outcome.is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
+    };
+    let sockets = [(); 4].map(|()| UdpSocket::bind("127.0.0.1:0"));
+    let [first, second, third, flow] = sockets;
+    let (first, second, third, flow) = (first?, second?, third?, flow?);
+    flow.connect(permitted)?;
+    thread::scope(|scope| {
+        scope.spawn(|| keep_on(&|| first.connect(permitted).is_ok()));
+        scope.spawn(|| keep_on(&|| refused(second.connect(denied))));
+        scope.spawn(|| keep_on(&|| third.send_to(b".", denied).is_err()));
+        scope.spawn(|| keep_on(&|| flow.send(b".").is_ok()));
+    });
+    Ok(format!("{} of {}", wrong.into_inner(), all.into_inner()))
+}
