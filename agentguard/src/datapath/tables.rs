@@ -541,7 +541,7 @@ fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
 /// # Errors
 ///
 /// When there is no such directory.
-pub(super) fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
+pub fn cgroup_id(path: &Path) -> Result<CgroupId, DatapathError> {
     let metadata = fs::metadata(path)
         .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
     Ok(CgroupId(metadata.ino()))
