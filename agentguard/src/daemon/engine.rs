@@ -624,8 +624,14 @@ impl Engine {
     }
 
     fn end_empty_workloads(&mut self) {
+        // A process that the host moved out keeps its tag, and its workload, until it ends.
+        let outside: BTreeSet<WorkloadId> =
+            self.datapath.moved().iter().map(|(_, moved)| moved.workload).collect();
         let mut ended = Vec::new();
         for workload in self.workloads.values_mut() {
+            if outside.contains(&workload.id) {
+                continue;
+            }
             match populated(&workload.cgroup) {
                 None => ended.push(workload.id),
                 Some(true) => workload.populated = true,
