@@ -234,13 +234,7 @@ impl Demo<'_> {
         let verify = ["audit", "verify", &log.to_string_lossy()];
         let whole = guard.show(&verify).map_or_else(|error| error.to_string(), |()| String::new());
         self.check("the chain of records is whole", whole.is_empty(), &whole);
-        guard.show(&[
-            "explain",
-            "--workload",
-            NAME,
-            "--connect",
-            "169.254.169.254:80/TCP",
-        ])?;
+        guard.show(&["explain", "--workload", NAME, "--connect", "169.254.169.254:80/TCP"])?;
         let metrics = self.metrics()?;
         let series: Vec<_> =
             metrics.lines().filter(|line| line.starts_with("agentguard_")).collect();
