@@ -2,7 +2,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId, WorkloadId};
+use crate::{
+    Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId, WorkloadId,
+};
 
 /// `expires_at` of a permission that does not end. The upper half of the numbers is not used, so
 /// that the sign of a difference tells which of two ends later.

@@ -1255,7 +1255,7 @@ fn exit_statuses_say_what_kind_of_failure_it_was() {
         (&["--help"], 0),
         (&["frobnicate"], 2),
         (&["explain", "--connect", "192.0.2.7:443"], 2),
-        (&["manual", "/no/such/directory"], 1),
+        (&["generate", "/proc/no/such/directory"], 1),
     ] {
         let (exit, out, err) = command_line(words);
         assert_eq!(exit.code(), code, "{words:?}: {out}{err}");
@@ -1269,7 +1269,7 @@ fn completions_and_man_pages_are_generated() {
     assert_eq!(exit, Exit::Done);
     assert!(out.contains("agentguard__subcmd__exec") || out.contains("agentguard__exec"));
     let directory = tempfile::tempdir().unwrap();
-    let (exit, ..) = command_line(&["manual", directory.path().to_str().unwrap()]);
+    let (exit, ..) = command_line(&["generate", directory.path().to_str().unwrap()]);
     assert_eq!(exit, Exit::Done);
     assert!(directory.path().join("agentguard-exec.1").exists());
 }

@@ -14,7 +14,6 @@ use std::{
     env, fs,
     path::PathBuf,
     process::{Command, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -22,15 +21,19 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{
-    dist::release_daemon,
-    guard::{Ending, Guard, METRICS},
+    dist::daemon_binary,
+    guard::{Ending, Guard, METRICS, typed},
+    interrupt,
     run::{heading, output, root},
     setup::{self, Purpose},
 };
 use world::{Agent, World};
 
-/// The manifests the daemon runs on.
-const EXAMPLES: &str = "deploy/examples";
+/// The manifests the daemon runs on: what one agent may do.
+const MANIFESTS: &str = "deploy/examples/researcher.yaml";
+
+/// What the workload is called.
+const NAME: &str = "researcher";
 
 /// Who the agent is.
 const IDENTITY: &str = "spiffe://example.org/host/researcher";
@@ -97,16 +100,21 @@ pub(crate) fn demo(arguments: &Arguments) -> Result<()> {
         heading("build");
         match env::var_os("AGENTGUARD_BIN") {
             Some(binary) => binary.into(),
-            None => release_daemon()?,
+            None => daemon_binary()?,
         }
     };
+    interrupt::defer()?;
     let begin = Instant::now();
     heading("a world of its own: an agent, a code host, a database, cloud metadata, a build host");
     let world = World::new()?;
     let mut demo = Demo { world: &world, pace: Duration::from_millis(arguments.pace), wrong: 0 };
     demo.without_the_guard()?;
     if !arguments.unguarded {
-        let (directory, manifests) = (world.directory().join("guard"), root().join(EXAMPLES));
+        let directory = world.directory().join("guard");
+        let manifests = world.directory().join("manifests");
+        fs::create_dir_all(&manifests)?;
+        fs::copy(root().join(MANIFESTS), manifests.join("researcher.yaml"))
+            .with_context(|| format!("{MANIFESTS} cannot be copied"))?;
         let guard = Guard::new(&daemon, &directory, &manifests, world.node())?;
         demo.with_the_guard(&guard)?;
     }
@@ -134,16 +142,28 @@ impl Demo<'_> {
     }
 
     fn with_the_guard(&mut self, guard: &Guard<'_>) -> Result<()> {
-        heading("the guard starts on deploy/examples/, and the agent under its identity");
+        heading(&format!("the guard starts on {MANIFESTS}, and the agent under its identity"));
         let daemon = guard.start()?;
         guard.show(&["status"])?;
-        let _table = guard.command(&["events", "-f"]).stdin(Stdio::null()).spawn().map(Ending)?;
-        let exec = guard.command(&["exec", "--identity", IDENTITY, "--", "/usr/bin/python3"]);
+        let table = table(guard)?;
+        let exec = guard.command(&[
+            "exec",
+            "--name",
+            NAME,
+            "--identity",
+            IDENTITY,
+            "--",
+            "/usr/bin/python3",
+        ]);
         let mut agent = Agent::start(self.world, exec)?;
 
         heading("two scopes are granted: agent:tools and github:read");
-        for tool in TOOLS {
+        for (index, tool) in TOOLS.iter().enumerate() {
             self.step(&mut agent, tool.file, tool.does, tool.expected)?;
+            if index == 0 {
+                // It has answered, so that it is where it shall be.
+                agent.own_cgroup()?;
+            }
         }
 
         heading("a scope is granted while the agent runs");
@@ -154,7 +174,7 @@ impl Demo<'_> {
         agent.start_tool(DUMP_ORDERS)?;
         let copied = agent.progress(BEGUN)?;
         println!("   in flight: {copied}");
-        guard.show(&["revoke", &orders])?;
+        guard.show(&["revoke", &orders, "--reason", "OPS-1301 is done"])?;
         let revoked = Instant::now();
         let ended = agent.answer_of(DUMP_ORDERS, STOPPED)?;
         self.check("the transfer stops", ended.status != 0, &ended.said);
@@ -165,24 +185,31 @@ impl Demo<'_> {
         grant(guard, "build:deploy", SHORT_GRANT, "OPS-1302")?;
         let granted = Instant::now();
         self.step(&mut agent, DEPLOY, "ssh to the build host", Outcome::Works)?;
+        drop(table);
         daemon.kill()?;
-        println!("   the daemon is killed");
+        println!("   the daemon is killed, and with it the table; the kernel half goes on alone");
         self.step(&mut agent, "metadata.sh", "what was refused stays refused", Outcome::Refused)?;
         self.step(&mut agent, "read_issue.sh", "what was granted stays granted", Outcome::Works)?;
-        thread::sleep(SHORT_GRANT.saturating_sub(granted.elapsed()) + Duration::from_millis(500));
+        let left = SHORT_GRANT.saturating_sub(granted.elapsed());
+        interrupt::sleep(left + Duration::from_millis(500))?;
         self.step(&mut agent, DEPLOY, "the grant is over, in the kernel", Outcome::Refused)?;
 
         heading("the next daemon adopts what is in place");
         let daemon = guard.start()?;
+        let table = self::table(guard)?;
         self.step(&mut agent, "read_issue.sh", "the agent works on", Outcome::Works)?;
+        self.step(&mut agent, DEPLOY, "what is over stays over", Outcome::Refused)?;
+        drop(table);
 
         heading("evidence");
         self.evidence(guard)?;
 
         heading("the agent ends, the guard is removed");
         agent.end()?;
+        drop(agent);
         guard.show(&["uninstall"])?;
         daemon.kill()?;
+        self.check("no pin is left", !guard.pins().exists(), "");
         let mut agent = Agent::start(self.world, Command::new("/usr/bin/python3"))?;
         self.step(&mut agent, "metadata.sh", "nothing is left behind", Outcome::Works)?;
         agent.end()
@@ -193,8 +220,8 @@ impl Demo<'_> {
         let records = audit_records(guard)?;
         let refused: Vec<_> =
             records.iter().filter(|line| line.contains("169.254.169.254")).collect();
-        for record in records.iter().rev().take(3).rev() {
-            println!("{record}");
+        if let Some(record) = refused.first() {
+            println!("{:#}", serde_json::from_str::<Value>(record)?);
         }
         let sound = records.iter().all(|line| serde_json::from_str::<Value>(line).is_ok());
         self.check("each audit record is JSON", sound, &format!("{} records", records.len()));
@@ -203,20 +230,21 @@ impl Demo<'_> {
             refused.iter().any(|line| line.contains(IDENTITY)),
             &format!("{} records", refused.len()),
         );
-        guard.show(&[
-            "explain",
-            "--workload",
-            "researcher",
-            "--connect",
-            "169.254.169.254:80/TCP",
-        ])?;
+        let log = guard.audit_log();
+        let verify = ["audit", "verify", &log.to_string_lossy()];
+        let whole = guard.show(&verify).map_or_else(|error| error.to_string(), |()| String::new());
+        self.check("the chain of records is whole", whole.is_empty(), &whole);
+        guard.show(&["explain", "--workload", NAME, "--connect", "169.254.169.254:80/TCP"])?;
         let metrics = self.metrics()?;
-        let shown: Vec<_> =
+        let series: Vec<_> =
             metrics.lines().filter(|line| line.starts_with("agentguard_")).collect();
-        for line in shown.iter().take(12) {
+        let denials: Vec<_> =
+            series.iter().filter(|line| line.contains("verdict=\"deny\"")).collect();
+        for line in &denials {
             println!("{line}");
         }
-        self.check("metrics are served", !shown.is_empty(), &format!("{} series", shown.len()));
+        let counted = format!("{} series, {} of them of denials", series.len(), denials.len());
+        self.check("denials are in the metrics", !denials.is_empty(), &counted);
         Ok(())
     }
 
@@ -228,7 +256,7 @@ impl Demo<'_> {
 
     /// Has the agent use a tool, and compares how that ended with how it must.
     fn step(&mut self, agent: &mut Agent, tool: &str, does: &str, must: Outcome) -> Result<()> {
-        thread::sleep(self.pace);
+        interrupt::sleep(self.pace)?;
         let answer = agent.run_tool(tool)?;
         let outcome = if answer.status == 0 { Outcome::Works } else { Outcome::Refused };
         let said = if answer.said.is_empty() {
@@ -250,12 +278,18 @@ impl Demo<'_> {
     }
 }
 
+/// Shows what happens as it happens, until the value is dropped.
+fn table(guard: &Guard<'_>) -> Result<Ending> {
+    let mut events = guard.command(&["events", "--follow"]);
+    events.stdin(Stdio::null()).spawn().map(Ending).context("the table of events cannot be shown")
+}
+
 /// Grants a scope to the agent, and gives the grant's id.
 fn grant(guard: &Guard<'_>, scope: &str, ttl: Duration, reason: &str) -> Result<String> {
     let ttl = format!("{}s", ttl.as_secs());
     let whom = ["grant", "--to", IDENTITY, "--scope", scope, "--ttl", &ttl];
     let arguments = [&whom[..], &["--by", "demo", "--reason", reason]].concat();
-    println!("$ agentguard {}", arguments.join(" "));
+    println!("$ agentguard {}", typed(&arguments));
     let id = output(&mut guard.command(&arguments))?.trim().to_owned();
     println!("{id}");
     Ok(id)

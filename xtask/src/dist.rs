@@ -64,6 +64,18 @@ pub(crate) fn release_daemon() -> Result<PathBuf> {
     Ok(target_dir().join("release/agentguard"))
 }
 
+/// Builds the daemon as it is tested, and gives the path of the binary.
+///
+/// In the profile of the tests, which have built most of it: the kernel half is optimised in both.
+///
+/// # Errors
+///
+/// The build fails.
+pub(crate) fn daemon_binary() -> Result<PathBuf> {
+    run(&mut cargo(&["build", "--locked", "--package", "agentguard"]))?;
+    Ok(target_dir().join("debug/agentguard"))
+}
+
 /// Copies one file, and makes the directories it needs.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let named = || format!("{}: cannot be copied to {}", from.display(), to.display());

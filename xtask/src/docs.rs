@@ -6,7 +6,6 @@
 //! and are not kept in the checkout.
 
 use std::{
-    collections::BTreeSet,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -14,10 +13,17 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run::{cargo, heading, root, run, target_dir};
+use crate::{
+    dist::daemon_binary,
+    run::{heading, root, run},
+};
 
 /// What `agentguard generate` writes for the release only.
 pub(crate) const RELEASE_ONLY: &[&str] = &["completions", "man"];
+
+/// Directories of the checkout that hold generated documents and nothing else, so that one that is
+/// no longer written does not stay behind.
+const GENERATED_ONLY: [&str; 2] = ["deploy/schemas", "docs/reference"];
 
 /// Arguments of `cargo xtask docs`.
 #[derive(Debug, clap::Args)]
@@ -82,25 +88,20 @@ pub(crate) fn stale() -> Result<Vec<Stale>> {
     let fresh = tempfile::tempdir()?;
     generate(&daemon()?, fresh.path())?;
     let mut stale = Vec::new();
-    let mut directories = BTreeSet::new();
     for path in files(fresh.path())? {
         let relative = path.strip_prefix(fresh.path())?.to_owned();
         if RELEASE_ONLY.iter().any(|directory| relative.starts_with(directory)) {
             continue;
         }
-        directories.extend(relative.parent().map(Path::to_owned));
         let content = fs::read(&path)?;
         if fs::read(root().join(&relative)).ok().as_deref() != Some(&content[..]) {
             stale.push(Stale { path: relative, content: Some(content) });
         }
     }
-    // A directory that holds a generated document holds nothing else, so that one that is no
-    // longer written does not stay behind.
-    for directory in directories.iter().filter(|directory| root().join(directory).is_dir()) {
-        for entry in fs::read_dir(root().join(directory))? {
-            let path = entry?.path();
+    for directory in GENERATED_ONLY.map(|directory| root().join(directory)) {
+        for path in if directory.is_dir() { files(&directory)? } else { Vec::new() } {
             let relative = path.strip_prefix(root())?.to_owned();
-            if path.is_file() && !fresh.path().join(&relative).exists() {
+            if !fresh.path().join(&relative).exists() {
                 stale.push(Stale { path: relative, content: None });
             }
         }
@@ -127,8 +128,7 @@ fn daemon() -> Result<PathBuf> {
     if let Some(binary) = env::var_os("AGENTGUARD_BIN") {
         return Ok(binary.into());
     }
-    run(&mut cargo(&["build", "--quiet", "--locked", "--package", "agentguard"]))?;
-    Ok(target_dir().join("debug/agentguard"))
+    daemon_binary()
 }
 
 /// Every file below `directory`, in order.

@@ -13,9 +13,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::mount::{MsFlags, mount, umount};
 
 use crate::{
+    interrupt,
     netns::Namespace,
     run::{output, run},
     setup::cgroup_root,
@@ -26,6 +26,9 @@ const ANSWERS: Duration = Duration::from_secs(10);
 
 /// Where its metrics are served, inside its namespace.
 pub(crate) const METRICS: &str = "127.0.0.1:9469";
+
+/// Where the machine's BPF file system is.
+const BPFFS: &str = "/sys/fs/bpf";
 
 /// A daemon that is set up, running or not. Dropping it removes what it put into the kernel.
 pub(crate) struct Guard<'a> {
@@ -44,23 +47,21 @@ impl<'a> Guard<'a> {
     ) -> Result<Self> {
         let guard = Self { binary: binary.to_owned(), directory: directory.to_owned(), node };
         guard.clear_away()?;
-        let bpffs = guard.at("bpf");
-        fs::create_dir_all(&bpffs)?;
-        mount(Some("bpffs"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
-            .context("a bpffs cannot be mounted; it needs root and CONFIG_BPF_SYSCALL")?;
+        fs::create_dir_all(directory)?;
         let config = format!(
-            "node_name: {name}\n\
+            "node: {name}\n\
+             trust_domain: example.org\n\
              cgroup_root: {cgroup_root}\n\
              pin_directory: {pins}\n\
              state_directory: {state}\n\
              runtime_directory: {runtime}\n\
-             manifests: {manifests}\n\
+             manifests_directory: {manifests}\n\
              api:\n  socket: {socket}\n\
              metrics:\n  listen: {METRICS}\n\
              audit:\n  output: {audit}\n",
             name = node.name(),
             cgroup_root = cgroup_root()?.display(),
-            pins = bpffs.join("agentguard").display(),
+            pins = guard.pins().display(),
             state = guard.at("state").display(),
             runtime = guard.at("run").display(),
             manifests = manifests.display(),
@@ -96,6 +97,7 @@ impl<'a> Guard<'a> {
         let mut daemon = Ending(child.context("the daemon cannot be started")?);
         let begin = Instant::now();
         while output(&mut self.command(&["status"])).is_err() {
+            interrupt::check()?;
             if let Some(status) = daemon.0.try_wait()? {
                 bail!("the daemon ended ({status}):\n{}", fs::read_to_string(&log)?);
             }
@@ -111,12 +113,17 @@ impl<'a> Guard<'a> {
 
     /// Runs a command and shows it as the viewer would type it.
     pub(crate) fn show(&self, arguments: &[&str]) -> Result<()> {
-        println!("$ agentguard {}", arguments.join(" "));
+        println!("$ agentguard {}", typed(arguments));
         run(&mut self.command(arguments))
     }
 
     fn at(&self, name: &str) -> PathBuf {
         self.directory.join(name)
+    }
+
+    /// Named after the namespace, so that no other daemon's pins are in it.
+    pub(crate) fn pins(&self) -> PathBuf {
+        Path::new(BPFFS).join(self.node.name())
     }
 
     fn config(&self) -> PathBuf {
@@ -133,17 +140,20 @@ impl<'a> Guard<'a> {
             output(&mut self.command(&["uninstall"]))
                 .context("programs may still be in the kernel; see bpftool link show")?;
         }
-        let bpffs = self.at("bpf");
-        if bpffs.exists() {
-            // Not mounted is as good as unmounted.
-            let _ = umount(&bpffs);
-        }
         if self.directory.exists() {
             fs::remove_dir_all(&self.directory)
                 .with_context(|| format!("{}: in the way", self.directory.display()))?;
         }
         Ok(())
     }
+}
+
+/// Arguments as a shell takes them.
+pub(crate) fn typed(arguments: &[&str]) -> String {
+    let quoted = arguments.iter().map(|argument| {
+        if argument.contains(' ') { format!("'{argument}'") } else { (*argument).to_owned() }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
 }
 
 impl Drop for Guard<'_> {

@@ -10,6 +10,7 @@ mod demo;
 mod dist;
 mod docs;
 mod guard;
+mod interrupt;
 mod netns;
 mod object;
 mod run;

@@ -2,8 +2,8 @@
 //!
 //! Its one job is to run them in the right order with what they need, and to close with one
 //! honest line. Unit, property and documentation tests of the crates run in parallel; those
-//! in `tests/` own the kernel's state while they run and go one after the other, against the
-//! daemon as it is released.
+//! in `tests/` own the kernel's state while they run and go one after the other, against a
+//! daemon of the same build.
 
 use std::{
     env,
@@ -16,9 +16,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    dist::release_daemon,
-    object,
-    run::{cargo, heading},
+    dist::daemon_binary,
+    run::{cargo, heading, run},
     setup::{self, Purpose},
 };
 
@@ -41,8 +40,11 @@ pub(crate) struct Arguments {
 pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     let begin = Instant::now();
     setup::setup(if arguments.without_kernel { Purpose::Build } else { Purpose::Test })?;
-    heading("kernel half");
-    println!("{}", object::object()?.display());
+    // All at once: cargo chooses the features of what is shared by what is built together, and
+    // would build it again for each part.
+    heading("build");
+    run(&mut cargo(&["test", "--locked", "--no-run"]))?;
+    let daemon = daemon_binary()?;
 
     let filter = arguments.filter.as_slice();
     let mut total = Total::default();
@@ -53,9 +55,6 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     total += counted(&mut crates)?;
 
     if !arguments.without_kernel {
-        heading("daemon");
-        let daemon = release_daemon()?;
-        println!("{}", daemon.display());
         heading("this kernel");
         let mut kernel = cargo(&["test", "--locked", "--no-fail-fast"]);
         kernel.args(["--package", "agentguard-tests", "--", "--test-threads=1"]).args(filter);

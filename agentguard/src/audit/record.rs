@@ -234,7 +234,9 @@ pub struct Container {
 /// A Kubernetes pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Pod {
+    /// Its namespace.
     pub namespace: Text,
+    /// Its name there.
     pub name: Text,
     /// Tells apart pods that had the same name.
     pub uid: Text,
@@ -256,7 +258,7 @@ pub struct Process {
     pub start: Option<ProcessStart>,
     /// What it runs, by the path it was started by; null when that is not known.
     pub executable: Option<Text>,
-    /// Its ancestors, the nearest first, up to [`Process::MAX_PARENTS`].
+    /// Its ancestors, the nearest first, at most eight.
     pub parents: Vec<Ancestor>,
     /// Whether another task stood at the hook than the one that asked, as for a packet that was
     /// queued. The process is then the one that stood there.
@@ -403,6 +405,7 @@ pub struct Endpoint {
 pub struct File {
     /// The file system: major number in the upper 12 bits, minor in the lower 20.
     pub device: u32,
+    /// Its number in the file system.
     pub inode: u64,
     /// Tells apart files that had the same inode number; zero where the file system can not.
     pub generation: u32,
@@ -471,7 +474,9 @@ pub struct StartRecord {
 /// What a layer can keep of the promise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerProtection {
+    /// The layer.
     pub layer: Layer,
+    /// How much of the promise it keeps.
     pub protection: ProtectionWord,
     /// What is missing, where it is not full.
     pub missing: Vec<Missing>,
@@ -509,6 +514,7 @@ pub struct StopRecord {
 /// A grant changed its state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct GrantRecord {
+    /// What became of it.
     pub change: GrantChange,
     /// The grant's name.
     pub grant: Text,
@@ -576,10 +582,13 @@ pub enum ActorSource {
 /// A workload came, changed or went.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkloadRecord {
+    /// What became of it.
     pub change: WorkloadChange,
+    /// Which one.
     pub workload: Workload,
     /// The mode in force for it from now.
     pub mode: Word<Mode>,
+    /// How much of the promise is kept for it.
     pub protection: ProtectionWord,
     /// What is missing, where protection is not full.
     pub missing: Vec<Missing>,

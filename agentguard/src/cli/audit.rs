@@ -19,6 +19,7 @@ pub(super) struct Arguments {
 enum Command {
     /// Follow the hash chain of a log and say whether a line is missing or was changed
     Verify {
+        /// The files of the log, the oldest first
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },

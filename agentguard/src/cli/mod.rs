@@ -81,7 +81,7 @@ enum Command {
     Diagnostics(diagnostics::Arguments),
     Uninstall(uninstall::Arguments),
     Completions(generate::Completions),
-    Manual(generate::Manual),
+    Generate(generate::Arguments),
 }
 
 /// What every command is given.
@@ -158,7 +158,7 @@ pub fn run(
         Command::Diagnostics(arguments) => diagnostics::run(&arguments, context),
         Command::Uninstall(arguments) => uninstall::run(&arguments, context),
         Command::Completions(arguments) => generate::completions(&arguments, context),
-        Command::Manual(arguments) => generate::manual(&arguments, context),
+        Command::Generate(arguments) => generate::run(&arguments, context),
     };
     ended.unwrap_or_else(|failure| {
         if !failure.is_broken_pipe() {

@@ -1,4 +1,5 @@
-//! The default file: every key with its meaning and default, generated from the types.
+//! The default file, and the same for the reference: every key with its meaning and default,
+//! generated from the types.
 //!
 //! Meanings come from the schema, that is from doc comments; values and their order come from
 //! [`Configuration::default`]. Must not know any key by name.
@@ -17,19 +18,68 @@ const WIDTH: usize = 100;
 /// A configuration file that says what holds without one.
 #[must_use]
 pub fn default_file() -> String {
+    let schema = schema();
+    let mut file = String::new();
+    comment(&mut file, "", &schema);
+    comment_text(&mut file, "", "Every key may be left out; what stands here is its default.");
+    section(&mut file, "", &schema, &defaults());
+    file
+}
+
+/// What the reference says about a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// From the top, as `api.socket`.
+    pub path: String,
+    /// As it is written in the file.
+    pub default: String,
+    /// What it is for.
+    pub meaning: String,
+}
+
+/// Every key that has a value, in the order of the default file.
+#[must_use]
+pub fn describe() -> Vec<Key> {
+    let mut found = Vec::new();
+    describe_section("", &schema(), &defaults(), &mut found);
+    found
+}
+
+fn describe_section(path: &str, schema: &Value, keys: &[(String, Ordered)], found: &mut Vec<Key>) {
+    for (key, value) in keys {
+        let schema = &schema["properties"][key];
+        match value {
+            Ordered::Keys(keys) => {
+                describe_section(&format!("{path}{key}."), schema, keys, found);
+            }
+            Ordered::Value(value) => found.push(Key {
+                path: format!("{path}{key}"),
+                default: plain(value),
+                meaning: schema["description"].as_str().unwrap_or_default().to_owned(),
+            }),
+        }
+    }
+}
+
+fn schema() -> Value {
     let mut settings = SchemaSettings::draft2020_12();
     settings.inline_subschemas = true;
-    let schema = settings.into_generator().into_root_schema_for::<Configuration>();
-    let mut file = String::new();
-    comment(&mut file, "", schema.as_value());
-    comment_text(&mut file, "", "Every key may be left out; what stands here is its default.");
+    settings.into_generator().into_root_schema_for::<Configuration>().to_value()
+}
+
+fn defaults() -> Vec<(String, Ordered)> {
     // Our own types serialise, and what JSON serialises reads back.
     let values = serde_json::to_string(&Configuration::default())
         .and_then(|values| serde_json::from_str(&values));
-    if let Ok(Ordered::Keys(keys)) = values {
-        section(&mut file, "", schema.as_value(), &keys);
+    match values {
+        Ok(Ordered::Keys(keys)) => keys,
+        Ok(Ordered::Value(_)) | Err(_) => Vec::new(),
     }
-    file
+}
+
+/// As YAML needs it: plain where that is unmistakable.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn section(file: &mut String, indent: &str, schema: &Value, keys: &[(String, Ordered)]) {

@@ -23,7 +23,7 @@ use serde::de::IntoDeserializer;
 use serde::{Deserialize, Serialize};
 
 use crate::{audit, logging};
-pub use default_file::default_file;
+pub use default_file::{Key, default_file, describe};
 use value::{
     AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval, Listen,
     NodeName, RingBytes, TrustDomainName, ValueError,

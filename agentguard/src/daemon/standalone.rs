@@ -26,6 +26,7 @@ use super::engine::Engine;
 use super::names::Names;
 use super::witness::Denials;
 use super::{DaemonError, require_root, settings, sizes, standalone_pins, start_witness};
+use crate::api::service::ServiceError;
 use crate::api::types::Confine;
 use crate::audit::{self, AuditLog};
 use crate::config::Configuration;
@@ -112,8 +113,11 @@ async fn supervise(
     let candidate = Candidate { pid: child.pid(), uid: 0 };
     let confined = confine(&mut engine, &candidate, &identity, request).map_err(|error| {
         StandaloneError::Refused(match &error {
-            crate::api::service::ServiceError::Invalid(errors) => errors.join("\n"),
-            other => other.to_string(),
+            ServiceError::Invalid(errors) => errors.join("\n"),
+            other @ (ServiceError::NotFound { .. }
+            | ServiceError::Forbidden { .. }
+            | ServiceError::Conflict { .. }
+            | ServiceError::Unavailable { .. }) => other.to_string(),
         })
     })?;
     child.tell().map_err(StandaloneError::Start)?;

@@ -107,6 +107,7 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
 /// # Errors
 ///
 /// When the directory can not be read.
+#[expect(clippy::result_large_err, reason = "made once for a directory, and shown at once")]
 pub fn files(directory: &Path) -> Result<Vec<PathBuf>, ManifestError> {
     manifests_in(directory).map_err(|error| unreadable(directory, &error))
 }

@@ -18,9 +18,13 @@ use crate::{
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ScopeManifest {
+    /// The version of this form.
     api_version: ApiVersion,
+    /// What the document is.
     kind: ScopeKind,
+    /// What it is called.
     metadata: Metadata,
+    /// What the scope permits.
     spec: ScopeSpec,
 }
 
@@ -28,9 +32,13 @@ pub struct ScopeManifest {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GrantManifest {
+    /// The version of this form.
     api_version: ApiVersion,
+    /// What the document is.
     kind: GrantKind,
+    /// What it is called.
     metadata: Metadata,
+    /// What is granted to whom.
     spec: GrantSpec,
 }
 
@@ -38,9 +46,13 @@ pub struct GrantManifest {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WorkloadManifest {
+    /// The version of this form.
     api_version: ApiVersion,
+    /// What the document is.
     kind: WorkloadKind,
+    /// What it is called.
     metadata: Metadata,
+    /// Which processes, and as whom.
     spec: WorkloadSpec,
 }
 
@@ -108,8 +120,10 @@ struct ScopeSpec {
 #[derive(Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Egress {
+    /// Where to.
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     to: Vec<To>,
+    /// At which ports; each is one port, a range of ports, or without `port` the whole protocol.
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     ports: Vec<Ports>,
 }
@@ -145,7 +159,9 @@ struct IpBlock {
     "then" = {"not": {"required": ["port"]}},
 ))]
 struct Ports {
+    /// The IP protocol; `ICMP` and `Any` have no ports.
     protocol: WireProtocol,
+    /// The port, or the first one of a range; without it every port.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]
     port: Option<u16>,
@@ -187,17 +203,18 @@ enum WireUnixSocket {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("oneOf" = [{"required": ["expiresAt"]}, {"required": ["ttl"]}]))]
 struct GrantSpec {
+    /// Whose identity the grant is for.
     subject: WireSubject,
     /// The scopes, each defined by a Scope.
     #[schemars(length(min = 1), inner(length(min = 1, max = 128), regex(pattern = r"^[a-z0-9]+([:._/-][a-z0-9]+)*$")), extend("uniqueItems" = true))]
     scopes: Vec<String>,
-    /// RFC 3339 with offset.
+    /// From when it holds: RFC 3339 with offset. Without it, from when it is added.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(
         pattern = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$"
     ))]
     not_before: Option<String>,
-    /// RFC 3339 with offset, or `never` for a standing grant.
+    /// Until when it holds: RFC 3339 with offset, or `never` for a standing grant.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(
         pattern = r"^(never|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2}))$"
@@ -239,10 +256,12 @@ enum WireSubject {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WorkloadSpec {
+    /// Which processes of the node.
     select: Select,
     /// The identity that the selected processes have.
     #[schemars(length(max = 2048), regex(pattern = r"^spiffe://[a-z0-9._-]+(/[a-zA-Z0-9._-]+)+$"))]
     spiffe_id: String,
+    /// What happens to denied requests.
     mode: WireMode,
 }
 

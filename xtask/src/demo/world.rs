@@ -23,6 +23,7 @@ use crate::{
     guard::Ending,
     netns::Namespace,
     run::{output, root},
+    setup::cgroup_root,
 };
 
 /// The two ends of the one cable.
@@ -233,6 +234,8 @@ fn clear_away() {
 /// The agent's process, and the two pipes it is driven by.
 pub(super) struct Agent {
     child: Ending,
+    /// The cgroup that it was put into, if any.
+    cgroup: Option<PathBuf>,
     orders: Option<ChildStdin>,
     answers: Receiver<Value>,
 }
@@ -273,7 +276,15 @@ impl Agent {
                 }
             }
         });
-        Ok(Self { child: Ending(child), orders, answers })
+        Ok(Self { child: Ending(child), cgroup: None, orders, answers })
+    }
+
+    /// Notes the cgroup that the agent was put into, which is not this command's own: what is
+    /// still in it when the value is dropped is killed, also the agent's tools.
+    pub(super) fn own_cgroup(&mut self) -> Result<()> {
+        let own = cgroup_of("self")?;
+        self.cgroup = Some(cgroup_of(&self.child.0.id().to_string())?).filter(|path| *path != own);
+        Ok(())
     }
 
     /// Has the agent use a tool, and waits for how that ended.
@@ -318,7 +329,7 @@ impl Agent {
     }
 
     /// Closes the agent's input, at which it ends.
-    pub(super) fn end(mut self) -> Result<()> {
+    pub(super) fn end(&mut self) -> Result<()> {
         drop(self.orders.take());
         let status = self.child.0.wait()?;
         ensure!(status.success(), "the agent ended with {status}");
@@ -329,4 +340,29 @@ impl Agent {
         let orders = self.orders.as_mut().context("the agent was ended")?;
         writeln!(orders, "{order}").context("the agent is gone")
     }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let Some(cgroup) = &self.cgroup else { return };
+        // It may be gone already, which is what is wanted.
+        let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+        let begin = Instant::now();
+        // The agent itself is waited for here: a cgroup is in use until it was.
+        let _ = self.child.0.wait();
+        while fs::read_to_string(cgroup.join("cgroup.events"))
+            .is_ok_and(|events| events.contains("populated 1"))
+            && begin.elapsed() < READY
+        {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// The directory of a process's cgroup.
+fn cgroup_of(process: &str) -> Result<PathBuf> {
+    let path = format!("/proc/{process}/cgroup");
+    let cgroups = fs::read_to_string(&path).with_context(|| format!("{path}: cannot be read"))?;
+    let line = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
+    Ok(cgroup_root()?.join(line.with_context(|| format!("{path}: names no cgroup v2"))?))
 }
