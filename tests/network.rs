@@ -177,7 +177,7 @@ fn lent(
     WayOut::network(how(attack, &path, &numbers), protocol, FORBIDDEN)
         .proved_by(Proof::Sent(protocol, FORBIDDEN))
         .with_helper(helper)
-        .or_gap("foreign_socket")
+        .or_gap("SCM_RIGHTS")
 }
 
 fn by_message(attack: Attack, path: &Path, _: &[i32]) -> Attack {
@@ -199,7 +199,7 @@ fn inherited(world: &World, protocol: Protocol) -> WayOut {
         .with_descriptor(socket);
     WayOut::network(attack, protocol, FORBIDDEN)
         .proved_by(Proof::Sent(protocol, FORBIDDEN))
-        .or_gap("foreign_socket")
+        .recorded_as_inherited(3)
 }
 
 /// N8: the listening socket was made before the launch, and the database calls.
@@ -213,7 +213,7 @@ fn activated(world: &mut World) -> WayOut {
         .arg("activation")
         .option("fd", "3")
         .with_descriptor(listener);
-    WayOut::network(attack, Protocol::Tcp, caller).or_gap("foreign_socket")
+    WayOut::network(attack, Protocol::Tcp, caller).recorded_as_inherited(3)
 }
 
 ways_out! {

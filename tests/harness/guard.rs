@@ -16,7 +16,7 @@ use crate::{
     World, cgroup,
     process::{Finished, Running, binary, run},
     server::Protocol,
-    world::address,
+    world::{PINS, address},
 };
 
 /// How long the daemon may take for a step that it is asked for.
@@ -138,7 +138,12 @@ impl Guard {
         write_manifest(&self.directory, &format!("scope-{}", scope.replace(':', "-")), &document);
     }
 
-    /// Grants `scope` to `identity` for so long, by a manifest.
+    /// Grants `scope` to `identity` for so long, by a manifest, and waits until it holds.
+    ///
+    /// # Panics
+    ///
+    /// When it does not in time.
+    #[track_caller]
     pub fn grant(&self, name: &str, identity: &str, scope: &str, lasts: Duration) {
         let lasts = SignedDuration::try_from(lasts).expect("a test does not last that long");
         let document = json!({
@@ -154,6 +159,11 @@ impl Guard {
             },
         });
         write_manifest(&self.directory, &format!("grant-{name}"), &document);
+        wait_until("the grant holds", || {
+            let grants = self.json(&["grants"]);
+            let grants = grants.as_array().into_iter().flatten();
+            grants.into_iter().any(|grant| grant["id"] == name && grant["state"] == "active")
+        });
     }
 
     /// Takes a grant back, by removing its manifest.
@@ -178,13 +188,25 @@ impl Guard {
     #[track_caller]
     #[must_use]
     pub fn status(&self) -> Value {
-        let finished = run(&mut self.command(&["status", "--output", "json"]), PATIENCE)
-            .expect_success("agentguard status");
-        serde_json::from_str(&finished.stdout)
-            .unwrap_or_else(|error| panic!("agentguard status: {error}: {}", finished.stdout))
+        self.json(&["status"])
     }
 
-    /// The verdicts in the audit log so far.
+    /// What one of agentguard's commands says to programs.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    #[track_caller]
+    #[must_use]
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let mut command = self.command(arguments);
+        let finished = run(command.args(["--output", "json"]), PATIENCE)
+            .expect_success(&format!("agentguard {arguments:?}"));
+        serde_json::from_str(&finished.stdout)
+            .unwrap_or_else(|error| panic!("{arguments:?}: {error}: {}", finished.stdout))
+    }
+
+    /// The records in the audit log so far, verdicts and others.
     ///
     /// # Panics
     ///
@@ -201,7 +223,6 @@ impl Guard {
                 assert!(!text.contains(char::is_control), "a control character in {text:?}");
                 serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
             })
-            .filter(|record: &Value| record["kind"] == "verdict")
             .collect()
     }
 
@@ -280,13 +301,15 @@ fn write_config(directory: &Path, name: &str) {
     let config = json!({
         "node": name,
         "trust_domain": "agentguard.test",
-        "manifests": directory.join("manifests"),
+        "manifests_directory": directory.join("manifests"),
         "state_directory": directory.join("state"),
         "runtime_directory": directory.join("run"),
-        "pin_directory": Path::new("/sys/fs/bpf").join(name),
+        "pin_directory": Path::new(PINS).join(name),
         "cgroup_root": cgroup::root(),
         "cgroup_parent": format!("{name}-guard"),
-        "audit_log": directory.join("audit.jsonl"),
+        "api": {"socket": directory.join("run/api.sock")},
+        "metrics": {"listen": "off"},
+        "audit": {"output": directory.join("audit.jsonl")},
     });
     fs::write(config_file(directory), format!("{config:#}\n")).expect("a file can be written");
 }

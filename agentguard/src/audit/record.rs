@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::api::types::InheritedSocket;
 use super::chain::{Hash, nanoseconds};
 use super::text::Text;
 
@@ -583,6 +584,24 @@ pub struct WorkloadRecord {
     pub protection: ProtectionWord,
     /// What is missing, where protection is not full.
     pub missing: Vec<Missing>,
+    /// Network sockets that its first process would have had from before, when it came.
+    #[serde(default)]
+    pub inherited: Vec<Inherited>,
+}
+
+/// A network socket from before a workload came: what is sent on it is held to no scope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Inherited {
+    pub descriptor: i32,
+    /// Whether it was closed before the workload's command began.
+    pub closed: bool,
+}
+
+impl From<&InheritedSocket> for Inherited {
+    fn from(socket: &InheritedSocket) -> Self {
+        let InheritedSocket { descriptor, closed } = *socket;
+        Self { descriptor, closed }
+    }
 }
 
 /// What became of a workload.

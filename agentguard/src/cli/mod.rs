@@ -21,6 +21,7 @@ mod explain;
 mod generate;
 mod grant;
 mod grants;
+mod inherited;
 pub mod output;
 mod revoke;
 mod run;

@@ -170,6 +170,7 @@ fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
         owner: found.owner_uid,
         unit: None,
         launch: Vec::new(),
+        inherited: Vec::new(),
     })?;
     Ok(())
 }

@@ -37,7 +37,7 @@ pub use self::service::protection_view;
 pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
-use self::engine::{Engine, protection_of};
+use self::engine::{Cgroups, Engine, protection_of};
 use self::names::Names;
 use self::service::{Daemon, Shared};
 use self::witness::{Denials, Witness};
@@ -171,7 +171,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         make_directory(path.as_ref(), 0o755)?;
     }
     let node = configuration.node_name()?.to_string();
-    let cgroup_root = configuration.find_cgroup_root()?;
+    let cgroups = Cgroups::of(&configuration)?;
     let metrics = Metrics::new(configuration.metrics.max_identities.get() as usize)?;
     metrics.started(
         env!("CARGO_PKG_VERSION"),
@@ -194,7 +194,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
     let mut engine =
-        Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
+        Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
     engine.restore(saved);
