@@ -60,12 +60,23 @@ impl Guard {
     #[track_caller]
     #[must_use]
     pub fn start(world: &World, programs: &[PathBuf]) -> Self {
+        Self::start_with(world, programs, &json!({}))
+    }
+
+    /// [`Self::start`] with more keys in the configuration.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start_with(world: &World, programs: &[PathBuf], more: &Value) -> Self {
         let program = binary("agentguard", "AGENTGUARD_BIN");
         let directory = world.directory().join("guard");
         for name in ["", "manifests", "state", "run"] {
             fs::create_dir(directory.join(name)).expect("a directory can be made");
         }
-        write_config(&directory, world.name());
+        write_config(&directory, world.name(), more);
         write_manifest(&directory, "base", &base_scope(programs));
         let daemon = Self::start_daemon(&program, &directory);
         let guard = Self { program, directory, daemon };
@@ -122,19 +133,30 @@ impl Guard {
     /// Knows one more scope: a destination.
     pub fn define_scope(&self, scope: &str, protocol: Protocol, to: std::net::SocketAddr) {
         let length = if to.is_ipv4() { 32 } else { 128 };
-        let document = json!({
+        self.define(
+            scope,
+            &json!({"egress": [{
+                "to": [{"ipBlock": {"cidr": format!("{}/{length}", to.ip())}}],
+                "ports": [{"protocol": protocol.as_str().to_uppercase(), "port": to.port()}],
+            }]}),
+        );
+    }
+
+    /// Puts a manifest of any text into the watched directory, in one step.
+    pub fn write_manifest_text(&self, name: &str, text: &[u8]) {
+        write_text(&self.directory, name, text);
+    }
+
+    /// Knows one more scope: any `spec` but for its name.
+    pub fn define(&self, scope: &str, spec: &Value) {
+        let mut document = json!({
             "apiVersion": "agentguard.dev/v1alpha1",
             "kind": "Scope",
             "metadata": {"name": scope.replace(':', "-")},
-            "spec": {
-                "scope": scope,
-                "description": "a destination of a test",
-                "egress": [{
-                    "to": [{"ipBlock": {"cidr": format!("{}/{length}", to.ip())}}],
-                    "ports": [{"protocol": protocol.as_str().to_uppercase(), "port": to.port()}],
-                }],
-            },
+            "spec": spec,
         });
+        document["spec"]["scope"] = scope.into();
+        document["spec"]["description"] = "of a test".into();
         write_manifest(&self.directory, &format!("scope-{}", scope.replace(':', "-")), &document);
     }
 
@@ -242,6 +264,19 @@ impl Guard {
         found.expect("it was found in time")
     }
 
+    /// Checks the hash chain of the audit log. The daemon may be writing at this moment.
+    ///
+    /// # Panics
+    ///
+    /// When the chain does not become whole.
+    #[track_caller]
+    pub fn assert_chain_is_whole(&self) {
+        wait_until("the audit log's chain is whole", || {
+            let mut command = self.command(&["audit", "verify"]);
+            run(command.arg(self.audit_log()), PATIENCE).status.success()
+        });
+    }
+
     /// The audit log.
     #[must_use]
     pub fn audit_log(&self) -> PathBuf {
@@ -281,7 +316,7 @@ pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
     assert!(eventually(condition), "in vain: {what}");
 }
 
-fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+pub(crate) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         if condition() {
@@ -297,8 +332,8 @@ fn config_file(directory: &Path) -> PathBuf {
 }
 
 /// JSON is YAML too.
-fn write_config(directory: &Path, name: &str) {
-    let config = json!({
+fn write_config(directory: &Path, name: &str, more: &Value) {
+    let mut config = json!({
         "node": name,
         "trust_domain": "agentguard.test",
         "manifests_directory": directory.join("manifests"),
@@ -311,6 +346,9 @@ fn write_config(directory: &Path, name: &str) {
         "metrics": {"listen": "off"},
         "audit": {"output": directory.join("audit.jsonl")},
     });
+    for (key, value) in more.as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
     fs::write(config_file(directory), format!("{config:#}\n")).expect("a file can be written");
 }
 
@@ -320,9 +358,13 @@ fn manifest(directory: &Path, name: &str) -> PathBuf {
 
 /// In one step, so that the daemon never reads half of it.
 fn write_manifest(directory: &Path, name: &str, document: &Value) {
+    write_text(directory, name, format!("{document:#}\n").as_bytes());
+}
+
+fn write_text(directory: &Path, name: &str, text: &[u8]) {
     let path = manifest(directory, name);
     let half = directory.join(format!("{name}.new"));
-    fs::write(&half, format!("{document:#}\n")).expect("a file can be written");
+    fs::write(&half, text).expect("a file can be written");
     fs::rename(half, path).expect("a file can be moved");
 }
 

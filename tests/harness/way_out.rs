@@ -4,16 +4,19 @@
 //! recorded; in enforce mode it is refused and recorded, unless `status` has said before that this
 //! kernel leaves it open.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, thread, time::Duration};
 
 use serde_json::{Value, json};
 
 use crate::{
     Attack, Guard, Layer, Mode, Outcome, Programs, Report, Running, World, attack_binary,
-    guard::BASE_SCOPE,
+    guard::{BASE_SCOPE, eventually},
     requires,
     server::{Protocol, Reach},
 };
+
+/// In which the servers take what has arrived.
+const SETTLE: Duration = Duration::from_millis(50);
 
 /// How the harness sees, without asking the attack, that it worked.
 #[derive(Clone, Debug)]
@@ -184,11 +187,13 @@ pub fn is_refused_in_enforce_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
         return;
     }
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
+    guarded.assert_recorded(Mode::Enforce);
+    // By now the servers have taken what had been on its way.
+    thread::sleep(SETTLE);
     assert!(
         !guarded.way_out.worked(&guarded.world),
         "the attack worked without noticing: {report:?}"
     );
-    guarded.assert_recorded(Mode::Enforce);
 }
 
 const IDENTITY: &str = "spiffe://agentguard.test/attacker";
@@ -229,6 +234,7 @@ impl Guarded {
     #[track_caller]
     fn assert_recorded(&self, mode: Mode) {
         let recorded = &self.way_out.recorded;
+        self.guard.assert_chain_is_whole();
         let what = format!("{recorded:?} in {} mode", mode.as_str());
         self.guard.recorded(&what, |record| {
             let by_attacker = record["mode"] == mode.as_str()
@@ -268,7 +274,9 @@ fn mentions(value: &Value, word: &str) -> bool {
 #[track_caller]
 fn assert_worked(way_out: &WayOut, world: &World, report: &Report) {
     assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
-    assert!(way_out.worked(world), "no trace of what the attack says it did: {report:?}");
+    // The servers see it a moment later.
+    let seen = eventually(|| way_out.worked(world));
+    assert!(seen, "no trace of what the attack says it did: {report:?}");
 }
 
 /// Makes three tests of each way out: a module of that name, with one test for each run.

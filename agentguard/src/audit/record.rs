@@ -383,7 +383,8 @@ impl Request {
 /// Where a connect, a datagram or a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Destination {
-    /// IPv4-mapped IPv6 addresses are shown as the IPv4 address they stand for.
+    /// The address that was decided on: an IPv6 address that has an IPv4 address in it (IPv4-mapped,
+    /// -compatible, -translated, 6to4, NAT64) is shown as that one.
     #[schemars(with = "String")]
     pub address: IpAddr,
     pub protocol: IpProtocol,
