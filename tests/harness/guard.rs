@@ -287,7 +287,7 @@ impl Guard {
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments).arg("--config").arg(config_file(&self.directory));
+        command.arg("--config").arg(config_file(&self.directory)).args(arguments);
         command.stdin(Stdio::null());
         command
     }
@@ -377,7 +377,7 @@ fn base_scope(programs: &[PathBuf]) -> Value {
         })
         .collect();
     let exec: Vec<Value> = programs.iter().map(|path| json!({"path": path})).collect();
-    json!({
+    let mut scope = json!({
         "apiVersion": "agentguard.dev/v1alpha1",
         "kind": "Scope",
         "metadata": {"name": "base"},
@@ -391,7 +391,11 @@ fn base_scope(programs: &[PathBuf]) -> Value {
                     {"protocol": "UDP", "port": address::GRANTED_PORT},
                 ],
             }],
-            "exec": exec,
         },
-    })
+    });
+    // An empty list is refused: it could be taken for all.
+    if !exec.is_empty() {
+        scope["spec"]["exec"] = exec.into();
+    }
+    scope
 }
