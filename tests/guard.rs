@@ -64,7 +64,8 @@ fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
         }]}),
     );
     wait_until("the scope is known", || {
-        guard.command(&["exec", "--scope", "test:every-port", "--name", "probe", "--", "/bin/true"])
+        guard
+            .command(&["exec", "--scope", "test:every-port", "--name", "probe", "--", "/bin/true"])
             .status()
             .is_ok_and(|status| status.success())
     });
@@ -128,6 +129,36 @@ fn identical_denials_are_folded_and_counted() {
     assert_eq!(events.lost, 0, "{events:?}");
     let denials = guard.audit_records().iter().filter(|record| record["verdict"] == "deny").count();
     assert!((1..20).contains(&denials), "{denials} records of one request");
+}
+
+/// G1. The daemon is killed at once, before anything that is due now and then is done.
+#[test]
+fn a_revocation_and_a_workload_outlive_a_daemon_that_is_killed() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let mut guard = Guard::start(&world, &[]);
+    let subject = "spiffe://agentguard.test/held";
+    guard.grant("base", subject, BASE_SCOPE, Duration::from_secs(3600));
+    let mut enter = world.enter();
+    let line = guard.exec_line(subject, &[], Mode::Enforce);
+    let _held = Running::start(enter.arg("--").args(line).args(["/bin/sleep", "600"]));
+    wait_until("the workload is there", || !is_empty(&guard.json(&["workloads"])));
+    let _grant = guard.json(&["revoke", "base", "--reason", "a test"]);
+    guard.kill();
+    guard.restart();
+    let workloads = guard.json(&["workloads"]);
+    assert_eq!(workloads[0]["identity"], subject, "{workloads}");
+    let grants = guard.json(&["grants"]);
+    let state = |grant: &Value| (grant["id"] == "base").then(|| grant["state"].clone());
+    let states: Vec<Value> = grants.as_array().into_iter().flatten().filter_map(state).collect();
+    assert_eq!(states, [json!("revoked")], "{grants}");
+    let target = format!("{API}:{GRANTED_PORT}/TCP");
+    let told = guard.json(&["explain", "--workload", "sleep", "--connect", &target]);
+    assert_eq!(told["verdict"], "deny", "{told}");
+}
+
+fn is_empty(list: &Value) -> bool {
+    list.as_array().is_none_or(Vec::is_empty)
 }
 
 /// What `status` counts.

@@ -109,13 +109,14 @@ impl Site {
         }
         guard.define(SCOPE, &spec);
         guard.grant("programs", IDENTITY, SCOPE, Duration::from_secs(3600));
-        let held = |command: &Line| {
-            guard.exec(&self.world, IDENTITY, &[], Mode::Enforce, command)
-        };
+        let held = |command: &Line| guard.exec(&self.world, IDENTITY, &[], Mode::Enforce, command);
         let finished = held(granted);
         assert!(finished.status.success(), "granted: {granted:?}: {finished:?}");
-        let denied: Vec<_> =
-            guard.audit_records().into_iter().filter(|record| record["verdict"] == "deny").collect();
+        let denied: Vec<_> = guard
+            .audit_records()
+            .into_iter()
+            .filter(|record| record["verdict"] == "deny")
+            .collect();
         assert!(denied.is_empty(), "{granted:?}: {denied:#?}");
 
         let finished = held(reach);
@@ -209,9 +210,8 @@ fn git_is_held_to_its_scope() {
         repository.display()
     );
     run(Command::new("sh").args(["-c", &made]), PATIENCE).expect_success("a repository");
-    let list = |address| {
-        line(&[&git, &"ls-remote", &"--exit-code", &site.url(address, "repository.git")])
-    };
+    let list =
+        |address| line(&[&git, &"ls-remote", &"--exit-code", &site.url(address, "repository.git")]);
     let alias = format!("alias.out=!{}", site.outsider().display());
     let launch = line(&[&git, &"-c", &alias, &"out", &site.token()]);
     let told = run(Command::new(&git).arg("--exec-path"), PATIENCE).expect_success("git");
@@ -248,9 +248,12 @@ fn ssh_is_held_to_its_scope() {
     let to = |address: std::net::IpAddr, more: &[&str]| {
         let port = SHELL.to_string();
         let mut words = line(&[&ssh, &"-F", &"none", &"-p", &port, &"-i", &key]);
-        for option in
-            ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "ConnectTimeout=5"]
-        {
+        for option in [
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "BatchMode=yes",
+            "ConnectTimeout=5",
+        ] {
             words.extend(["-o".into(), option.into()]);
         }
         words.extend(more.iter().map(Into::into));

@@ -237,8 +237,8 @@ impl Guarded {
         self.guard.assert_chain_is_whole();
         let what = format!("{recorded:?} in {} mode", mode.as_str());
         self.guard.recorded(&what, |record| {
-            let by_attacker = record["mode"] == mode.as_str()
-                && record["workload"]["identity"] == IDENTITY;
+            let by_attacker =
+                record["mode"] == mode.as_str() && record["workload"]["identity"] == IDENTITY;
             let enforced = mode == Mode::Enforce;
             by_attacker
                 && match recorded {
@@ -253,7 +253,9 @@ impl Guarded {
                     Recorded::Inherited(descriptor) => {
                         let socket = json!({"descriptor": descriptor, "closed": enforced});
                         record["kind"] == "workload"
-                            && record["inherited"].as_array().is_some_and(|all| all.contains(&socket))
+                            && record["inherited"]
+                                .as_array()
+                                .is_some_and(|all| all.contains(&socket))
                     }
                 }
         });

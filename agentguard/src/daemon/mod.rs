@@ -338,10 +338,16 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    let Some(state) = shared.engine().take_changes() else { return };
+    save_changes(shared, &mut shared.engine());
+}
+
+/// Saves what has changed, before anybody is told that it has: a daemon that is killed must know
+/// it again. The engine stays locked, so that no older state is written over a newer one.
+pub(crate) fn save_changes(shared: &Shared, engine: &mut Engine) {
+    let Some(state) = engine.take_changes() else { return };
     if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
         tracing::error!(%error, "a restart would not know the latest changes");
-        shared.engine().mark_unsaved();
+        engine.mark_unsaved();
     }
 }
 
