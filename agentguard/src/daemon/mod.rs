@@ -38,7 +38,7 @@ pub use self::service::protection_view;
 pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
-use self::engine::{Engine, protection_of};
+use self::engine::{Cgroups, Engine, protection_of};
 use self::names::Names;
 use self::service::{Daemon, Shared};
 use self::witness::{Denials, Witness};
@@ -173,7 +173,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         make_directory(path.as_ref(), 0o755)?;
     }
     let node = configuration.node_name()?.to_string();
-    let cgroup_root = configuration.find_cgroup_root()?;
+    let cgroups = Cgroups::of(&configuration)?;
     let metrics = Metrics::new(configuration.metrics.max_identities.get() as usize)?;
     metrics.started(
         env!("CARGO_PKG_VERSION"),
@@ -195,7 +195,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
-    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
+    let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
     engine.restore(saved);
@@ -348,10 +348,16 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    let Some(state) = shared.engine().take_changes() else { return };
+    save_changes(shared, &mut shared.engine());
+}
+
+/// Saves what has changed, before anybody is told that it has: a daemon that is killed must know
+/// it again. The engine stays locked, so that no older state is written over a newer one.
+pub(crate) fn save_changes(shared: &Shared, engine: &mut Engine) {
+    let Some(state) = engine.take_changes() else { return };
     if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
         tracing::error!(%error, "a restart would not know the latest changes");
-        shared.engine().mark_unsaved();
+        engine.mark_unsaved();
     }
 }
 

@@ -209,6 +209,7 @@ impl Service for Daemon {
                 remedy: "give the grant another name".to_owned(),
             })?;
         engine.reconcile();
+        super::save_changes(&self.0, &mut engine);
         let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
         Ok(grant_view(&engine, stored, Timestamp::now()))
     }
@@ -231,6 +232,7 @@ impl Service for Daemon {
             },
         })?;
         engine.reconcile();
+        super::save_changes(&self.0, &mut engine);
         let stored = engine.store.get(&parsed).ok_or_else(|| no_grant(id))?;
         Ok(grant_view(&engine, stored, now))
     }
@@ -277,6 +279,7 @@ impl Service for Daemon {
         let mut engine = self.0.engine();
         let candidate = Candidate { pid: caller.pid, uid: caller.uid };
         let confined = confine(&mut engine, &candidate, identity, request)?;
+        super::save_changes(&self.0, &mut engine);
         if caller.is_alive() {
             return Ok(confined);
         }

@@ -65,8 +65,7 @@ pub const GAPS: [&str; 5] = [
 ];
 
 /// What is open as well where the kernel can not end another task (`bpf_send_signal_task`, 6.13).
-pub(super) const GAP_OTHERS: &str =
-    "a process that another process of its workload moves out of the cgroup, or that is born \
+pub(super) const GAP_OTHERS: &str = "a process that another process of its workload moves out of the cgroup, or that is born \
      outside of it, is recorded and followed, but not ended before it runs on (T2)";
 
 /// Whether a door's program is in force.
