@@ -160,12 +160,16 @@ pub struct Engine {
     counter_rows: BTreeMap<SpiffeId, u16>,
     retired: Vec<(Instant, Rows)>,
     forgotten: Vec<(Instant, WorkloadId)>,
+    /// Workloads that are none any more, whose processes go on in these cgroups.
+    released: BTreeMap<WorkloadId, PathBuf>,
     /// What was in force when this daemon adopted it, until its own is.
     inherited: Option<(Instant, AllowlistId, RuleSetId)>,
     /// States of grants as last recorded.
     recorded: BTreeMap<GrantId, Phase>,
     /// When a grant begins or ends next.
     next_change: Option<Timestamp>,
+    /// Whether an allow-list could not be brought up to date; it is tried again.
+    unsettled: bool,
     /// Whether something was changed that a restart must know.
     dirty: bool,
 }
@@ -204,9 +208,11 @@ impl Engine {
             counter_rows: BTreeMap::new(),
             retired: Vec::new(),
             forgotten: Vec::new(),
+            released: BTreeMap::new(),
             inherited,
             recorded: BTreeMap::new(),
             next_change: None,
+            unsettled: false,
             dirty: false,
         }
     }
@@ -296,6 +302,7 @@ impl Engine {
             .iter()
             .map(|(identity, installed)| (identity.clone(), &installed.compiled))
             .collect();
+        self.unsettled = false;
         for step in reconcile::plan(&in_force, wanted) {
             let done = match step {
                 Step::Switch { identity, allowlist } => self.install(&identity, allowlist),
@@ -305,7 +312,9 @@ impl Engine {
                 }
             };
             if let Err(error) = done {
-                tracing::error!(%error, "an allow-list was not brought up to date");
+                tracing::error!(%error, "an allow-list was not brought up to date; trying again");
+                self.executable_problems.push(error.to_string());
+                self.unsettled = true;
             }
         }
         self.next_change = self.store.next_change(now);
@@ -464,6 +473,8 @@ impl Engine {
             tracing::error!(%error, "explain does not know an allow-list");
         }
         let installed = Installed { compiled, rows, number, counters };
+        // Records that carry its numbers must find their words after a restart too.
+        self.dirty = true;
         for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
             self.datapath.switch(workload.id, installed.tag(workload.mode))?;
         }
@@ -534,6 +545,48 @@ impl Engine {
         Ok(id)
     }
 
+    /// Gives a workload another identity or mode. Its processes are held all the time: the new
+    /// allow-list is in force before the one write that switches the tag.
+    ///
+    /// # Errors
+    ///
+    /// When the tag can not be switched; it is then what it was.
+    pub fn change(
+        &mut self,
+        id: WorkloadId,
+        identity: SpiffeId,
+        mode: Mode,
+    ) -> Result<(), EngineError> {
+        let Some(workload) = self.workloads.get_mut(&id) else { return Ok(()) };
+        let before = (workload.identity.clone(), workload.mode);
+        if before == (identity.clone(), mode) {
+            return Ok(());
+        }
+        (workload.identity, workload.mode) = (identity, mode);
+        // Retires the old identity's allow-list, which stays readable for as long as a program may
+        // still hold the old tag.
+        self.reconcile();
+        if let Err(error) = self.hold(id) {
+            if let Some(workload) = self.workloads.get_mut(&id) {
+                (workload.identity, workload.mode) = before;
+            }
+            self.reconcile();
+            return Err(error);
+        }
+        // The log has no word for a change: the old one ends where the new one begins.
+        self.record_workload(id, WorkloadChange::Removed);
+        self.record_workload(id, WorkloadChange::Added);
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// Notes that a process is in the workload: it ends with its last one.
+    pub fn entered(&mut self, id: WorkloadId) {
+        if let Some(workload) = self.workloads.get_mut(&id) {
+            workload.populated = true;
+        }
+    }
+
     fn enlist(&mut self, workload: Workload) {
         let below = workload.cgroup.strip_prefix(&self.cgroup_root).unwrap_or(&workload.cgroup);
         let cgroup = format!("/{}", below.display());
@@ -564,10 +617,7 @@ impl Engine {
 
     fn drop_workload(&mut self, id: WorkloadId) {
         let Some(workload) = self.workloads.remove(&id) else { return };
-        let released = self
-            .datapath
-            .release(workload.cgroup_id, id)
-            .and_then(|()| self.datapath.forget(id));
+        let released = self.let_go(&workload);
         if let Err(error) = released {
             tracing::error!(%error, workload = workload.name, "a workload was not let go whole");
         }
@@ -579,6 +629,41 @@ impl Engine {
         }
         // Its last records may still be in a ring.
         self.forgotten.push((Instant::now(), id));
+    }
+
+    /// Ends the hold on a workload's cgroup. Processes that are still in it keep their tie to the
+    /// workload in the kernel half, which would refuse their forks as leaving it; so the tag stays
+    /// for as long as they do, in audit mode.
+    fn let_go(&mut self, workload: &Workload) -> Result<(), DatapathError> {
+        let Workload { id, cgroup, cgroup_id, .. } = workload;
+        let is_left = populated(cgroup) == Some(true);
+        if is_left {
+            self.datapath.switch(*id, unidentified(Mode::Audit))?;
+            self.released.insert(*id, cgroup.clone());
+        }
+        self.datapath.release(*cgroup_id, *id)?;
+        if is_left { Ok(()) } else { self.datapath.forget(*id) }
+    }
+
+    /// Forgets released workloads of which nothing runs any more.
+    fn forget_released(&mut self) {
+        if self.released.is_empty() {
+            return;
+        }
+        let moved: BTreeSet<WorkloadId> =
+            self.datapath.moved().iter().map(|(_, moved)| moved.workload).collect();
+        let gone: Vec<WorkloadId> = self
+            .released
+            .iter()
+            .filter(|(id, cgroup)| populated(cgroup) != Some(true) && !moved.contains(id))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.released.remove(&id);
+            if let Err(error) = self.datapath.forget(id) {
+                tracing::error!(%error, "the row of a released workload stays");
+            }
+        }
     }
 
     /// Forgets what was granted to a workload of `exec` when it was started.
@@ -603,17 +688,25 @@ impl Engine {
             Err(error) => tracing::error!(%error, "it is not known whether the wall clock was set"),
         }
         let now = Timestamp::now();
-        if self.next_change.is_some_and(|change| change <= now) {
-            self.reconcile();
+        let is_due = self.next_change.is_some_and(|change| change <= now);
+        if is_due {
             self.store.prune(now, KEPT_GRANT);
         }
         self.follow_moved();
         self.end_empty_workloads();
+        self.forget_released();
+        // Before anything new is written: a full table may have room again.
         self.sweep();
+        if is_due || self.unsettled {
+            self.reconcile();
+        }
     }
 
     fn follow_moved(&mut self) {
         for (pid, moved) in self.datapath.moved() {
+            if self.released.contains_key(&moved.workload) {
+                continue;
+            }
             let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
             let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
                 continue;
@@ -673,8 +766,18 @@ impl Engine {
         let held: BTreeSet<CgroupId> =
             self.workloads.values().map(|workload| workload.cgroup_id).collect();
         let moved: BTreeSet<u64> =
-            self.datapath.moved().iter().map(|(_, moved)| moved.cgroup).collect();
-        let needed = |cgroup: CgroupId| held.contains(&cgroup) || moved.contains(&cgroup.0);
+            self.datapath
+                .moved()
+                .iter()
+                .filter(|(_, moved)| !self.released.contains_key(&moved.workload))
+                .map(|(_, moved)| moved.cgroup)
+                .collect();
+        // What the kernel takes for a workload's keeps its hooks, known here or not.
+        let needed = |cgroup: CgroupId| {
+            held.contains(&cgroup)
+                || moved.contains(&cgroup.0)
+                || self.datapath.workload_of(cgroup).is_some()
+        };
         if let Err(error) = self.datapath.prune(needed) {
             tracing::debug!(%error, "pins of cgroups that are gone stay");
         }
@@ -780,12 +883,20 @@ impl Engine {
                     continue;
                 }
             };
-            // A directory of that name made since is another cgroup.
-            if cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id) {
-                continue;
-            }
             self.next_workload = self.next_workload.max(WorkloadId(workload.id.0 + 1));
+            // A directory of that name made since is another cgroup.
+            let is_gone = cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id);
+            let (id, name, source) = (workload.id, workload.name.clone(), workload.source);
+            // Also one that ended meanwhile: its last records are in the rings still.
             self.enlist(workload);
+            if is_gone {
+                self.workloads.remove(&id);
+                self.forgotten.push((Instant::now(), id));
+                match source {
+                    WorkloadSource::Exec => self.end_grant(&name),
+                    WorkloadSource::Manifest => {}
+                }
+            }
         }
     }
 

@@ -84,6 +84,18 @@ impl From<&Workload> for SavedWorkload {
     }
 }
 
+impl SavedState {
+    /// The cgroups that `exec` made.
+    #[must_use]
+    pub fn exec_cgroups(&self) -> Vec<PathBuf> {
+        let made = self.workloads.iter().filter(|workload| match workload.source {
+            WorkloadSource::Exec => true,
+            WorkloadSource::Manifest => false,
+        });
+        made.map(|workload| workload.cgroup.clone()).collect()
+    }
+}
+
 impl SavedWorkload {
     /// The workload again.
     ///
