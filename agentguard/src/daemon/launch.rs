@@ -109,7 +109,7 @@ mod tests {
     fn a_script_runs_its_interpreter_and_what_env_finds() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
-        let write = |name: &str, text: &str| std::fs::write(path(name), text).unwrap();
+        let write = |name: &str, text: &str| fs::write(path(name), text).unwrap();
         write("binary", "\u{7f}ELF");
         write("plain", &format!("#!{} -x\n", path("binary").display()));
         write("nested", &format!("#! {}\n", path("plain").display()));
@@ -137,7 +137,7 @@ mod tests {
     fn scripts_that_interpret_each_other_end() {
         let directory = tempfile::tempdir().unwrap();
         let script = directory.path().join("script");
-        std::fs::write(&script, format!("#!{}\n", script.display())).unwrap();
+        fs::write(&script, format!("#!{}\n", script.display())).unwrap();
         assert_eq!(files(&script, "").len(), DEPTH + 1);
     }
 }
