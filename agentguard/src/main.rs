@@ -111,6 +111,7 @@ fn failed(error: &DaemonError) -> Failure {
         | DaemonError::Metrics(_)
         | DaemonError::Bind(_)
         | DaemonError::Listen { .. }
+        | DaemonError::Lock(_)
         | DaemonError::Directory { .. }
         | DaemonError::NotEnough { .. }
         | DaemonError::Runtime(_) => Exit::Failed,

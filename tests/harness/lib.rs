@@ -10,6 +10,7 @@
 
 mod attack;
 mod cgroup;
+pub mod daemon;
 mod guard;
 mod layer;
 mod process;

@@ -998,7 +998,8 @@ impl<S: Service> Following<S> {
 }
 
 /// Whether a record is to be sent. One that can not be read is shown to those who may see all.
-fn is_wanted(line: &str, viewer: &Viewer, filter: &EventFilter) -> bool {
+#[must_use]
+pub fn is_wanted(line: &str, viewer: &Viewer, filter: &EventFilter) -> bool {
     let all = *viewer == Viewer::Everything && !filter.denied && filter.workload.is_none();
     if all {
         return true;

@@ -1,9 +1,11 @@
 //! `exec`: makes a process that is already running a workload of its own.
 
 use std::fs;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use agentguard_common::Mode;
+use agentguard_common::{FileId, Mode};
 use jiff::Timestamp;
 
 use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, exec_grant, remove_cgroup};
@@ -19,6 +21,10 @@ use crate::scope::ScopeName;
 const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Workloads of one name that may run at once.
 const NAMESAKES: u32 = 10_000;
+/// Tries to make a cgroup whose parent comes and goes.
+const ATTEMPTS: u32 = 8;
+/// An empty cgroup that is older than this waits for no process any more.
+const STALE: Duration = Duration::from_secs(10);
 
 /// The process to be confined.
 pub struct Candidate {
@@ -36,18 +42,20 @@ pub fn confine(
     candidate: &Candidate,
     identity: &str,
     request: &Confine,
+    launch: Vec<FileId>,
 ) -> Result<Confined, ServiceError> {
     let scopes = parse_scopes(engine, request)?;
-    let (name, identity) = choose(engine, candidate, identity, request)?;
-    let grant = grant_of(&name, &identity, candidate, scopes, request)?;
-    let path = engine.exec_parent().join(&name);
-    fs::create_dir_all(&path)
-        .map_err(|source| unavailable(&EngineError::MakeCgroup { path: path.clone(), source }))?;
+    let Place { name, identity, cgroup: path } = choose(engine, candidate, identity, request)?;
+    let grant = match grant_of(&name, &identity, candidate, scopes, request) {
+        Ok(grant) => grant,
+        Err(error) => {
+            remove(&path);
+            return Err(error);
+        }
+    };
     let undo = |engine: &mut Engine| {
         engine.end_grant(&name);
-        if let Err(error) = remove_cgroup(&path) {
-            tracing::debug!(%error, path = %path.display(), "a cgroup stays");
-        }
+        remove(&path);
     };
     let id = grant.as_ref().map(|grant| grant.id.to_string());
     let expiry = grant.as_ref().map(|grant| grant.expiry);
@@ -69,7 +77,7 @@ pub fn confine(
         source: WorkloadSource::Exec,
         owner: Some(candidate.uid),
         unit: None,
-        launch: launch::resolve(&launch::files(&request.executable, &search_path(candidate.pid))),
+        launch,
         inherited: request.inherited.clone(),
     });
     let workload = match added {
@@ -85,6 +93,7 @@ pub fn confine(
         engine.remove(workload);
         return Err(unavailable(&EngineError::Move { pid: candidate.pid, path, source }));
     }
+    engine.entered(workload);
     let below = path.strip_prefix(engine.cgroup_root()).unwrap_or(&path);
     Ok(Confined {
         workload: name,
@@ -97,6 +106,20 @@ pub fn confine(
         }),
         warnings: Vec::new(),
     })
+}
+
+/// What the command that `request` names runs before the workload decides anything.
+///
+/// Looks at files that the caller names, which may take any time: to be called without the engine.
+#[must_use]
+pub fn launch_files(candidate: &Candidate, request: &Confine) -> Vec<FileId> {
+    launch::resolve(&launch::files(&request.executable, &search_path(candidate.pid)))
+}
+
+fn remove(cgroup: &Path) {
+    if let Err(error) = remove_cgroup(cgroup) {
+        tracing::debug!(%error, path = %cgroup.display(), "a cgroup stays");
+    }
 }
 
 fn add_grant(engine: &mut Engine, grant: GrantDocument, source: Source) -> Result<(), AddError> {
@@ -126,15 +149,23 @@ fn parse_scopes(engine: &Engine, request: &Confine) -> Result<Vec<ScopeName>, Se
     if errors.is_empty() { Ok(scopes) } else { Err(ServiceError::Invalid(errors)) }
 }
 
+/// What a workload of `exec` is called, and the cgroup that was made for it.
+struct Place {
+    name: String,
+    identity: SpiffeId,
+    cgroup: PathBuf,
+}
+
 /// The name and identity of the workload. Those that the caller did not choose are made unique, so
 /// that what is granted to a second run of a command does not widen the first; those it did choose
-/// are taken as they are, or refused.
+/// are taken as they are, or refused. Making the cgroup decides: one that is there already may hold
+/// processes, of another daemon or of a run whose supervisor was killed, and is never taken over.
 fn choose(
     engine: &Engine,
     candidate: &Candidate,
     identity: &str,
     request: &Confine,
-) -> Result<(String, SpiffeId), ServiceError> {
+) -> Result<Place, ServiceError> {
     let parse = |text: &str| {
         text.parse::<SpiffeId>()
             .map_err(|error| ServiceError::Invalid(vec![format!("identity: {text:?} {error}")]))
@@ -145,12 +176,6 @@ fn choose(
     }));
     let is_taken = |name: &str| engine.workloads().any(|workload| workload.name == name);
     let is_running = |id: &SpiffeId| engine.workloads().any(|workload| workload.identity == *id);
-    if request.name.is_some() && is_taken(&base) {
-        return Err(ServiceError::Conflict {
-            error: format!("a workload {base:?} runs already"),
-            remedy: "choose another --name, or leave it out".to_owned(),
-        });
-    }
     if request.identity.is_some() && candidate.uid != 0 && is_running(&wanted) {
         return Err(ServiceError::Conflict {
             error: format!(
@@ -162,22 +187,52 @@ fn choose(
     for count in 1..NAMESAKES {
         let suffix = if count == 1 { String::new() } else { format!("-{count}") };
         let name = format!("{base}{suffix}");
-        if is_taken(&name) {
-            continue;
-        }
-        let id = if request.identity.is_some() {
+        let identity = if request.identity.is_some() {
             wanted.clone()
         } else {
             parse(&format!("{identity}{suffix}"))?
         };
-        if request.identity.is_some() || !is_running(&id) {
-            return Ok((name, id));
+        let is_free = !is_taken(&name) && (request.identity.is_some() || !is_running(&identity));
+        if is_free && let Some(cgroup) = make_cgroup(engine, &name)? {
+            return Ok(Place { name, identity, cgroup });
+        }
+        if request.name.is_some() {
+            return Err(ServiceError::Conflict {
+                error: format!("a workload {base:?} runs already"),
+                remedy: "choose another --name, or leave it out".to_owned(),
+            });
         }
     }
     Err(ServiceError::Conflict {
         error: format!("{NAMESAKES} workloads named {base:?} run already"),
         remedy: "choose another --name".to_owned(),
     })
+}
+
+/// Makes the cgroup of a workload; `None` where there is one already.
+fn make_cgroup(engine: &Engine, name: &str) -> Result<Option<PathBuf>, ServiceError> {
+    let path = engine.exec_parent().join(name);
+    let error = |source| unavailable(&EngineError::MakeCgroup { path: path.clone(), source });
+    for _ in 0..ATTEMPTS {
+        fs::create_dir_all(engine.exec_parent()).map_err(error)?;
+        match fs::create_dir(&path) {
+            Ok(()) => return Ok(Some(path)),
+            // Another run cleared away the parent, which was empty.
+            Err(missing) if missing.kind() == io::ErrorKind::NotFound => {}
+            Err(there) if there.kind() == io::ErrorKind::AlreadyExists => {
+                // Left empty by a daemon that was killed while it made it. The kernel removes none
+                // that has processes; one that was made just now is somebody else's.
+                let is_stale = fs::metadata(&path)
+                    .and_then(|found| found.modified())
+                    .is_ok_and(|made| made.elapsed().is_ok_and(|age| age > STALE));
+                if !is_stale || fs::remove_dir(&path).is_err() {
+                    return Ok(None);
+                }
+            }
+            Err(source) => return Err(error(source)),
+        }
+    }
+    Ok(None)
 }
 
 /// A name that manifests could have, out of a file's name.

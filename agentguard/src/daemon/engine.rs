@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use agentguard_common::allowlist::NEVER;
 use agentguard_common::stats::{Counters, OTHER};
 use agentguard_common::{
-    AllowlistId, CgroupId, FileId, IdentityId, Mode, RuleSetId, Tag, WorkloadId,
+    AllowlistId, CgroupId, FileId, GrantId as GrantNumber, IdentityId, Mode, RuleSetId, ScopeId,
+    Tag, WorkloadId,
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -196,6 +197,8 @@ pub struct Engine {
     recorded: BTreeMap<GrantId, Phase>,
     /// When a grant begins or ends next.
     next_change: Option<Timestamp>,
+    /// Whether an allow-list could not be brought up to date; it is tried again.
+    unsettled: bool,
     /// Whether something was changed that a restart must know.
     dirty: bool,
     /// How the reconciliations went that nobody has asked about yet.
@@ -238,6 +241,7 @@ impl Engine {
             inherited,
             recorded: BTreeMap::new(),
             next_change: None,
+            unsettled: false,
             dirty: false,
             reconciliations: Vec::new(),
         }
@@ -337,9 +341,18 @@ impl Engine {
             .iter()
             .map(|(identity, installed)| (identity.clone(), &installed.compiled))
             .collect();
+        self.unsettled = false;
         for step in reconcile::plan(&in_force, wanted) {
             let done = match step {
-                Step::Switch { identity, allowlist } => self.install(&identity, allowlist),
+                Step::Switch { identity, allowlist } => {
+                    let takes_away = self.takes_away(&identity, &allowlist);
+                    let installed = self.install(&identity, allowlist);
+                    if installed.is_err() && takes_away {
+                        // What was revoked must end, also where there is no room for the rest.
+                        self.deny_all(&identity);
+                    }
+                    installed
+                }
                 Step::Retire { identity } => {
                     self.retire(&identity);
                     Ok(())
@@ -347,7 +360,9 @@ impl Engine {
             };
             if let Err(error) = done {
                 failed = true;
-                tracing::error!(%error, "an allow-list was not brought up to date");
+                tracing::error!(%error, "an allow-list was not brought up to date; trying again");
+                self.executable_problems.push(error.to_string());
+                self.unsettled = true;
             }
         }
         // Bounded, should nobody ask for metrics.
@@ -458,7 +473,7 @@ impl Engine {
         let permits = scopes.iter().map(|scope| {
             let permit = Permit {
                 scope: self.names.scope(scope.scope.as_str()),
-                grant: agentguard_common::GrantId::NONE,
+                grant: GrantNumber::NONE,
                 expires_at: NEVER,
                 egress: egress(scope),
                 executables: self.resolve(scope, &mut BTreeSet::new()),
@@ -515,6 +530,8 @@ impl Engine {
             tracing::error!(%error, "explain does not know an allow-list");
         }
         let installed = Installed { compiled, rows, number, counters };
+        // Records that carry its numbers must find their words after a restart too.
+        self.dirty = true;
         for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
             self.datapath.switch(workload.id, installed.tag(workload.mode))?;
         }
@@ -523,6 +540,31 @@ impl Engine {
             self.retired.push((Instant::now(), old.rows));
         }
         Ok(())
+    }
+
+    /// Whether what is in force rests on a grant that is no longer wanted.
+    fn takes_away(&self, identity: &SpiffeId, wanted: &CompiledAllowlist) -> bool {
+        let wanted = permissions(wanted);
+        self.installed
+            .get(identity)
+            .is_some_and(|installed| !permissions(&installed.compiled).is_subset(&wanted))
+    }
+
+    /// Switches the workloads of an identity to an allow-list of its own number that has no entry,
+    /// which takes no room in any table.
+    fn deny_all(&mut self, identity: &SpiffeId) {
+        let number = self.names.identity(identity.as_str());
+        let counters = self.counter_row(identity);
+        let allowlist = self.next_allowlist;
+        self.next_allowlist.0 += 1;
+        for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
+            let tag = Tag::new(number, workload.mode, allowlist, RuleSetId::NONE, counters);
+            if let Err(error) = self.datapath.switch(workload.id, tag) {
+                tracing::error!(%error, workload = workload.name, "a workload keeps what was revoked; trying again");
+            }
+        }
+        self.retire(identity);
+        self.dirty = true;
     }
 
     fn retire(&mut self, identity: &SpiffeId) {
@@ -579,11 +621,53 @@ impl Engine {
         self.reconcile();
         if let Err(error) = self.hold(id) {
             self.drop_workload(id);
+            // What was permitted for its sake ends with it.
+            self.reconcile();
             return Err(error);
         }
         self.record_workload(id, WorkloadChange::Added, &inherited);
         self.dirty = true;
         Ok(id)
+    }
+
+    /// Gives a workload another identity or mode. Its processes are held all the time: the new
+    /// allow-list is in force before the one write that switches the tag.
+    ///
+    /// # Errors
+    ///
+    /// When the tag can not be switched; it is then what it was.
+    pub fn change(
+        &mut self,
+        id: WorkloadId,
+        identity: SpiffeId,
+        mode: Mode,
+    ) -> Result<(), EngineError> {
+        let Some(workload) = self.workloads.get_mut(&id) else { return Ok(()) };
+        let before = (workload.identity.clone(), workload.mode);
+        if before == (identity.clone(), mode) {
+            return Ok(());
+        }
+        (workload.identity, workload.mode) = (identity, mode);
+        // Retires the old identity's allow-list, which stays readable for as long as a program may
+        // still hold the old tag.
+        self.reconcile();
+        if let Err(error) = self.hold(id) {
+            if let Some(workload) = self.workloads.get_mut(&id) {
+                (workload.identity, workload.mode) = before;
+            }
+            self.reconcile();
+            return Err(error);
+        }
+        self.record_workload(id, WorkloadChange::Changed, &[]);
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// Notes that a process is in the workload: it ends with its last one.
+    pub fn entered(&mut self, id: WorkloadId) {
+        if let Some(workload) = self.workloads.get_mut(&id) {
+            workload.populated = true;
+        }
     }
 
     fn enlist(&mut self, workload: Workload) {
@@ -654,13 +738,17 @@ impl Engine {
             Err(error) => tracing::error!(%error, "it is not known whether the wall clock was set"),
         }
         let now = Timestamp::now();
-        if self.next_change.is_some_and(|change| change <= now) {
-            self.reconcile();
+        let is_due = self.next_change.is_some_and(|change| change <= now);
+        if is_due {
             self.store.prune(now, KEPT_GRANT);
         }
         self.follow_moved();
         self.end_empty_workloads();
+        // Before anything new is written: a full table may have room again.
         self.sweep();
+        if is_due || self.unsettled {
+            self.reconcile();
+        }
     }
 
     fn follow_moved(&mut self) {
@@ -731,7 +819,12 @@ impl Engine {
             self.workloads.values().map(|workload| workload.cgroup_id).collect();
         let moved: BTreeSet<u64> =
             self.datapath.moved().iter().map(|(_, moved)| moved.cgroup).collect();
-        let needed = |cgroup: CgroupId| held.contains(&cgroup) || moved.contains(&cgroup.0);
+        // What the kernel takes for a workload's keeps its hooks, known here or not.
+        let needed = |cgroup: CgroupId| {
+            held.contains(&cgroup)
+                || moved.contains(&cgroup.0)
+                || self.datapath.workload_of(cgroup).is_some()
+        };
         if let Err(error) = self.datapath.prune(needed) {
             tracing::debug!(%error, "pins of cgroups that are gone stay");
         }
@@ -809,6 +902,7 @@ impl Engine {
             return None;
         }
         Some(SavedState {
+            next: (self.next_allowlist.0, self.next_rules.0, self.next_workload.0),
             names: self.names.save(),
             grants: self.store.snapshot(),
             counter_rows: self
@@ -823,7 +917,20 @@ impl Engine {
     /// Takes up what an earlier daemon left: its workloads that are still there, with the numbers
     /// the kernel knows them by.
     pub fn restore(&mut self, saved: SavedState) {
-        let SavedState { names: _, grants, counter_rows, workloads } = saved;
+        let SavedState {
+            next: (allowlist, rules, workload),
+            names: _,
+            grants,
+            counter_rows,
+            workloads,
+        } = saved;
+        // Numbers are never used again while anything in the kernel may remember them.
+        self.next_allowlist = self.next_allowlist.max(AllowlistId(allowlist));
+        self.next_rules = self.next_rules.max(RuleSetId(rules));
+        self.next_workload = self.next_workload.max(WorkloadId(workload));
+        if let Some(inherited) = &mut self.inherited {
+            (inherited.1, inherited.2) = (self.next_allowlist, self.next_rules);
+        }
         if let Err(error) = self.store.restore(grants) {
             tracing::error!(%error, "grants and revocations of an earlier daemon are not known");
         }
@@ -843,26 +950,48 @@ impl Engine {
                     continue;
                 }
             };
-            // A directory of that name made since is another cgroup.
-            if cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id) {
-                continue;
-            }
             self.next_workload = self.next_workload.max(WorkloadId(workload.id.0 + 1));
+            // A directory of that name made since is another cgroup.
+            let is_gone = cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id);
+            let (id, name, source) = (workload.id, workload.name.clone(), workload.source);
+            // Also one that ended meanwhile: its last records are in the rings still.
             self.enlist(workload);
+            if is_gone {
+                self.workloads.remove(&id);
+                self.forgotten.push((Instant::now(), id));
+                match source {
+                    WorkloadSource::Exec => self.end_grant(&name),
+                    WorkloadSource::Manifest => {}
+                }
+            }
         }
     }
 
     /// Puts what was restored in force: allow-lists of this daemon's numbering, tags and hooks.
-    pub fn resume(&mut self) {
+    ///
+    /// Returns whether every workload is held whole; where not, what an earlier build of the kernel
+    /// half holds must stay.
+    #[must_use]
+    pub fn resume(&mut self) -> bool {
+        let mut whole = true;
         self.reconcile();
         let ids: Vec<WorkloadId> = self.workloads.keys().copied().collect();
         for id in ids {
             if let Err(error) = self.hold(id) {
                 tracing::error!(%error, "a workload is not held whole");
+                whole = false;
             }
         }
         self.dirty = true;
+        whole && !self.unsettled
     }
+}
+
+/// The grants and scopes that an allow-list rests on.
+fn permissions(allowlist: &CompiledAllowlist) -> BTreeSet<(GrantNumber, ScopeId)> {
+    let rules = allowlist.rule_sets().iter().flatten().map(|rule| rule.permission);
+    let files = allowlist.executables().iter().map(|(_, permission)| *permission);
+    rules.chain(files).map(|permission| (permission.grant, permission.scope)).collect()
 }
 
 /// Where a grant is in its life, as last recorded.

@@ -3,9 +3,11 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use agentguard_common::FileId;
+use nix::fcntl::OFlag;
 
 use crate::scope::ExecutablePattern;
 use crate::scope::executables::Resolver;
@@ -65,7 +67,19 @@ pub fn file_id(path: &Path) -> Result<FileId, String> {
 /// What stands behind `#!`: the interpreter and, in one piece, its argument.
 fn interpreter(script: &Path) -> Option<(PathBuf, Option<String>)> {
     let mut head = Vec::with_capacity(HEAD);
-    File::open(script).ok()?.take(HEAD as u64).read_to_end(&mut head).ok()?;
+    // The caller names it: opening a pipe or a device would wait, or do something.
+    if !fs::metadata(script).ok()?.is_file() {
+        return None;
+    }
+    let file = File::options()
+        .read(true)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(script)
+        .ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    file.take(HEAD as u64).read_to_end(&mut head).ok()?;
     let line = head.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
     let line = std::str::from_utf8(line).ok()?.trim();
     let (interpreter, argument) = match line.split_once([' ', '\t']) {
@@ -112,6 +126,14 @@ mod tests {
             files(&path("by-env"), &search_path),
             [path("by-env"), "/usr/bin/env".into(), path("binary")]
         );
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(files(&pipe, ""), [pipe]);
     }
 
     #[test]

@@ -4,20 +4,21 @@
 //! saying what it last said without one, so that a slip of the pen changes nothing that is enforced
 //! and a new file takes nothing over from an old one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecursiveMode, Watcher as _};
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 
 use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
 use super::service::Shared;
 use crate::audit::record::{ManifestErrorRecord, RecordBody};
 use crate::audit::text::Text;
 use crate::identity::WorkloadDocument;
-use crate::identity::cgroup::CgroupSource;
+use crate::identity::cgroup::{CgroupSource, CgroupWatch};
 use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
 use crate::manifest::{Manifest, ManifestError, ManifestSet, assemble, files, parse_paths};
 
@@ -37,6 +38,64 @@ pub struct Sources {
     selectors: Vec<WorkloadDocument>,
     /// Found, but not held yet.
     waiting: Vec<Discovered>,
+    writing: Arc<Writing>,
+}
+
+/// The files that somebody is writing: what they hold so far is nothing that anybody meant.
+#[derive(Debug, Default)]
+struct Writing {
+    files: Mutex<BTreeSet<PathBuf>>,
+    settled: Notify,
+}
+
+impl Writing {
+    fn files(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn contains(&self, path: &Path) -> bool {
+        self.files().contains(path)
+    }
+
+    /// Takes note of what the kernel tells of the directory.
+    fn note(&self, event: notify::Result<notify::Event>) {
+        let Ok(event) = event else { return };
+        if event.need_rescan() {
+            // Ends of writing may have been missed.
+            self.files().clear();
+            self.settled.notify_one();
+            return;
+        }
+        match event.kind {
+            EventKind::Modify(ModifyKind::Data(_)) => {
+                self.files().extend(event.paths);
+            }
+            EventKind::Access(AccessKind::Close(AccessMode::Write))
+            | EventKind::Create(_)
+            | EventKind::Remove(_)
+            | EventKind::Modify(
+                ModifyKind::Any | ModifyKind::Metadata(_) | ModifyKind::Name(_) | ModifyKind::Other,
+            )
+            | EventKind::Any
+            | EventKind::Other => {
+                let mut files = self.files();
+                for path in &event.paths {
+                    files.remove(path);
+                }
+                drop(files);
+                self.settled.notify_one();
+            }
+            EventKind::Access(
+                AccessKind::Any
+                | AccessKind::Read
+                | AccessKind::Open(_)
+                | AccessKind::Close(
+                    AccessMode::Any | AccessMode::Execute | AccessMode::Read | AccessMode::Other,
+                )
+                | AccessKind::Other,
+            ) => {}
+        }
+    }
 }
 
 impl Sources {
@@ -48,6 +107,7 @@ impl Sources {
             cgroups: super::cgroup_source(shared),
             selectors: Vec::new(),
             waiting: Vec::new(),
+            writing: Arc::default(),
         }
     }
 }
@@ -55,7 +115,7 @@ impl Sources {
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
     let directory = shared.configuration.manifests_directory.as_ref();
-    let (files, mut errors) = read(directory, &sources.sound);
+    let (files, mut errors) = read(directory, &sources.sound, &sources.writing);
     let (files, set, contradictions) = settle(files, &sources.sound);
     sources.sound = files;
     errors.extend(contradictions);
@@ -70,7 +130,7 @@ pub fn load(shared: &Shared, sources: &mut Sources) {
 }
 
 /// What every file of the directory says: one with an error what it last said without one.
-fn read(directory: &Path, sound: &Files) -> (Files, Vec<ManifestError>) {
+fn read(directory: &Path, sound: &Files, writing: &Writing) -> (Files, Vec<ManifestError>) {
     let mut errors = Vec::new();
     let mut now = Files::new();
     let paths = match files(directory) {
@@ -79,6 +139,13 @@ fn read(directory: &Path, sound: &Files) -> (Files, Vec<ManifestError>) {
         Err(error) => return (sound.clone(), vec![error]),
     };
     for path in paths {
+        if writing.contains(&path) {
+            // Its end is told, and read then.
+            if let Some(last) = sound.get(&path) {
+                now.insert(path, last.clone());
+            }
+            continue;
+        }
         let (manifests, wrong) = parse_paths(std::slice::from_ref(&path));
         if wrong.is_empty() {
             now.insert(path, manifests);
@@ -151,22 +218,31 @@ fn scan(shared: &Shared, sources: &mut Sources) {
     for problem in &found.problems {
         tracing::debug!(%problem, "workloads contradict each other");
     }
+    let mut gone = Vec::new();
     let mut appeared = std::mem::take(&mut sources.waiting);
-    let mut engine = shared.engine();
     for event in found.events {
         match event {
-            IdentityEvent::Appeared(workload) => appeared.push(workload),
+            IdentityEvent::Appeared(workload) => {
+                appeared.retain(|waiting| waiting.cgroup != workload.cgroup);
+                appeared.push(workload);
+            }
             IdentityEvent::Gone { cgroup } => {
                 appeared.retain(|waiting| waiting.cgroup != cgroup);
-                let cgroup = below(&engine, &cgroup);
-                let id = engine
-                    .workload_at(&cgroup)
-                    .filter(|workload| workload.source == WorkloadSource::Manifest)
-                    .map(|workload| workload.id);
-                if let Some(id) = id {
-                    engine.remove(id);
-                }
+                gone.push(cgroup);
             }
+        }
+    }
+    // What goes and comes in one scan is changed, and held all the while.
+    gone.retain(|gone| appeared.iter().all(|found| found.cgroup != *gone));
+    let mut engine = shared.engine();
+    for cgroup in gone {
+        let cgroup = below(&engine, &cgroup);
+        let id = engine
+            .workload_at(&cgroup)
+            .filter(|workload| workload.source == WorkloadSource::Manifest)
+            .map(|workload| workload.id);
+        if let Some(id) = id {
+            engine.remove(id);
         }
     }
     for workload in appeared {
@@ -177,13 +253,34 @@ fn scan(shared: &Shared, sources: &mut Sources) {
     }
 }
 
+/// Lets go the workloads of an earlier daemon that no manifest selects any more. With an error in
+/// a manifest it is not known which those are, and all stay held.
+pub fn let_go_unselected(shared: &Shared, sources: &Sources) {
+    let mut engine = shared.engine();
+    if !engine.manifests.errors.is_empty() {
+        return;
+    }
+    let selected: BTreeSet<PathBuf> =
+        sources.cgroups.reported().map(|found| below(&engine, &found.cgroup)).collect();
+    let unselected: Vec<_> = engine
+        .workloads()
+        .filter(|workload| workload.source == WorkloadSource::Manifest)
+        .filter(|workload| !selected.contains(&workload.cgroup))
+        .map(|workload| workload.id)
+        .collect();
+    for id in unselected {
+        engine.remove(id);
+    }
+}
+
 fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
     let cgroup = below(engine, &found.cgroup);
     if let Some(known) = engine.workload_at(&cgroup) {
-        if known.identity == found.identity && known.mode == found.mode {
-            return Ok(());
-        }
         let id = known.id;
+        if known.cgroup_id == found.id {
+            return engine.change(id, found.identity.clone(), found.mode);
+        }
+        // Another cgroup of the same name; the one that was held is gone.
         engine.remove(id);
     }
     engine.add(NewWorkload {
@@ -204,60 +301,88 @@ fn below(engine: &Engine, cgroup: &Path) -> PathBuf {
     engine.cgroup_root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
 }
 
-/// Watches the directory for as long as the daemon runs.
-pub async fn watch(shared: Arc<Shared>, mut sources: Sources) {
+/// Watches the directory and the cgroups for as long as the daemon runs.
+pub async fn watch(shared: Arc<Shared>, sources: Sources) {
     let directory = shared.configuration.manifests_directory.to_path_buf();
-    let (changed, mut changes) = mpsc::channel::<()>(1);
-    let notice = move |event: notify::Result<notify::Event>| {
-        let matters = event.is_ok_and(|event| !event.kind.is_access() || is_close(&event.kind));
-        if matters {
-            // A full channel has a change waiting already.
-            let _waiting = changed.try_send(());
-        }
-    };
-    let mut watcher = match notify::recommended_watcher(notice) {
+    let writing = Arc::clone(&sources.writing);
+    let noted = Arc::clone(&writing);
+    let mut watcher = match notify::recommended_watcher(move |event| noted.note(event)) {
         Ok(watcher) => Some(watcher),
         Err(error) => {
             tracing::error!(%error, "the manifest directory is read every second instead of watched");
             None
         }
     };
-    let mut watched = false;
+    let mut cgroups = match sources.cgroups.watch() {
+        Ok(cgroups) => Some(cgroups),
+        Err(error) => {
+            tracing::error!(%error, "new cgroups are looked for every second");
+            None
+        }
+    };
+    let sources = Arc::new(Mutex::new(sources));
+    let mut watched = None;
     let mut fingerprint = Vec::new();
     loop {
-        if !watched && let Some(watcher) = &mut watcher {
-            watched = watcher.watch(&directory, RecursiveMode::Recursive).is_ok();
+        // A directory that was replaced is another one.
+        let there = inode(&directory);
+        if watched != there
+            && let Some(watcher) = &mut watcher
+        {
+            // The watch of a directory that is gone is gone with it.
+            drop(watcher.unwatch(&directory));
+            let is_watched = watcher.watch(&directory, RecursiveMode::NonRecursive).is_ok();
+            watched = there.filter(|_| is_watched);
         }
-        let told = tokio::time::timeout(RESCAN, changes.recv()).await.is_ok();
-        if told {
-            tokio::time::sleep(SETTLE).await;
-            while changes.try_recv().is_ok() {}
-        }
+        let told = tokio::select! {
+            () = writing.settled.notified() => {
+                // Whoever writes one file most likely writes another.
+                tokio::time::sleep(SETTLE).await;
+                true
+            }
+            () = changed(cgroups.as_ref()) => false,
+        };
         let now = stamp(&directory);
         let again = told || now != fingerprint;
         fingerprint = now;
-        let shared = Arc::clone(&shared);
+        let (shared, sources) = (Arc::clone(&shared), Arc::clone(&sources));
+        let follow = cgroups.take();
         let work = tokio::task::spawn_blocking(move || {
+            let mut sources = sources.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut follow = follow;
+            if let Some(follow) = &mut follow {
+                follow.follow(&sources.cgroups);
+            }
             if again {
                 load(&shared, &mut sources);
             } else {
                 scan(&shared, &mut sources);
             }
-            sources
+            if let Some(follow) = &mut follow {
+                follow.follow(&sources.cgroups);
+            }
+            follow
         });
         match work.await {
-            Ok(returned) => sources = returned,
+            Ok(follow) => cgroups = follow,
             Err(error) => {
                 tracing::error!(%error, "the manifests could not be read; what is in force stays");
-                return;
             }
         }
     }
 }
 
-fn is_close(kind: &notify::EventKind) -> bool {
-    use notify::event::{AccessKind, AccessMode, EventKind};
-    matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
+/// Waits until cgroups came or went, or might have.
+async fn changed(cgroups: Option<&CgroupWatch>) {
+    match cgroups {
+        Some(cgroups) => cgroups.changed().await,
+        None => tokio::time::sleep(RESCAN).await,
+    }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(path).ok().map(|found| found.ino())
 }
 
 /// What shows that a file was changed: its name, size and times.

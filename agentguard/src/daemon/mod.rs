@@ -8,6 +8,7 @@ pub mod confine;
 pub mod doctor;
 pub mod engine;
 mod launch;
+mod lock;
 mod manifests;
 mod names;
 mod privileges;
@@ -24,7 +25,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,7 @@ pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
 use self::engine::{Cgroups, Engine, protection_of};
+use self::lock::Locks;
 use self::names::Names;
 use self::service::{Daemon, Shared};
 use self::witness::{Denials, Witness};
@@ -75,6 +77,8 @@ pub enum DaemonError {
     Bind(#[from] BindError),
     #[error("{address} can not be listened on: {source}; set metrics.listen")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Lock(#[from] lock::LockError),
     #[error("the directory {path} can not be made: {source}")]
     Directory { path: PathBuf, source: io::Error },
     #[error(
@@ -109,7 +113,7 @@ fn require_root() -> Result<(), DaemonError> {
 async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let started = Instant::now();
     let parts = set_up(configuration, started)?;
-    let Parts { shared, sources, witness, stop } = parts;
+    let Parts { shared, sources, witness, stop, lines, _locks } = parts;
     let cancel = CancellationToken::new();
     let socket = server::bind(shared.configuration.api.socket.as_ref())?;
     let tcp = match shared.configuration.metrics.listen {
@@ -122,7 +126,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     };
     let daemon = Arc::new(Daemon(Arc::clone(&shared)));
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(keep_recent(Arc::clone(&shared)));
+    tasks.spawn(keep_recent(Arc::clone(&shared), lines));
     tasks.spawn(tick(Arc::clone(&shared)));
     tasks.spawn(manifests::watch(Arc::clone(&shared), sources));
     let mut servers = tokio::task::JoinSet::new();
@@ -166,11 +170,22 @@ struct Parts {
     sources: manifests::Sources,
     witness: JoinHandle<()>,
     stop: Arc<AtomicBool>,
+    /// Every line of the audit log since the start.
+    lines: Lines,
+    _locks: Locks,
 }
+
+type Lines = tokio::sync::broadcast::Receiver<Arc<str>>;
 
 fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, DaemonError> {
     for path in [&configuration.state_directory, &configuration.runtime_directory] {
         make_directory(path.as_ref(), 0o755)?;
+    }
+    let mut locks = Locks::default();
+    locks.take(configuration.state_directory.as_ref())?;
+    let pins: &Path = configuration.pin_directory.as_ref();
+    if pins.exists() {
+        locks.take(pins)?;
     }
     let node = configuration.node_name()?.to_string();
     let cgroups = Cgroups::of(&configuration)?;
@@ -187,6 +202,9 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         settings: settings(&configuration),
     })?;
     metrics.loaded(load.elapsed());
+    if !locks.holds(pins) {
+        locks.take(pins)?;
+    }
     check_required(configuration.require, &datapath)?;
     let audit = AuditLog::open(configuration.audit.options(), &node)?;
     let saved = state::load(configuration.state_directory.as_ref())?;
@@ -196,9 +214,11 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
     let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
+    // Before the rings are read: what was recorded while no daemon was there has its names again.
+    engine.restore(saved);
+    let lines = audit.subscribe();
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
-    engine.restore(saved);
     let shared = Arc::new(Shared {
         engine: Mutex::new(engine),
         configuration,
@@ -209,16 +229,23 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         recent: recent::Recent::default(),
         started,
         ready: AtomicBool::new(false),
+        saving: Mutex::new(()),
     });
     let mut sources = manifests::Sources::new(&shared);
     manifests::load(&shared, &mut sources);
+    manifests::let_go_unselected(&shared, &sources);
     {
         let mut engine = shared.engine();
-        engine.resume();
-        engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+        if engine.resume() {
+            engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+        } else {
+            tracing::error!(
+                "what an earlier build of the kernel half holds stays in force as well"
+            );
+        }
     }
     save(&shared);
-    Ok(Parts { shared, sources, witness, stop })
+    Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
 }
 
 /// Starts the thread that reads the kernel's records.
@@ -348,22 +375,16 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    save_changes(shared, &mut shared.engine());
-}
-
-/// Saves what has changed, before anybody is told that it has: a daemon that is killed must know
-/// it again. The engine stays locked, so that no older state is written over a newer one.
-pub(crate) fn save_changes(shared: &Shared, engine: &mut Engine) {
-    let Some(state) = engine.take_changes() else { return };
+    let _saving = shared.saving.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(state) = shared.engine().take_changes() else { return };
     if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
         tracing::error!(%error, "a restart would not know the latest changes");
-        engine.mark_unsaved();
+        shared.engine().mark_unsaved();
     }
 }
 
-async fn keep_recent(shared: Arc<Shared>) {
+async fn keep_recent(shared: Arc<Shared>, mut lines: Lines) {
     use tokio::sync::broadcast::error::RecvError;
-    let mut lines = shared.audit.subscribe();
     loop {
         match lines.recv().await {
             Ok(line) => shared.recent.keep(line),

@@ -3,9 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde::Deserialize;
-
 use crate::api::caller::Viewer;
+use crate::api::server::is_wanted;
 use crate::api::service::EventFilter;
 
 /// Lines that are kept.
@@ -14,19 +13,6 @@ const KEPT: usize = 4096;
 /// The latest lines, oldest first.
 #[derive(Debug, Default)]
 pub struct Recent(Mutex<VecDeque<Arc<str>>>);
-
-/// What of a line is needed to choose it.
-#[derive(Deserialize)]
-struct Seen<'a> {
-    identity: Option<String>,
-    verdict: Option<&'a str>,
-    workload: Option<SeenWorkload>,
-}
-
-#[derive(Deserialize)]
-struct SeenWorkload {
-    name: String,
-}
 
 impl Recent {
     pub fn keep(&self, line: Arc<str>) {
@@ -44,20 +30,34 @@ impl Recent {
         let mut chosen: Vec<Arc<str>> = lines
             .iter()
             .rev()
-            .filter(|line| {
-                serde_json::from_str::<Seen<'_>>(line).is_ok_and(|seen| {
-                    let name = seen.workload.map(|workload| workload.name);
-                    viewer.sees(seen.identity.as_deref())
-                        && (!filter.denied || seen.verdict == Some("deny"))
-                        && filter.workload.as_ref().is_none_or(|wanted| {
-                            name.as_ref() == Some(wanted) || seen.identity.as_ref() == Some(wanted)
-                        })
-                })
-            })
+            .filter(|line| is_wanted(line, viewer, filter))
             .take(filter.limit)
             .cloned()
             .collect();
         chosen.reverse();
         chosen
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_finds_what_is_its_own() {
+        let recent = Recent::default();
+        for uid in [1000, 2000] {
+            let identity = format!("spiffe://example.org/user/{uid}/agent");
+            let line = serde_json::json!({
+                "kind": "verdict", "verdict": "deny",
+                "workload": {"name": "agent", "identity": identity},
+            });
+            recent.keep(line.to_string().into());
+        }
+        let filter = EventFilter { denied: true, workload: Some("agent".to_owned()), limit: 9 };
+        let own = recent.select(&Viewer::own("example.org", 1000), &filter);
+        assert_eq!(own.len(), 1);
+        assert!(own[0].contains("/user/1000/"));
+        assert_eq!(recent.select(&Viewer::Everything, &filter).len(), 2);
     }
 }

@@ -10,13 +10,13 @@ use agentguard_common::event::{Event, RequestKind};
 use agentguard_common::request::ip;
 use agentguard_common::stats::Counters;
 use agentguard_common::{
-    Action, Address, Decision, Destination, Endpoint, Naming, Permission, Protocol, Reason,
+    Action, Address, Decision, Destination, Endpoint, FileId, Naming, Permission, Protocol, Reason,
     Request, Verdict, decide,
 };
 use jiff::Timestamp;
 use tokio::sync::broadcast;
 
-use super::confine::{Candidate, confine};
+use super::confine::{Candidate, confine, launch_files};
 use super::engine::{Engine, Failed, Workload, now};
 use super::launch::file_id;
 use super::privileges::decisive;
@@ -51,6 +51,8 @@ pub struct Shared {
     pub recent: Recent,
     pub started: Instant,
     pub ready: AtomicBool,
+    /// Held while the state is written: of two states the later must be the one that stays.
+    pub saving: Mutex<()>,
 }
 
 impl Shared {
@@ -64,6 +66,106 @@ impl Shared {
 /// The daemon, for the control API.
 #[derive(Clone)]
 pub struct Daemon(pub Arc<Shared>);
+
+impl Daemon {
+    fn give(&self, caller: &Caller, manifest: &[u8]) -> Result<GrantView, ServiceError> {
+        let (mut manifests, errors) =
+            parse_text("request", manifest, Creation::At(Timestamp::now()));
+        if !errors.is_empty() {
+            return Err(ServiceError::Invalid(errors.iter().map(ToString::to_string).collect()));
+        }
+        let document = match (manifests.pop(), manifests.pop()) {
+            (Some(Manifest::Grant(grant)), None) => grant.document,
+            (Some(other), None) => {
+                return Err(ServiceError::Invalid(vec![format!(
+                    "kind: a {} can not be given here; send a Grant",
+                    other.kind().as_str()
+                )]));
+            }
+            (_, _) => {
+                return Err(ServiceError::Invalid(vec!["send exactly one Grant".to_owned()]));
+            }
+        };
+        let mut engine = self.0.engine();
+        let unknown: Vec<String> = document
+            .scopes
+            .iter()
+            .filter(|scope| engine.manifests.catalogue.get(scope).is_none())
+            .map(|scope| {
+                format!("spec.scopes: \"{scope}\" is no scope of this node; define it in a Scope manifest")
+            })
+            .collect();
+        if !unknown.is_empty() {
+            return Err(ServiceError::Invalid(unknown));
+        }
+        let id = document.id.clone();
+        let engine_ref = &mut *engine;
+        engine_ref
+            .store
+            .add(document, Source::Api { uid: caller.uid }, &engine_ref.manifests.catalogue)
+            .map_err(|error| ServiceError::Conflict {
+                error: error.to_string(),
+                remedy: "give the grant another name".to_owned(),
+            })?;
+        engine.reconcile();
+        let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
+        Ok(grant_view(&engine, stored, Timestamp::now()))
+    }
+
+    fn take_back(
+        &self,
+        caller: &Caller,
+        id: &str,
+        reason: &str,
+    ) -> Result<GrantView, ServiceError> {
+        let mut engine = self.0.engine();
+        let parsed = id.parse::<GrantId>().map_err(|_invalid| no_grant(id))?;
+        let by = format!("uid {}", caller.uid);
+        let now = Timestamp::now();
+        engine.store.revoke(&parsed, by, reason.to_owned(), now).map_err(|error| match error {
+            RevokeError::Unknown(_) => no_grant(id),
+            RevokeError::AlreadyOver(_) => ServiceError::Conflict {
+                error: error.to_string(),
+                remedy: "nothing is left to revoke".to_owned(),
+            },
+        })?;
+        engine.reconcile();
+        let stored = engine.store.get(&parsed).ok_or_else(|| no_grant(id))?;
+        Ok(grant_view(&engine, stored, now))
+    }
+
+    fn hold(
+        &self,
+        caller: &Caller,
+        identity: &str,
+        request: &Confine,
+        launch: Vec<FileId>,
+    ) -> Result<Confined, ServiceError> {
+        let mut engine = self.0.engine();
+        let candidate = Candidate { pid: caller.pid, uid: caller.uid };
+        let confined = confine(&mut engine, &candidate, identity, request, launch)?;
+        if caller.is_alive() {
+            return Ok(confined);
+        }
+        // The pid may have been another process's by the time it was moved.
+        let id = engine.workloads().find(|found| found.name == confined.workload).map(|w| w.id);
+        if let Some(id) = id {
+            engine.remove(id);
+        }
+        Err(ServiceError::Conflict {
+            error: "the process that asked to be confined is gone".to_owned(),
+            remedy: "ask from a process that waits for the answer".to_owned(),
+        })
+    }
+
+    /// Writes down what has changed, before whoever changed it is told that it is done.
+    async fn keep(&self) {
+        let shared = Arc::clone(&self.0);
+        if let Err(error) = tokio::task::spawn_blocking(move || super::save(&shared)).await {
+            tracing::error!(%error, "the latest changes are written later");
+        }
+    }
+}
 
 impl Service for Daemon {
     fn trust_domain(&self) -> &str {
@@ -170,48 +272,9 @@ impl Service for Daemon {
     }
 
     async fn add_grant(&self, caller: &Caller, manifest: &[u8]) -> Result<GrantView, ServiceError> {
-        let (mut manifests, errors) =
-            parse_text("request", manifest, Creation::At(Timestamp::now()));
-        if !errors.is_empty() {
-            return Err(ServiceError::Invalid(errors.iter().map(ToString::to_string).collect()));
-        }
-        let document = match (manifests.pop(), manifests.pop()) {
-            (Some(Manifest::Grant(grant)), None) => grant.document,
-            (Some(other), None) => {
-                return Err(ServiceError::Invalid(vec![format!(
-                    "kind: a {} can not be given here; send a Grant",
-                    other.kind().as_str()
-                )]));
-            }
-            (_, _) => {
-                return Err(ServiceError::Invalid(vec!["send exactly one Grant".to_owned()]));
-            }
-        };
-        let mut engine = self.0.engine();
-        let unknown: Vec<String> = document
-            .scopes
-            .iter()
-            .filter(|scope| engine.manifests.catalogue.get(scope).is_none())
-            .map(|scope| {
-                format!("spec.scopes: \"{scope}\" is no scope of this node; define it in a Scope manifest")
-            })
-            .collect();
-        if !unknown.is_empty() {
-            return Err(ServiceError::Invalid(unknown));
-        }
-        let id = document.id.clone();
-        let engine_ref = &mut *engine;
-        engine_ref
-            .store
-            .add(document, Source::Api { uid: caller.uid }, &engine_ref.manifests.catalogue)
-            .map_err(|error| ServiceError::Conflict {
-                error: error.to_string(),
-                remedy: "give the grant another name".to_owned(),
-            })?;
-        engine.reconcile();
-        super::save_changes(&self.0, &mut engine);
-        let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
-        Ok(grant_view(&engine, stored, Timestamp::now()))
+        let given = self.give(caller, manifest)?;
+        self.keep().await;
+        Ok(given)
     }
 
     async fn revoke_grant(
@@ -220,21 +283,25 @@ impl Service for Daemon {
         id: &str,
         reason: &str,
     ) -> Result<GrantView, ServiceError> {
-        let mut engine = self.0.engine();
-        let parsed = id.parse::<GrantId>().map_err(|_invalid| no_grant(id))?;
-        let by = format!("uid {}", caller.uid);
-        let now = Timestamp::now();
-        engine.store.revoke(&parsed, by, reason.to_owned(), now).map_err(|error| match error {
-            RevokeError::Unknown(_) => no_grant(id),
-            RevokeError::AlreadyOver(_) => ServiceError::Conflict {
-                error: error.to_string(),
-                remedy: "nothing is left to revoke".to_owned(),
-            },
-        })?;
-        engine.reconcile();
-        super::save_changes(&self.0, &mut engine);
-        let stored = engine.store.get(&parsed).ok_or_else(|| no_grant(id))?;
-        Ok(grant_view(&engine, stored, now))
+        let taken = self.take_back(caller, id, reason)?;
+        self.keep().await;
+        Ok(taken)
+    }
+
+    async fn confine(
+        &self,
+        caller: &Caller,
+        identity: &str,
+        request: &Confine,
+    ) -> Result<Confined, ServiceError> {
+        let candidate = Candidate { pid: caller.pid, uid: caller.uid };
+        let asked = request.clone();
+        let files = move || launch_files(&candidate, &asked);
+        let launch = tokio::task::spawn_blocking(files).await.map_err(|error| internal(&error))?;
+        let confined = self.hold(caller, identity, request, launch)?;
+        // A daemon that is killed from here on leaves the next one what it needs to go on.
+        self.keep().await;
+        Ok(confined)
     }
 
     async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ServiceError> {
@@ -248,7 +315,12 @@ impl Service for Daemon {
             Some(tag) => decide(engine.tables(), &tag, &resolved, now()),
             None => Decision::deny(Reason::Unidentified),
         };
-        Ok(explanation(&mut engine, &workload, request.target.clone(), &resolved, &decision))
+        let whose = Whose {
+            name: &workload.name,
+            identity: Some(workload.identity.as_str()),
+            mode: workload.mode,
+        };
+        Ok(explanation(&mut engine, whose, request.target.clone(), &resolved, &decision))
     }
 
     async fn last_denial(
@@ -257,41 +329,28 @@ impl Service for Daemon {
         workload: Option<&str>,
     ) -> Result<Option<LastDenial>, ServiceError> {
         let mut engine = self.0.engine();
-        let wanted = match workload {
-            Some(name) => Some(find(&engine, name)?.id),
-            None => None,
+        let running = match workload.map(|name| find(&engine, name)) {
+            Some(Ok(workload)) => Some(workload.id),
+            // One that has ended is known by its denials.
+            Some(Err(_)) | None => None,
         };
-        let denial = self.0.denials.last(|id| {
-            wanted.is_none_or(|wanted| wanted == id)
-                && engine
-                    .workload(id)
-                    .is_some_and(|workload| viewer.sees(Some(workload.identity.as_str())))
+        let denial = self.0.denials.last(|denial| {
+            let is_wanted = workload.is_none_or(|wanted| {
+                running == Some(denial.event.key.workload)
+                    || denial.workload == wanted
+                    || denial.identity.as_deref() == Some(wanted)
+            });
+            is_wanted && viewer.sees(denial.identity.as_deref()) && target_of(denial).is_some()
         });
-        Ok(denial.and_then(|denial| last_denial(&mut engine, &denial)))
-    }
-
-    async fn confine(
-        &self,
-        caller: &Caller,
-        identity: &str,
-        request: &Confine,
-    ) -> Result<Confined, ServiceError> {
-        let mut engine = self.0.engine();
-        let candidate = Candidate { pid: caller.pid, uid: caller.uid };
-        let confined = confine(&mut engine, &candidate, identity, request)?;
-        super::save_changes(&self.0, &mut engine);
-        if caller.is_alive() {
-            return Ok(confined);
+        match denial {
+            Some(denial) => Ok(last_denial(&mut engine, &denial)),
+            None => match (workload, running) {
+                (Some(name), None) => {
+                    Err(ServiceError::NotFound { what: "workload", name: name.to_owned() })
+                }
+                (Some(_) | None, _) => Ok(None),
+            },
         }
-        // The pid may have been another process's by the time it was moved.
-        let id = engine.workloads().find(|found| found.name == confined.workload).map(|w| w.id);
-        if let Some(id) = id {
-            engine.remove(id);
-        }
-        Err(ServiceError::Conflict {
-            error: "the process that asked to be confined is gone".to_owned(),
-            remedy: "ask from a process that waits for the answer".to_owned(),
-        })
     }
 
     async fn set_diagnostics(&self, enabled: bool) -> Result<(), ServiceError> {
@@ -607,8 +666,12 @@ fn target_of(denial: &Denial) -> Option<(Target, Request)> {
 }
 
 fn last_denial(engine: &mut Engine, denial: &Denial) -> Option<LastDenial> {
-    let workload = engine.workload(denial.event.key.workload)?.clone();
     let (target, request) = target_of(denial)?;
+    let whose = Whose {
+        name: &denial.workload,
+        identity: denial.identity.as_deref(),
+        mode: agentguard_common::Mode::try_from(denial.event.mode).ok()?,
+    };
     let verdict = Verdict::try_from(denial.event.verdict).ok()?;
     let Event { scope, grant, .. } = denial.event;
     let decision = Decision { verdict, permission: Permission { expires_at: 0, scope, grant } };
@@ -616,13 +679,21 @@ fn last_denial(engine: &mut Engine, denial: &Denial) -> Option<LastDenial> {
         time: denial.time,
         pid: denial.event.pid,
         executable: denial.executable.clone(),
-        explanation: explanation(engine, &workload, target, &request, &decision),
+        explanation: explanation(engine, whose, target, &request, &decision),
     })
+}
+
+/// The workload that a verdict is about, which may have ended.
+#[derive(Clone, Copy)]
+struct Whose<'a> {
+    name: &'a str,
+    identity: Option<&'a str>,
+    mode: agentguard_common::Mode,
 }
 
 fn explanation(
     engine: &mut Engine,
-    workload: &Workload,
+    whose: Whose<'_>,
     target: Target,
     request: &Request,
     decision: &Decision,
@@ -634,21 +705,21 @@ fn explanation(
         .as_ref()
         .and_then(|grant| engine.store.get(&grant.parse().ok()?))
         .map(|stored| expiry_view(stored.document.expiry));
-    let refused = verdict.action(workload.mode) == Action::Refuse;
-    let because = because(verdict, scope.as_deref(), grant.as_deref(), workload, refused);
+    let refused = verdict.action(whose.mode) == Action::Refuse;
+    let because = because(verdict, scope.as_deref(), grant.as_deref(), whose.identity, refused);
     let permitting_scopes = match verdict {
         Verdict::Deny(_) => permitting_scopes(engine, request),
         Verdict::Allow | Verdict::Unmanaged => Vec::new(),
     };
     Explanation {
-        workload: workload.name.clone(),
-        identity: Some(workload.identity.to_string()),
+        workload: whose.name.to_owned(),
+        identity: whose.identity.map(str::to_owned),
         hook: Some(hook_of(&target, request).to_owned()),
         layer: Some("portable".to_owned()),
         target,
         verdict: verdict.into(),
         reason: verdict.reason().map(|reason| reason.as_str().to_owned()),
-        mode: workload.mode.into(),
+        mode: whose.mode.into(),
         refused,
         scope,
         grant,
@@ -663,10 +734,10 @@ fn because(
     verdict: Verdict,
     scope: Option<&str>,
     grant: Option<&str>,
-    workload: &Workload,
+    identity: Option<&str>,
     refused: bool,
 ) -> String {
-    let identity = &workload.identity;
+    let identity = identity.unwrap_or("this workload");
     let scope = scope.unwrap_or("no scope");
     let grant = grant.unwrap_or("no grant");
     let reason = match verdict {
@@ -741,10 +812,13 @@ fn permitting_scopes(engine: &mut Engine, request: &Request) -> Vec<String> {
 pub fn describe_denials(engine: &Engine, denials: &Denials) -> Vec<String> {
     let all = denials.all();
     let described = all.iter().filter_map(|denial| {
-        let workload = engine.workload(denial.event.key.workload)?;
+        let mode = agentguard_common::Mode::try_from(denial.event.mode).ok()?;
         let verdict = Verdict::try_from(denial.event.verdict).ok()?;
-        let refused = verdict.action(workload.mode) == Action::Refuse;
-        let why = because(verdict, None, None, workload, refused);
+        let refused = verdict.action(mode) == Action::Refuse;
+        let scope = engine.names.scope_word(denial.event.scope);
+        let grant = engine.names.grant_word(denial.event.grant);
+        let identity = denial.identity.as_deref();
+        let why = because(verdict, scope.as_deref(), grant.as_deref(), identity, refused);
         let what = match target_of(denial) {
             Some((target, _)) => target.to_string(),
             None => RequestKind::try_from(denial.event.kind).ok()?.as_str().to_owned(),

@@ -4,11 +4,12 @@
 //! it as a shell would: it passes on what it is sent, stops and goes on with it, and ends with its
 //! status. If the supervisor is killed, what is pinned goes on holding the command.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,8 +22,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::confine::{Candidate, confine};
-use super::engine::{Cgroups, Engine};
+use super::confine::{Candidate, confine, launch_files};
+use super::engine::{Cgroups, Engine, remove_cgroup};
 use super::names::Names;
 use super::witness::Denials;
 use super::{DaemonError, require_root, settings, sizes, standalone_pins, start_witness};
@@ -79,7 +80,7 @@ async fn supervise(
     request: &Confine,
 ) -> Result<Ended, StandaloneError> {
     let own = std::process::id();
-    clear_leftovers(configuration);
+    let _cleared = clear_leftovers(configuration);
     let pins = standalone_pins(configuration, own);
     let cleared = Cleared(pins.clone());
     let datapath = Datapath::open(&Options {
@@ -111,15 +112,17 @@ async fn supervise(
         format!("spiffe://{}/user/0/{name}", configuration.trust_domain)
     });
     let candidate = Candidate { pid: child.pid(), uid: 0 };
-    let confined = confine(&mut engine, &candidate, &identity, request).map_err(|error| {
-        StandaloneError::Refused(match &error {
-            ServiceError::Invalid(errors) => errors.join("\n"),
-            other @ (ServiceError::NotFound { .. }
-            | ServiceError::Forbidden { .. }
-            | ServiceError::Conflict { .. }
-            | ServiceError::Unavailable { .. }) => other.to_string(),
-        })
-    })?;
+    let launch = launch_files(&candidate, request);
+    let confined =
+        confine(&mut engine, &candidate, &identity, request, launch).map_err(|error| {
+            StandaloneError::Refused(match &error {
+                ServiceError::Invalid(errors) => errors.join("\n"),
+                ServiceError::NotFound { .. }
+                | ServiceError::Forbidden { .. }
+                | ServiceError::Conflict { .. }
+                | ServiceError::Unavailable { .. } => error.to_string(),
+            })
+        })?;
     child.tell().map_err(StandaloneError::Start)?;
     let ended = signals.until_end(&child, &mut engine).await;
     let left = end_rest(&engine, &confined.workload);
@@ -130,6 +133,8 @@ async fn supervise(
     if let Some(id) = workload {
         engine.remove(id);
     }
+    // Others run there, or it is gone already.
+    let _parent = fs::remove_dir(engine.exec_parent());
     if let Err(error) = audit.close().await {
         tracing::error!(%error, "the last audit records may not be written");
     }
@@ -354,35 +359,53 @@ fn summarize(engine: &Engine, denials: &Denials, left: usize) {
     }
 }
 
-/// Takes away the protection of supervisors that were killed, once nothing needs it any more.
-fn clear_leftovers(configuration: &Configuration) {
+/// Takes away the protection of supervisors that were killed, where the command has ended too.
+/// Returns of how many.
+pub(super) fn clear_leftovers(configuration: &Configuration) -> usize {
     let pins: PathBuf = configuration.pin_directory.to_path_buf();
-    let (Some(parent), Some(name)) =
-        (pins.parent(), pins.file_name().and_then(|name| name.to_str()))
-    else {
-        return;
+    let (Some(parent), Some(name), Ok(cgroups)) = (
+        pins.parent(),
+        pins.file_name().and_then(|name| name.to_str()),
+        configuration.find_cgroup_parent(),
+    ) else {
+        return 0;
     };
     let prefix = format!("{name}-exec-");
-    let in_use = configuration.find_cgroup_parent().is_ok_and(|parent| holds_cgroups(&parent));
-    if in_use {
-        return;
-    }
+    let is_alive = |pid: &str| Path::new("/proc").join(pid).exists();
+    let mut cleared = 0;
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|name| name.strip_prefix(&prefix));
-        let is_alive = |pid: &str| Path::new("/proc").join(pid).exists();
-        if pid.is_some_and(|pid| !is_alive(pid))
-            && let Err(error) = uninstall(&entry.path())
-        {
-            tracing::debug!(%error, "pins of a supervisor that was killed stay");
+        if pid.is_none_or(is_alive) || !end_leftover(&entry.path(), &cgroups) {
+            continue;
+        }
+        match uninstall(&entry.path()) {
+            Ok(_builds) => cleared += 1,
+            Err(error) => tracing::debug!(%error, "pins of a supervisor that was killed stay"),
         }
     }
+    cleared
 }
 
-/// Whether a cgroup has others in it; its own files do not count.
-fn holds_cgroups(cgroup: &Path) -> bool {
-    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+/// Removes the cgroups that the pins hold; false while one of them has processes.
+fn end_leftover(pins: &Path, cgroups: &Path) -> bool {
+    let held = held_cgroups(pins);
+    let found = fs::read_dir(cgroups).into_iter().flatten().flatten();
+    let left: Vec<PathBuf> = found
+        .filter(|entry| entry.metadata().is_ok_and(|entry| held.contains(&entry.ino())))
+        .map(|entry| entry.path())
+        .collect();
+    left.iter().all(|path| remove_cgroup(path).is_ok())
+}
+
+/// The numbers of the cgroups that hooks of these pins are attached to.
+fn held_cgroups(pins: &Path) -> BTreeSet<u64> {
+    let builds = fs::read_dir(pins).into_iter().flatten().flatten();
+    let links = builds.flat_map(|build| fs::read_dir(build.path().join("links"))).flatten();
+    links
+        .flatten()
+        .filter_map(|link| link.file_name().to_str()?.split_once('-')?.0.parse().ok())
+        .collect()
 }
 
 /// The supervisor's own pins, gone with it.

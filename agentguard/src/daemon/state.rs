@@ -24,6 +24,9 @@ const FILE: &str = "state.json";
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedState {
+    /// The next numbers of an allow-list, a row of rules and a workload.
+    #[serde(default)]
+    pub next: (u32, u32, u32),
     pub names: SavedNames,
     pub grants: Snapshot,
     /// Rows of counters by identity.
@@ -78,6 +81,18 @@ impl From<&Workload> for SavedWorkload {
             unit,
             launch: launch.iter().map(|file| (file.inode, file.device, file.generation)).collect(),
         }
+    }
+}
+
+impl SavedState {
+    /// The cgroups that `exec` made.
+    #[must_use]
+    pub fn exec_cgroups(&self) -> Vec<PathBuf> {
+        let made = self.workloads.iter().filter(|workload| match workload.source {
+            WorkloadSource::Exec => true,
+            WorkloadSource::Manifest => false,
+        });
+        made.map(|workload| workload.cgroup.clone()).collect()
     }
 }
 

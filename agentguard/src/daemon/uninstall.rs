@@ -1,8 +1,10 @@
 //! Removes all protection: the one thing that does.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use super::engine::remove_cgroup;
+use super::lock::Locks;
 use super::{DaemonError, require_root, state};
 use crate::cli::backend::UninstallReport;
 use crate::config::Configuration;
@@ -16,25 +18,44 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
     require_root()?;
     let mut report = UninstallReport::default();
     let pins: &Path = configuration.pin_directory.as_ref();
+    let directory: &Path = configuration.state_directory.as_ref();
+    // A daemon would put back what is taken away under it.
+    let mut locks = Locks::default();
+    for path in [directory, pins] {
+        if path.exists() {
+            locks.take(path)?;
+        }
+    }
+    let cgroups: Vec<PathBuf> = match state::load(directory) {
+        Ok(saved) => saved.exec_cgroups(),
+        Err(error) => {
+            report.left.push(format!("cgroups of exec that are not known: {error}"));
+            Vec::new()
+        }
+    };
     let builds = super::remove_pins(pins)?;
     if builds > 0 {
         report.removed.push(format!("programs, tables and hooks pinned at {}", pins.display()));
     }
-    let directory: &Path = configuration.state_directory.as_ref();
+    let supervisors = super::standalone::clear_leftovers(configuration);
+    if supervisors > 0 {
+        report.removed.push(format!("what {supervisors} killed runs of exec left"));
+    }
     match state::remove(directory) {
         Ok(true) => report.removed.push(format!("the state in {}", directory.display())),
         Ok(false) => {}
         Err(error) => report.left.push(format!("the state in {}: {error}", directory.display())),
     }
-    let cgroups = configuration.find_cgroup_parent()?;
-    if cgroups.exists() {
-        match remove_cgroup(&cgroups) {
-            Ok(()) => report.removed.push(format!("the cgroups at {}", cgroups.display())),
+    for cgroup in cgroups.iter().filter(|cgroup| cgroup.exists()) {
+        match remove_cgroup(cgroup) {
+            Ok(()) => report.removed.push(format!("the cgroup {}", cgroup.display())),
             Err(error) => report.left.push(format!(
                 "the cgroup {}: {error}; end the processes in it, they are not held any more",
-                cgroups.display()
+                cgroup.display()
             )),
         }
     }
+    // Others run there, or it is gone already.
+    let _parent = fs::remove_dir(configuration.find_cgroup_parent()?);
     Ok(report)
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agentguard_common::event::{Event, Hook, Process as KnownProcess};
-use agentguard_common::{Mode, Verdict, WorkloadId};
+use agentguard_common::{Mode, Verdict};
 use jiff::Timestamp;
 
 use super::names::Names;
@@ -39,6 +39,9 @@ pub struct Denial {
     /// The path of an exec, as the caller named it.
     pub path: Option<PathBuf>,
     pub executable: Option<PathBuf>,
+    /// What the workload was then; it may be gone now.
+    pub workload: String,
+    pub identity: Option<String>,
 }
 
 /// The latest denials, shared with the engine.
@@ -49,11 +52,11 @@ pub struct Denials {
 }
 
 impl Denials {
-    /// The latest denial of a workload that `wanted` accepts.
+    /// The latest denial that `wanted` accepts.
     #[must_use]
-    pub fn last(&self, wanted: impl Fn(WorkloadId) -> bool) -> Option<Denial> {
+    pub fn last(&self, wanted: impl Fn(&Denial) -> bool) -> Option<Denial> {
         let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
-        latest.iter().rev().find(|denial| wanted(denial.event.key.workload)).cloned()
+        latest.iter().rev().find(|denial| wanted(denial)).cloned()
     }
 
     /// The latest denials, oldest first.
@@ -130,7 +133,10 @@ impl Witness {
             KernelRecord::Exec(exec) => path_of(&exec.path),
         };
         let executable = told.process.executable.as_ref().map(|text| text.as_str().into());
-        self.denials.keep(Denial { time, event: *record.event(), path, executable });
+        let workload = told.workload.name.as_str().to_owned();
+        let identity = told.workload.identity.as_ref().map(|text| text.as_str().to_owned());
+        let event = *record.event();
+        self.denials.keep(Denial { time, event, path, executable, workload, identity });
     }
 
     /// The record in words.

@@ -69,6 +69,11 @@ impl CgroupSource {
         self.documents = documents;
     }
 
+    /// The workloads that the last scan found.
+    pub fn reported(&self) -> impl Iterator<Item = &Discovered> {
+        self.reported.values()
+    }
+
     /// Starts to watch the directories in which workloads are expected.
     ///
     /// # Errors

@@ -1,0 +1,830 @@
+//! What the daemon promises whoever runs it: manifests, grants, restarts, users, evidence.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use agentguard_tests::{
+    Running,
+    daemon::{
+        Daemon, Prober, Reachable, USER, exec_cgroups, grant, identity, program, scope, scope_of,
+        workload,
+    },
+    run, wait_until,
+};
+use nix::mount::{MsFlags, mount, umount};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Within which a change of a manifest must be in force.
+const IN_FORCE: Duration = Duration::from_millis(100);
+
+/// How long `condition` took to hold.
+#[track_caller]
+fn until(what: &str, mut condition: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "in vain: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+    start.elapsed()
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn file_errors(daemon: &Daemon) -> usize {
+    let status = daemon.status().expect("the daemon answers");
+    status["totals"]["manifests"]["errors"].as_array().map_or(0, Vec::len)
+}
+
+#[test]
+fn a_change_of_a_manifest_is_in_force_within_100_ms() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let agent = identity("agent");
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    let mut exec = daemon.command(["exec", "--identity", &agent]);
+    exec.stderr(Stdio::inherit());
+    let mut prober = Prober::start_by(exec);
+    assert!(!prober.reaches(server.port()));
+    let mut given = Vec::new();
+    let mut taken = Vec::new();
+    for _ in 0..15 {
+        daemon.write("grant", &[grant("server", &agent, "test:server")]);
+        given.push(until("a grant permits", || prober.reaches(server.port())));
+        daemon.remove("grant");
+        taken.push(until("no grant denies", || !prober.reaches(server.port())));
+    }
+    println!("in force: a grant after {given:?}, its end after {taken:?}");
+    let (given, taken) = (median(given), median(taken));
+    println!("in force, median: a grant after {given:?}, its end after {taken:?}");
+    assert!(given < IN_FORCE && taken < IN_FORCE);
+}
+
+#[test]
+fn what_is_wrong_in_a_manifest_changes_nothing_and_is_shown() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let agent = identity("agent");
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    daemon.write("grant", &[grant("server", &agent, "test:server")]);
+    let mut prober = Prober::start_by(daemon.command(["exec", "--identity", &agent]));
+    until("the grant permits", || prober.reaches(server.port()));
+    assert_eq!(file_errors(&daemon), 0);
+    assert!(daemon.metric("agentguard_manifest_errors").abs() < f64::EPSILON);
+
+    daemon.write_text("grant", "kind: [not a manifest");
+    daemon.write_text("other", "apiVersion: agentguard.dev/v1alpha1\nkind: Grant\nspec: {}\n");
+    until("the errors are shown", || file_errors(&daemon) >= 2);
+    assert!(daemon.metric("agentguard_manifest_errors") >= 2.0);
+    let status = daemon.run(["status"]).expect_success("status");
+    assert!(status.stdout.contains("grant.yaml:"), "{}", status.stdout);
+    for _ in 0..20 {
+        assert!(prober.reaches(server.port()), "the last good document is in force");
+    }
+    let recorded = |record: &Value| record["kind"] == "manifest_error";
+    wait_until("the error is recorded", || daemon.records().iter().any(recorded));
+
+    daemon.remove("other");
+    daemon.write("grant", &[]);
+    until("a valid file without grants takes them away", || !prober.reaches(server.port()));
+    until("the errors are gone", || file_errors(&daemon) == 0);
+}
+
+#[test]
+fn a_file_that_is_being_written_says_what_it_said_before() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let agent = identity("agent");
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    let document = grant("server", &agent, "test:server");
+    daemon.write("grant", std::slice::from_ref(&document));
+    let mut prober = Prober::start_by(daemon.command(["exec", "--identity", &agent]));
+    until("the grant permits", || prober.reaches(server.port()));
+
+    // Emptied, and for a while half written.
+    let mut file = File::create(daemon.manifest("grant")).unwrap();
+    let text = format!("{document:#}");
+    let (first, second) = text.split_at(text.len() / 2);
+    let start = Instant::now();
+    for part in [first, second] {
+        // The other file's change makes the daemon read while this one is not whole.
+        daemon.write("unrelated", &[scope("test:unrelated", 1)]);
+        while start.elapsed() < Duration::from_millis(1500) && part == first {
+            assert!(prober.reaches(server.port()), "after {:?}", start.elapsed());
+        }
+        file.write_all(part.as_bytes()).unwrap();
+        for _ in 0..50 {
+            assert!(prober.reaches(server.port()));
+        }
+    }
+    assert_eq!(file_errors(&daemon), 0);
+    drop(file);
+    fs::write(daemon.manifest("grant"), "").unwrap();
+    until("the end of writing counts", || !prober.reaches(server.port()));
+}
+
+#[test]
+fn cgroups_that_a_manifest_selects_are_held_with_what_runs_in_them() {
+    let daemon = Daemon::started();
+    let (server, other) = (Reachable::start(), Reachable::start());
+    let agent = identity("selected");
+    let first = daemon.cgroup("first");
+    let mut running = Prober::in_cgroup(first.path());
+    assert!(running.reaches(server.port()) && running.reaches(other.port()));
+    let pattern = format!("/{}", daemon.cgroup_name("*"));
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    daemon.write("grant", &[grant("server", &agent, "test:server")]);
+    daemon.write("workload", &[workload("selected", &pattern, &agent, "enforce")]);
+    let held = until("what runs already is held", || !running.reaches(other.port()));
+    assert!(running.reaches(server.port()), "what is granted is permitted");
+
+    let later = daemon.cgroup("later");
+    let tagged = until("a cgroup made later is a workload's", || daemon.workloads().len() == 2);
+    let mut newcomer = Prober::in_cgroup(later.path());
+    assert!(!newcomer.reaches(other.port()));
+    assert!(newcomer.reaches(server.port()));
+    println!("held after {held:?}; a cgroup made later after {tagged:?} (with one CLI run)");
+
+    daemon.remove("workload");
+    until("nobody's without the manifest", || running.reaches(other.port()));
+    until("the other too", || newcomer.reaches(other.port()));
+    assert_eq!(daemon.workloads(), Vec::<String>::new());
+}
+
+#[test]
+fn a_cgroup_that_is_gone_is_no_workload_any_more() {
+    let daemon = Daemon::started();
+    let pattern = format!("/{}", daemon.cgroup_name("*"));
+    daemon.write("w", &[workload("gone", &pattern, &identity("gone"), "enforce")]);
+    let cgroup = daemon.cgroup("one");
+    until("it is a workload", || daemon.workloads().len() == 1);
+    drop(cgroup);
+    until("it is gone", || daemon.workloads().is_empty());
+    let _again = daemon.cgroup("one");
+    until("one of the same name is another", || daemon.workloads().len() == 1);
+}
+
+#[test]
+fn a_change_of_mode_or_identity_leaves_no_gap() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let cgroup = daemon.cgroup("held");
+    let mut prober = Prober::in_cgroup(cgroup.path());
+    let pattern = format!("/{}", daemon.cgroup_name("held"));
+    let write = |identity: &str, mode: &str| {
+        daemon.write("w", &[workload("held", &pattern, identity, mode)]);
+    };
+    let identity_now = || daemon.json(["workloads"])[0]["identity"].clone();
+    write(&identity("one"), "audit");
+    until("it is a workload", || daemon.workloads().len() == 1);
+    assert!(prober.reaches(server.port()), "audit lets through");
+    write(&identity("one"), "enforce");
+    let enforced = until("enforce refuses", || !prober.reaches(server.port()));
+    println!("enforced after {enforced:?}");
+    // While the identity goes back and forth, nothing gets out.
+    let mut probes = 0;
+    for round in 0..10 {
+        let now = identity(if round % 2 == 0 { "two" } else { "one" });
+        write(&now, "enforce");
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(150) {
+            assert!(!prober.reaches(server.port()), "a gap in round {round}");
+            probes += 1;
+        }
+        wait_until("the change is shown", || identity_now() == json!(now));
+    }
+    println!("{probes} probes, none got out");
+    write(&identity("two"), "audit");
+    until("audit lets through again", || prober.reaches(server.port()));
+}
+
+#[test]
+fn grants_revocations_and_workloads_survive_a_killed_daemon() {
+    let mut daemon = Daemon::installed();
+    let (server, other) = (Reachable::start(), Reachable::start());
+    daemon
+        .write("scopes", &[scope("test:server", server.port()), scope("test:other", other.port())]);
+    daemon.start();
+    let agent = identity("agent");
+    let mut exec = daemon.command(["exec", "--identity", &agent, "--name", "survivor"]);
+    exec.args(["--scope", "test:server"]);
+    let mut prober = Prober::start_by(exec);
+    assert!(prober.reaches(server.port()));
+    let give = |name: &str| {
+        let arguments = ["grant", "--to", &agent, "--scope", "test:other", "--ttl", "1h"];
+        let mut command = daemon.command(arguments);
+        command.args(["--reason", "a test", "--name", name]);
+        run(&mut command, PATIENCE).expect_success("grant");
+    };
+    give("kept");
+    give("revoked");
+    daemon.run(["revoke", "revoked", "--reason", "enough"]).expect_success("revoke");
+    assert!(prober.reaches(other.port()));
+
+    daemon.kill();
+    assert!(prober.reaches(server.port()) && prober.reaches(other.port()));
+    let third = Reachable::start();
+    assert!(!prober.reaches(third.port()), "enforced without a daemon");
+    daemon.start();
+
+    assert!(prober.reaches(server.port()) && prober.reaches(other.port()));
+    assert!(!prober.reaches(third.port()));
+    assert_eq!(daemon.workloads(), ["survivor"]);
+    let states = || -> Vec<(String, String)> {
+        let list = daemon.json(["grants"]);
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let grants = list.as_array().unwrap().iter();
+        grants.map(|grant| (text(&grant["id"]), text(&grant["state"]))).collect()
+    };
+    let expected = [("exec-survivor", "active"), ("kept", "active"), ("revoked", "revoked")];
+    assert_eq!(states(), expected.map(|(id, state)| (id.to_owned(), state.to_owned())));
+
+    daemon.run(["revoke", "kept", "--reason", "enough"]).expect_success("revoke");
+    assert!(!prober.reaches(other.port()), "a revocation is in force when it is answered");
+    daemon.kill();
+    daemon.start();
+    assert!(!prober.reaches(other.port()));
+
+    let port = third.port();
+    let meanwhile = |record: &Value| {
+        record["verdict"] == "deny" && record["request"].to_string().contains(&port.to_string())
+    };
+    wait_until("what was denied meanwhile is recorded", || daemon.records().iter().any(meanwhile));
+    for record in daemon.records().iter().filter(|record| record["kind"] == "verdict") {
+        assert_eq!(record["workload"]["identity"], json!(agent), "{record}");
+        assert_eq!(record["workload"]["name"], "survivor", "{record}");
+    }
+    let scopes: BTreeSet<String> = daemon
+        .records()
+        .iter()
+        .filter(|record| record["verdict"] == "allow")
+        .filter_map(|record| Some(record["scope"].as_str()?.to_owned()))
+        .collect();
+    assert!(scopes.contains("test:server") && scopes.contains("test:other"), "{scopes:?}");
+    drop(prober);
+    until("the workload ends with its process", || daemon.workloads().is_empty());
+    daemon.stop();
+    let log = daemon.audit_log();
+    let verified = run(daemon.command(["audit", "verify"]).arg(&log), PATIENCE);
+    assert!(verified.status.success(), "{verified:?}");
+}
+
+#[test]
+fn a_workload_that_ended_while_no_daemon_was_there_is_named_in_its_last_records() {
+    let mut daemon = Daemon::started();
+    let server = Reachable::start();
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "short"]));
+    daemon.kill();
+    assert!(!prober.reaches(server.port()));
+    drop(prober);
+    let cgroup = exec_cgroups().join("short");
+    wait_until("its cgroup is empty", || {
+        let events = fs::read_to_string(cgroup.join("cgroup.events")).unwrap_or_default();
+        events.is_empty() || events.contains("populated 0")
+    });
+    fs::remove_dir(&cgroup).unwrap();
+    daemon.start();
+    let denied = |record: &Value| record["verdict"] == "deny";
+    wait_until("the denial is recorded", || daemon.records().iter().any(denied));
+    let records = daemon.records();
+    let record = records.iter().find(|record| denied(record)).unwrap();
+    assert_eq!(record["workload"]["name"], "short", "{record}");
+    assert_eq!(daemon.workloads(), Vec::<String>::new());
+    assert_eq!(daemon.json(["grants"]), json!([]));
+}
+
+#[test]
+fn a_manifest_that_went_while_no_daemon_was_there_lets_go_and_a_broken_one_does_not() {
+    let mut daemon = Daemon::started();
+    let server = Reachable::start();
+    let cgroup = daemon.cgroup("held");
+    let mut prober = Prober::in_cgroup(cgroup.path());
+    let pattern = format!("/{}", daemon.cgroup_name("held"));
+    daemon.write("w", &[workload("held", &pattern, &identity("held"), "enforce")]);
+    until("it is held", || !prober.reaches(server.port()));
+    wait_until("it is written down", || {
+        fs::read_to_string(daemon.path("state/state.json"))
+            .is_ok_and(|state| state.contains("held"))
+    });
+    daemon.kill();
+    daemon.write_text("w", "kind: [broken");
+    daemon.start();
+    assert!(!prober.reaches(server.port()), "a slip of the pen lets nobody out");
+    daemon.kill();
+    daemon.remove("w");
+    daemon.start();
+    assert!(prober.reaches(server.port()));
+    assert_eq!(daemon.workloads(), Vec::<String>::new());
+}
+
+#[test]
+fn a_user_confines_what_is_its_own_and_nothing_else() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    let own = identity(&format!("user/{USER}/bash"));
+    until("the scope is known", || {
+        daemon.run_as_user(["exec", "--scope", "test:server", "--", "true"]).status.success()
+    });
+    let mut first = Prober::start_by(daemon.command_of_user(["exec", "--scope", "test:server"]));
+    let mut second = Prober::start_by(daemon.command_of_user(["exec"]));
+    assert!(first.reaches(server.port()));
+    assert!(!second.reaches(server.port()), "the second is not widened by the first's scope");
+    let mut root = Prober::start_by(daemon.command(["exec", "--name", "roots"]));
+    assert!(!root.reaches(server.port()));
+
+    let listed = daemon.run_as_user(["workloads", "--output", "json"]).expect_success("workloads");
+    let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
+    let identities: BTreeSet<&str> =
+        listed.as_array().unwrap().iter().filter_map(|one| one["identity"].as_str()).collect();
+    let expected = [own.clone(), format!("{own}-2")];
+    assert_eq!(identities, expected.iter().map(String::as_str).collect());
+
+    for arguments in [
+        &["exec", "--identity", "spiffe://daemon.test/ns/prod", "--", "true"][..],
+        &["exec", "--identity", "spiffe://daemon.test/user/0/bash", "--", "true"],
+        &["exec", "--identity", &own, "--", "true"],
+        &["grant", "--to", &own, "--scope", "test:server", "--ttl", "1h", "--reason", "mine"],
+        &["revoke", "exec-bash", "--reason", "mine"],
+    ] {
+        let refused = daemon.run_as_user(arguments);
+        assert!(!refused.status.success(), "{arguments:?}: {refused:?}");
+        assert!(!refused.stderr.is_empty());
+    }
+    let others = ["explain", "--workload", "roots", "--connect", "127.0.0.1:1/TCP"];
+    assert!(!daemon.run_as_user(others).status.success());
+    let denied = |daemon: &Daemon| {
+        daemon.records().iter().filter(|record| record["verdict"] == "deny").count()
+    };
+    wait_until("both denials are recorded", || denied(&daemon) >= 2);
+    let events = daemon.run_as_user(["events", "--denied", "--output", "json"]);
+    let events = events.expect_success("events").stdout;
+    assert!(events.contains(&own) && !events.contains("roots"), "{events}");
+    let all = daemon.run(["events", "--denied", "--output", "json"]).expect_success("events");
+    assert!(all.stdout.contains("roots"), "{}", all.stdout);
+
+    drop((first, second, root));
+    until("all workloads end", || daemon.workloads().is_empty());
+    assert_eq!(daemon.json(["grants"]), json!([]));
+}
+
+#[test]
+fn a_workload_is_refused_everything_by_the_control_socket() {
+    let daemon = Daemon::started();
+    let scope = scope_of("test:cli", json!({"exec": [{"path": program()}]}));
+    daemon.write("scope", &[scope]);
+    let arguments = ["exec", "--scope", "test:cli", "--"];
+    until("the scope is known", || {
+        let mut command = daemon.command(arguments);
+        run(command.arg(program()).arg("--version"), PATIENCE).status.success()
+    });
+    for inside in [
+        &["status"][..],
+        &["workloads"],
+        &["grants"],
+        &["events"],
+        &["explain", "--last"],
+        &["exec", "--", "true"],
+        &["grant", "--to", "spiffe://daemon.test/x", "--scope", "a", "--never", "--reason", "r"],
+    ] {
+        let mut command = daemon.command(arguments);
+        let refused = run(command.arg(program()).args(inside), PATIENCE);
+        assert_eq!(refused.status.code(), Some(77), "{inside:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn the_last_refusal_is_explained_with_the_command_that_permits_it() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    let mut prober = Prober::start_by(daemon.command_of_user(["exec", "--name", "curious"]));
+    until("the scope is known", || {
+        daemon.run(["exec", "--scope", "test:server", "--", "true"]).status.success()
+    });
+    assert!(!prober.reaches(server.port()));
+    let explain = || daemon.run(["explain", "--last", "--output", "json"]);
+    wait_until("it is explained", || explain().stdout.contains("curious"));
+    let last: Value = serde_json::from_str(&explain().stdout).unwrap();
+    let last = &last["explanation"];
+    assert_eq!(last["reason"], "not_granted", "{last}");
+    assert_eq!(last["permitting_scopes"], json!(["test:server"]), "{last}");
+    let remedy = last["remedy"][0].as_str().unwrap_or_else(|| panic!("{last}"));
+    println!("{remedy}");
+    let path = program();
+    let mut shell = Command::new("bash");
+    shell.args(["-c", remedy]).env("AGENTGUARD_CONFIG", daemon.config());
+    shell.env("PATH", format!("{}:/usr/bin:/bin", path.parent().unwrap().display()));
+    run(&mut shell, PATIENCE).expect_success("the remedy");
+    assert!(prober.reaches(server.port()), "the remedy permits it");
+
+    // To the user who may not grant, also when the command has ended.
+    let script = "exec 3<>/dev/tcp/127.0.0.1/1";
+    let ended = daemon.run_as_user(["exec", "--name", "ended", "--", "bash", "-c", script]);
+    assert!(!ended.status.success());
+    until("it ends", || !daemon.workloads().contains(&"ended".to_owned()));
+    let explained = daemon.run_as_user(["explain", "--last", "--workload", "ended"]);
+    let explained = explained.expect_success("explain").stdout;
+    assert!(explained.contains("127.0.0.1:1/TCP"), "{explained}");
+    assert!(explained.contains("no scope permits it"), "{explained}");
+}
+
+#[test]
+fn explain_says_what_the_kernel_does() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let port = server.port();
+    let closed = json!({"protocol": "TCP", "port": port});
+    daemon.write("scopes", &[
+        scope_of("test:block", json!({
+            "egress": [{
+                "to": [{"ipBlock": {"cidr": "127.0.0.0/8", "except": ["127.0.0.66/32"]}}],
+                "ports": [closed, {"protocol": "UDP", "port": port}],
+            }],
+            "listen": [{"protocol": "TCP", "port": 7999}],
+            "exec": [{"path": "/usr/bin/env"}],
+        })),
+        scope_of("test:everywhere", json!({"egress": [{
+            "to": [{"ipBlock": {"cidr": "160.0.0.0/3"}}, {"ipBlock": {"cidr": "192.0.2.0/24"}}],
+            "ports": [{"protocol": "TCP", "port": 80}],
+        }]})),
+    ]);
+    let agent = identity("agent");
+    until("the scopes are known", || {
+        let arguments = ["grant", "--to", &agent, "--scope", "test:block", "--ttl", "1h"];
+        let mut command = daemon.command(arguments);
+        command.args(["--reason", "a test", "--name", "block"]);
+        run(&mut command, PATIENCE).status.success()
+    });
+    let arguments = ["grant", "--to", &agent, "--scope", "test:everywhere", "--ttl", "8s"];
+    let mut command = daemon.command(arguments);
+    command.args(["--reason", "a test", "--name", "everywhere"]);
+    run(&mut command, PATIENCE).expect_success("grant");
+    let _holder =
+        Prober::start_by(daemon.command(["exec", "--identity", &agent, "--name", "held"]));
+
+    let explain = |option: &str, target: &str| {
+        let value = daemon.json(["explain", "--workload", "held", option, target]);
+        let reason = value["reason"].as_str().unwrap_or("allow").to_owned();
+        (reason, value)
+    };
+    // What perl is refused, by the kernel, in words of `explain`.
+    let attempt = |code: &str| {
+        let mut command = daemon.command(["exec", "--identity", &agent, "--", "perl"]);
+        let script = format!(
+            "use Socket; sub a {{ pack_sockaddr_in($_[1], inet_aton($_[0])) }} \
+             socket(T,PF_INET,SOCK_STREAM,0); socket(U,PF_INET,SOCK_DGRAM,0); \
+             $! = 0; my $ok = {code}; exit($ok ? 0 : $!{{EPERM}} ? 77 : 3);"
+        );
+        run(command.args(["-MSocket", "-MErrno", "-e", &script]), PATIENCE).status
+    };
+    let other = port.wrapping_add(1).to_string();
+    for (option, target, code, expected) in [
+        (
+            "--connect",
+            format!("127.0.0.1:{port}/TCP"),
+            format!("connect(T,a('127.0.0.1',{port}))"),
+            "allow",
+        ),
+        (
+            "--connect",
+            format!("127.0.0.1:{other}/TCP"),
+            format!("connect(T,a('127.0.0.1',{other}))"),
+            "port_not_granted",
+        ),
+        (
+            "--connect",
+            format!("127.0.0.66:{port}/TCP"),
+            format!("connect(T,a('127.0.0.66',{port}))"),
+            "excepted",
+        ),
+        (
+            "--connect",
+            "169.254.169.254:80/TCP".to_owned(),
+            "connect(T,a('169.254.169.254',80))".to_owned(),
+            "metadata",
+        ),
+        (
+            "--send",
+            format!("127.0.0.1:{port}/UDP"),
+            format!("send(U,'x',0,a('127.0.0.1',{port}))"),
+            "allow",
+        ),
+        (
+            "--send",
+            "192.0.2.9:53/UDP".to_owned(),
+            "send(U,'x',0,a('192.0.2.9',53))".to_owned(),
+            "port_not_granted",
+        ),
+        ("--bind", "7999/TCP".to_owned(), "bind(T,a('0.0.0.0',7999))".to_owned(), "allow"),
+        (
+            "--bind",
+            "7998/TCP".to_owned(),
+            "bind(T,a('0.0.0.0',7998))".to_owned(),
+            "port_not_granted",
+        ),
+    ] {
+        let (reason, value) = explain(option, &target);
+        let status = attempt(&code);
+        println!("{option} {target}: explained {reason}, the kernel {status}");
+        let kernel_refused = status.code() == Some(77);
+        assert_eq!(kernel_refused, reason != "allow", "{option} {target}: {status} but {value}");
+        assert_eq!(value["refused"], json!(kernel_refused), "{value}");
+        // Which reason that one has depends on whether the second grant has ended.
+        let has_ended = target.starts_with("192") && reason == "expired";
+        assert!(reason == expected || has_ended, "{option} {target}: {value}");
+    }
+    // Exec: what is denied is killed.
+    let exec = |path: &str| {
+        let mut command = daemon.command(["exec", "--identity", &agent, "--", "bash", "-c"]);
+        run(command.arg(format!("{path} >/dev/null; exit $?")), PATIENCE).status.code()
+    };
+    assert_eq!(explain("--exec", "/usr/bin/env").0, "allow");
+    assert_eq!(exec("/usr/bin/env"), Some(0));
+    assert_eq!(explain("--exec", "/usr/bin/id").0, "not_granted");
+    assert_ne!(exec("/usr/bin/id"), Some(0));
+
+    until("the grant ends", || explain("--connect", "192.0.2.9:80/TCP").0 == "expired");
+    assert_eq!(attempt("connect(T,a('192.0.2.9',80))").code(), Some(77));
+    let expired = |record: &Value| record["reason"] == "expired";
+    wait_until("the kernel says the same", || daemon.records().iter().any(expired));
+    let records = daemon.records();
+    let record = records.iter().find(|record| expired(record)).unwrap();
+    assert_eq!(record["grant"], "everywhere", "{record}");
+    let reasons: BTreeSet<&str> = records.iter().filter_map(|r| r["reason"].as_str()).collect();
+    println!("reasons in the log: {reasons:?}");
+    assert!(reasons.contains("excepted") && reasons.contains("metadata"), "{reasons:?}");
+}
+
+#[test]
+fn a_workload_lasts_as_long_as_any_of_its_processes() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let done = daemon.path("done");
+    let script = format!(
+        "(read -t 2 <> <(:); (exec 3<>/dev/tcp/127.0.0.1/{}) 2>/dev/null && echo yes > {done} || echo no > {done}; read -t 1 <> <(:)) & exit 0",
+        server.port(),
+        done = done.display()
+    );
+    let finished = daemon.run(["exec", "--name", "parent", "--", "bash", "-c", &script]);
+    assert!(finished.status.success(), "{finished:?}");
+    thread::sleep(Duration::from_millis(600));
+    assert_eq!(daemon.workloads(), ["parent"], "its child is still there");
+    wait_until("the child tried", || {
+        fs::read_to_string(&done).is_ok_and(|text| text.ends_with('\n'))
+    });
+    assert_eq!(fs::read_to_string(&done).unwrap().trim(), "no", "the child is held");
+    until("the workload ends with its last process", || daemon.workloads().is_empty());
+    assert_eq!(daemon.json(["grants"]), json!([]));
+    assert!(!exec_cgroups().join("parent").exists());
+
+    for _ in 0..5 {
+        daemon.run(["exec", "--name", "brief", "--", "true"]).expect_success("exec");
+        until("a short command leaves nothing", || daemon.workloads().is_empty());
+    }
+    assert!(!exec_cgroups().join("brief").exists());
+}
+
+#[test]
+fn the_commands_end_with_the_status_they_document() {
+    let mut daemon = Daemon::installed();
+    let code = |finished: agentguard_tests::Finished| finished.status.code();
+    assert_eq!(code(daemon.run(["status"])), Some(69));
+    assert_eq!(code(daemon.run_as_user(["run"])), Some(77));
+    assert_eq!(code(daemon.run_as_user(["exec", "--", "true"])), Some(69));
+    assert_eq!(code(daemon.run_as_user(["uninstall"])), Some(77));
+    daemon.configure(|config| config["no_such_key"] = json!(1));
+    let invalid = daemon.run(["run"]);
+    assert_eq!(invalid.status.code(), Some(78));
+    assert!(invalid.stderr.contains("no_such_key"), "{invalid:?}");
+    daemon.configure(|_| {});
+
+    let broken = daemon.path("broken.yaml");
+    fs::write(&broken, "apiVersion: agentguard.dev/v1alpha1\nkind: Scope\n").unwrap();
+    let broken = broken.to_str().unwrap();
+    assert_eq!(code(daemon.run(["check", broken])), Some(65));
+    daemon.write("scope", &[scope("test:server", 80)]);
+    let manifests = daemon.path("manifests");
+    assert_eq!(code(daemon.run(["check", manifests.to_str().unwrap()])), Some(0));
+
+    let doctor = daemon.run(["doctor", "--output", "json"]);
+    let report: Value =
+        serde_json::from_str(&doctor.stdout).unwrap_or_else(|_| panic!("{doctor:?}"));
+    assert!(report["checks"].as_array().is_some_and(|checks| !checks.is_empty()));
+    assert!(!fs::read_dir("/sys/fs/bpf").unwrap().flatten().any(|entry| {
+        let name = daemon.pins().file_name().unwrap().to_string_lossy().into_owned();
+        entry.file_name().to_string_lossy().starts_with(&name)
+    }));
+
+    daemon.start();
+    let status = daemon.status().expect("it answers");
+    assert_eq!(status["totals"]["manifests"]["errors"], json!([]));
+    assert!(status["protection"]["layers"].as_array().is_some_and(|layers| !layers.is_empty()));
+    for table in [&["status"][..], &["workloads"], &["grants"], &["events"], &["doctor"]] {
+        assert!(!daemon.run(table).stdout.is_empty(), "{table:?}");
+    }
+}
+
+#[test]
+fn events_are_followed() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    let mut follow = daemon.command(["events", "-f", "--denied", "--output", "json"]);
+    let follower = Running::start(&mut follow);
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "seen"]));
+    wait_until("the denial is shown", || {
+        // The first may have come before the follower.
+        assert!(!prober.reaches(server.port()));
+        follower.stdout().contains("\"seen\"")
+    });
+    for line in follower.stdout().lines() {
+        let record: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(record["verdict"], "deny", "{record}");
+    }
+}
+
+#[test]
+fn uninstall_removes_everything_once() {
+    let mut daemon = Daemon::started();
+    let server = Reachable::start();
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "left"]));
+    assert!(!prober.reaches(server.port()));
+    let refused = daemon.run(["uninstall"]);
+    assert!(!refused.status.success(), "a daemon is running: {refused:?}");
+    assert!(!prober.reaches(server.port()), "and enforces");
+    let stopped = daemon.stop();
+    assert!(stopped.status.success(), "{stopped:?}");
+    assert!(!prober.reaches(server.port()), "a daemon that stops leaves enforcement");
+
+    let first = daemon.run(["uninstall"]);
+    assert_eq!(first.status.code(), Some(1), "a process is left in a cgroup: {first:?}");
+    assert!(first.stdout.contains("removed"), "{first:?}");
+    assert!(prober.reaches(server.port()), "nothing is held any more");
+    assert!(!daemon.pins().exists());
+    assert!(!daemon.path("state/state.json").exists());
+    let second = daemon.run(["uninstall"]).expect_success("uninstall");
+    assert!(second.stdout.contains("nothing was installed"), "{second:?}");
+    let cgroup = exec_cgroups().join("left");
+    drop(prober);
+    wait_until("the test's cgroup can go", || !cgroup.exists() || fs::remove_dir(&cgroup).is_ok());
+}
+
+#[test]
+fn metrics_are_valid_and_reconcile_with_status() {
+    let daemon = Daemon::started();
+    let server = Reachable::start();
+    assert_eq!(daemon.http("/healthz").0, 200);
+    assert_eq!(daemon.http("/readyz").0, 200);
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "counted"]));
+    for _ in 0..20 {
+        assert!(!prober.reaches(server.port()));
+    }
+    let (status, text) = daemon.http("/metrics");
+    assert_eq!(status, 200);
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool is installed (package prometheus)");
+    promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}\n{text}");
+
+    let events = daemon.status().expect("it answers")["totals"]["events"].clone();
+    let number = |name: &str| events[name].as_f64().unwrap();
+    println!("{events}");
+    assert_eq!(number("decided"), number("logged") + number("aggregated") + number("lost"));
+    assert!(number("decided") >= 20.0, "{events}");
+    let counted = daemon.metric("agentguard_verdicts_total");
+    assert_eq!(counted, number("decided"), "{:?}", daemon.metrics("agentguard_verdicts_total"));
+}
+
+/// A file system that can be full; dropped, it is unmounted.
+struct Small(std::path::PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        if let Err(error) = umount(&self.0) {
+            eprintln!("{} stays mounted: {error}", self.0.display());
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_stops_neither_enforcement_nor_the_daemon() {
+    let mut daemon = Daemon::installed();
+    let server = Reachable::start();
+    let path = daemon.path("small");
+    fs::create_dir(&path).unwrap();
+    mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).unwrap();
+    let small = Small(path.clone());
+    daemon.configure(|config| config["audit"]["output"] = json!(path.join("audit.log")));
+    daemon.start();
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "full"]));
+    let mut filler = File::create(path.join("filler")).unwrap();
+    while filler.write_all(&[0; 1024]).is_ok() {}
+    for _ in 0..300 {
+        assert!(!prober.reaches(server.port()));
+    }
+    wait_until("it is counted", || daemon.metric("agentguard_audit_write_failures_total") > 0.0);
+    assert!(daemon.status().is_some());
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    daemon.write(
+        "grant",
+        &[json!({
+            "apiVersion": "agentguard.dev/v1alpha1", "kind": "Grant",
+            "metadata": {"name": "full"},
+            "spec": {"subject": {"spiffeId": identity("user/0/full")}, "scopes": ["test:server"],
+                     "expiresAt": "never", "grantedBy": "the tests", "reason": "a test"},
+        })],
+    );
+    until("changes are still taken", || prober.reaches(server.port()));
+    drop(prober);
+    daemon.kill();
+    drop(filler);
+    drop(small);
+    daemon.configure(|_| {});
+}
+
+#[test]
+fn a_state_that_can_not_be_written_stops_nothing() {
+    let mut daemon = Daemon::installed();
+    let server = Reachable::start();
+    let path = daemon.path("state");
+    fs::create_dir(&path).unwrap();
+    mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
+    let small = Small(path.clone());
+    daemon.start();
+    let mut filler = File::create(path.join("filler")).unwrap();
+    while filler.write_all(&[0; 512]).is_ok() {}
+    let mut prober = Prober::start_by(daemon.command(["exec", "--name", "unsaved"]));
+    assert!(!prober.reaches(server.port()));
+    drop(filler);
+    fs::remove_file(path.join("filler")).unwrap();
+    wait_until("it is written once there is room", || {
+        fs::read_to_string(path.join("state.json")).is_ok_and(|text| text.contains("unsaved"))
+    });
+    drop(prober);
+    until("it ends", || daemon.workloads().is_empty());
+    daemon.kill();
+    daemon.run(["uninstall"]).expect_success("uninstall");
+    drop(small);
+}
+
+#[test]
+fn two_daemons_do_not_manage_the_same_tables() {
+    let daemon = Daemon::started();
+    let second = Daemon::installed();
+    let pins = daemon.pins();
+    second.configure(|config| config["pin_directory"] = json!(pins));
+    let mut running = Running::start(&mut second.command(["run"]));
+    let ended = running.wait(PATIENCE).expect("the second daemon ends");
+    assert!(!ended.status.success());
+    assert!(ended.stderr.contains("another agentguard manages"), "{ended:?}");
+    let third = Daemon::installed();
+    let state = daemon.path("state");
+    third.configure(|config| config["state_directory"] = json!(state));
+    let mut running = Running::start(&mut third.command(["run"]));
+    let ended = running.wait(PATIENCE).expect("the third daemon ends");
+    assert!(ended.stderr.contains("another agentguard manages"), "{ended:?}");
+    assert!(daemon.status().is_some(), "the first goes on");
+    // Their uninstall must not touch the first's.
+    second.configure(|_| {});
+    third.configure(|_| {});
+}
+
+#[test]
+fn a_file_that_is_a_pipe_holds_nobody_up() {
+    let daemon = Daemon::started();
+    let pipe = daemon.path("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::set_permissions(&pipe, fs::Permissions::from_mode(0o777)).unwrap();
+    // The control socket itself, because the command line looks first.
+    let body = json!({"executable": pipe, "command": ["pipe"], "scopes": [], "mode": "enforce"});
+    let body = body.to_string();
+    let script = format!(
+        "use IO::Socket::UNIX; $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die; \
+         print $s \"POST /v1/confine HTTP/1.1\\r\\nhost: a\\r\\ncontent-type: application/json\\r\\n\
+         content-length: {}\\r\\n\\r\\n$ARGV[1]\"; print <$s>;",
+        body.len()
+    );
+    let mut command = Command::new("perl");
+    command.args(["-e", &script]).arg(daemon.path("run/agentguard.sock")).arg(&body);
+    let answered = run(&mut command, Duration::from_secs(10));
+    println!("{answered:?}");
+    assert!(answered.stdout.contains("HTTP/1.1"), "{answered:?}");
+    assert!(daemon.status().is_some());
+    assert!(daemon.run(["exec", "--", "true"]).status.success());
+}

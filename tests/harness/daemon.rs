@@ -1,0 +1,545 @@
+//! A daemon as whoever installs it sees it: its files, its commands, its answers.
+//!
+//! Unlike a [`Guard`](crate::Guard) it knows no network and no attack; it is for what the daemon
+//! itself promises. Everything of it lies in a temporary directory of its own, and goes when it is
+//! dropped.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{
+    Cgroup, Layer, cgroup,
+    process::{Finished, Running, binary, run},
+    requires, unique, wait_until,
+};
+
+/// How long any one command may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The trust domain of a daemon's workloads.
+pub const TRUST_DOMAIN: &str = "daemon.test";
+/// Who is not root: nobody.
+pub const USER: u32 = 65534;
+
+/// The files of an installation and, while it runs, its daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    directory: TempDir,
+    metrics: SocketAddr,
+    running: Option<Running>,
+}
+
+impl Daemon {
+    /// An installation whose daemon does not run.
+    ///
+    /// # Panics
+    ///
+    /// Without root, or when a file can not be made.
+    #[track_caller]
+    #[must_use]
+    pub fn installed() -> Self {
+        requires(Layer::Portable);
+        let name = unique::name();
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        // Users reach the control socket in it.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("ours");
+        fs::create_dir(directory.path().join("manifests")).expect("a directory can be made");
+        let metrics = unused_address();
+        let daemon = Self { name, directory, metrics, running: None };
+        daemon.configure(|_| {});
+        daemon
+    }
+
+    /// An installation whose daemon runs.
+    #[track_caller]
+    #[must_use]
+    pub fn started() -> Self {
+        let mut daemon = Self::installed();
+        daemon.start();
+        daemon
+    }
+
+    /// Writes the configuration anew, with a change.
+    ///
+    /// # Panics
+    ///
+    /// When it can not be written.
+    pub fn configure(&self, change: impl FnOnce(&mut Value)) {
+        let mut config = json!({
+            "node": self.name,
+            "trust_domain": TRUST_DOMAIN,
+            "pin_directory": self.pins(),
+            "state_directory": self.path("state"),
+            "runtime_directory": self.path("run"),
+            "manifests_directory": self.path("manifests"),
+            "api": {"socket": self.path("run/agentguard.sock")},
+            "metrics": {"listen": self.metrics.to_string()},
+            "audit": {"output": self.audit_log()},
+        });
+        change(&mut config);
+        // JSON is YAML too.
+        fs::write(self.config(), format!("{config:#}\n")).expect("a file can be written");
+    }
+
+    /// A path in the installation.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.path("config.yaml")
+    }
+
+    #[must_use]
+    pub fn audit_log(&self) -> PathBuf {
+        self.path("audit.log")
+    }
+
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        Path::new("/sys/fs/bpf").join(&self.name)
+    }
+
+    /// Starts the daemon and waits until it is ready.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.running = Some(Running::start(&mut self.command(["run"])));
+        wait_until("the daemon is ready", || {
+            let running = self.running.as_mut().expect("it was started");
+            if let Some(ended) = running.wait(Duration::ZERO) {
+                panic!("the daemon ended: {ended:?}");
+            }
+            self.status().is_some()
+        });
+    }
+
+    /// Ends the daemon as `SIGKILL` does.
+    pub fn kill(&mut self) {
+        if let Some(mut running) = self.running.take() {
+            running.kill();
+        }
+    }
+
+    /// Asks the daemon to stop, and gives what it said.
+    ///
+    /// # Panics
+    ///
+    /// When it does not run, or goes on running.
+    #[track_caller]
+    pub fn stop(&mut self) -> Finished {
+        let mut running = self.running.take().expect("it runs");
+        let pid = nix::unistd::Pid::from_raw(running.pid().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+        running.wait(PATIENCE).expect("a daemon stops when it is asked to")
+    }
+
+    /// What the running daemon has said.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.running.as_ref().map(Running::stderr).unwrap_or_default()
+    }
+
+    /// `agentguard` with these arguments, for this installation.
+    #[must_use]
+    pub fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
+        let mut command = Command::new(program());
+        command.env("AGENTGUARD_CONFIG", self.config()).args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// The same, as a user who is not root.
+    #[must_use]
+    pub fn command_of_user<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Command {
+        let mut command = Command::new("setpriv");
+        command
+            .args([&format!("--reuid={USER}"), &format!("--regid={USER}")])
+            .args(["--clear-groups", "--"])
+            .arg(program())
+            .args(arguments)
+            .env("AGENTGUARD_CONFIG", self.config())
+            .current_dir("/")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `agentguard` with these arguments to its end.
+    #[track_caller]
+    pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Finished {
+        run(&mut self.command(arguments), PATIENCE)
+    }
+
+    /// The same, as a user who is not root.
+    #[track_caller]
+    pub fn run_as_user<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Finished {
+        run(&mut self.command_of_user(arguments), PATIENCE)
+    }
+
+    /// The answer of a command that answers in JSON.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    #[track_caller]
+    #[must_use]
+    pub fn json<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Value {
+        let mut command = self.command(arguments);
+        command.args(["--output", "json"]);
+        let finished = run(&mut command, PATIENCE).expect_success("agentguard");
+        serde_json::from_str(&finished.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {finished:?}"))
+    }
+
+    /// What `agentguard status` says, if the daemon answers.
+    #[must_use]
+    pub fn status(&self) -> Option<Value> {
+        let finished = self.run(["status", "--output", "json"]);
+        finished.status.success().then(|| serde_json::from_str(&finished.stdout).ok()).flatten()
+    }
+
+    /// The workloads there are, by name.
+    #[track_caller]
+    #[must_use]
+    pub fn workloads(&self) -> Vec<String> {
+        let list = self.json(["workloads"]);
+        let names = list.as_array().into_iter().flatten();
+        names.filter_map(|workload| Some(workload["name"].as_str()?.to_owned())).collect()
+    }
+
+    /// Writes a manifest in one step.
+    ///
+    /// # Panics
+    ///
+    /// When it can not be written.
+    pub fn write(&self, name: &str, documents: &[Value]) {
+        let text: Vec<String> = documents.iter().map(|value| format!("{value:#}")).collect();
+        self.write_text(name, &text.join("\n---\n"));
+    }
+
+    /// Writes anything in place of a manifest, in one step.
+    ///
+    /// # Panics
+    ///
+    /// When it can not be written.
+    pub fn write_text(&self, name: &str, text: &str) {
+        let half = self.path(&format!("{name}.half"));
+        fs::write(&half, text).expect("a file can be written");
+        fs::rename(half, self.manifest(name)).expect("a file can be moved");
+    }
+
+    /// Takes a manifest away.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    pub fn remove(&self, name: &str) {
+        fs::remove_file(self.manifest(name)).expect("it is there");
+    }
+
+    /// The path of a manifest.
+    #[must_use]
+    pub fn manifest(&self, name: &str) -> PathBuf {
+        self.path("manifests").join(format!("{name}.yaml"))
+    }
+
+    /// A cgroup of the test's own; `name` tells it from others of this installation.
+    #[must_use]
+    pub fn cgroup(&self, name: &str) -> Cgroup {
+        Cgroup::new(&self.cgroup_name(name))
+    }
+
+    /// The name of such a cgroup.
+    #[must_use]
+    pub fn cgroup_name(&self, name: &str) -> String {
+        format!("{}-{name}", self.name)
+    }
+
+    /// Every line of the audit log so far.
+    ///
+    /// # Panics
+    ///
+    /// When one is not JSON.
+    #[track_caller]
+    #[must_use]
+    pub fn records(&self) -> Vec<Value> {
+        let log = fs::read_to_string(self.audit_log()).unwrap_or_default();
+        log.split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'))
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+            })
+            .collect()
+    }
+
+    /// What a path of the metrics address answers: status and body.
+    ///
+    /// # Panics
+    ///
+    /// When it does not answer.
+    #[track_caller]
+    #[must_use]
+    pub fn http(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.metrics).expect("the daemon listens");
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+            .expect("it can be written to");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers in text");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        (status.expect("a status"), body.to_owned())
+    }
+
+    /// The value of a metric without labels.
+    #[track_caller]
+    #[must_use]
+    pub fn metric(&self, name: &str) -> f64 {
+        self.metrics(name).into_iter().map(|(_, value)| value).sum()
+    }
+
+    /// All rows of a metric: labels and value.
+    #[track_caller]
+    #[must_use]
+    pub fn metrics(&self, name: &str) -> Vec<(String, f64)> {
+        let (_, text) = self.http("/metrics");
+        let rows = text.lines().filter(|line| !line.starts_with('#'));
+        rows.filter_map(|line| {
+            let (labelled, value) = line.rsplit_once(' ')?;
+            let (metric, labels) = labelled.split_once('{').unwrap_or((labelled, ""));
+            (metric == name).then(|| (labels.to_owned(), value.parse().unwrap_or(f64::NAN)))
+        })
+        .collect()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("the daemon said: {}", self.said());
+        }
+        self.kill();
+        // A workload that is still running is the test's: it ends with what started it.
+        let _removed = self.command(["uninstall"]).stdout(Stdio::null()).status();
+        if self.pins().exists() {
+            eprintln!("{} is left behind", self.pins().display());
+        }
+    }
+}
+
+/// The program under test.
+///
+/// # Panics
+///
+/// When it was not built.
+#[must_use]
+pub fn program() -> PathBuf {
+    binary("agentguard", "AGENTGUARD_BIN")
+}
+
+/// The cgroup in which `exec` makes those of its workloads.
+#[must_use]
+pub fn exec_cgroups() -> PathBuf {
+    cgroup::root().join("agentguard")
+}
+
+fn unused_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is up");
+    listener.local_addr().expect("it is bound")
+}
+
+/// A server on loopback that accepts and closes.
+#[derive(Debug)]
+pub struct Reachable(SocketAddr);
+
+impl Reachable {
+    /// # Panics
+    ///
+    /// When loopback is down.
+    #[must_use]
+    pub fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is up");
+        let address = listener.local_addr().expect("it is bound");
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                drop(stream);
+            }
+        });
+        Self(address)
+    }
+
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        self.0.port()
+    }
+}
+
+/// A process that says what it can reach, for as long as it lives.
+#[derive(Debug)]
+pub struct Prober {
+    child: Child,
+    ask: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Prober {
+    /// A shell that connects to each port of loopback that it is told.
+    const SCRIPT: &str = "echo ready; while read -r port; do \
+        if (exec 3<>/dev/tcp/127.0.0.1/$port) 2>/dev/null; then echo yes; else echo no; fi; done";
+
+    /// One that runs in a cgroup from now on.
+    ///
+    /// # Panics
+    ///
+    /// When it can not be started or moved.
+    #[track_caller]
+    #[must_use]
+    pub fn in_cgroup(cgroup: &Path) -> Self {
+        let mut command = Command::new("bash");
+        command.args(["--norc", "-c", Self::SCRIPT]);
+        let prober = Self::start(command);
+        fs::write(cgroup.join("cgroup.procs"), prober.child.id().to_string())
+            .expect("it can be moved");
+        prober
+    }
+
+    /// One that is started by `command`, whose last words it is.
+    ///
+    /// # Panics
+    ///
+    /// When it can not be started.
+    #[track_caller]
+    #[must_use]
+    pub fn start_by(mut command: Command) -> Self {
+        command.args(["--", "bash", "--norc", "-c", Self::SCRIPT]);
+        Self::start(command)
+    }
+
+    #[track_caller]
+    fn start(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?} does not start: {error}"));
+        let ask = child.stdin.take().expect("it was piped");
+        let answers = BufReader::new(child.stdout.take().expect("it was piped"));
+        let mut prober = Self { child, ask, answers };
+        assert_eq!(prober.answer(), "ready", "{command:?}");
+        prober
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).expect("it answers");
+        line.trim().to_owned()
+    }
+
+    /// Whether it reaches a port of loopback.
+    ///
+    /// # Panics
+    ///
+    /// When it does not say.
+    #[track_caller]
+    pub fn reaches(&mut self, port: u16) -> bool {
+        writeln!(self.ask, "{port}").expect("it listens");
+        match self.answer().as_str() {
+            "yes" => true,
+            "no" => false,
+            other => panic!("a prober said {other:?}"),
+        }
+    }
+}
+
+impl Drop for Prober {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// A `Scope` that permits a port of loopback.
+#[must_use]
+pub fn scope(name: &str, port: u16) -> Value {
+    scope_of(
+        name,
+        json!({"egress": [{
+            "to": [{"ipBlock": {"cidr": "127.0.0.1/32"}}],
+            "ports": [{"protocol": "TCP", "port": port}],
+        }]}),
+    )
+}
+
+/// A `Scope` that permits what `spec` says.
+///
+/// # Panics
+///
+/// When `spec` is no object.
+#[must_use]
+pub fn scope_of(name: &str, mut spec: Value) -> Value {
+    spec["scope"] = json!(name);
+    spec["description"] = json!("a test");
+    json!({
+        "apiVersion": "agentguard.dev/v1alpha1",
+        "kind": "Scope",
+        "metadata": {"name": name.replace(':', "-")},
+        "spec": spec,
+    })
+}
+
+/// A standing `Grant`.
+#[must_use]
+pub fn grant(name: &str, identity: &str, scope: &str) -> Value {
+    json!({
+        "apiVersion": "agentguard.dev/v1alpha1",
+        "kind": "Grant",
+        "metadata": {"name": name},
+        "spec": {
+            "subject": {"spiffeId": identity},
+            "scopes": [scope],
+            "expiresAt": "never",
+            "grantedBy": "the tests",
+            "reason": "a test",
+        },
+    })
+}
+
+/// A `Workload` that selects cgroups by a pattern.
+#[must_use]
+pub fn workload(name: &str, pattern: &str, identity: &str, mode: &str) -> Value {
+    json!({
+        "apiVersion": "agentguard.dev/v1alpha1",
+        "kind": "Workload",
+        "metadata": {"name": name},
+        "spec": {"select": {"cgroup": pattern}, "spiffeId": identity, "mode": mode},
+    })
+}
+
+/// An identity of the tests' trust domain.
+#[must_use]
+pub fn identity(path: &str) -> String {
+    format!("spiffe://{TRUST_DOMAIN}/{path}")
+}
