@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use zerocopy::FromZeros;
 
 use super::record::{
-    Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Layer, LayerProtection,
-    ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
+    Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Inherited, Layer,
+    LayerProtection, ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
     StartRecord, StopRecord, VerdictRecord, Word, Workload, WorkloadChange, WorkloadRecord,
 };
 use super::verify::{FaultKind, Start};
@@ -31,6 +31,7 @@ fn open_with(path: &Path, queue: usize) -> AuditLog {
 
 fn workload(name: impl AsRef<[u8]>) -> Workload {
     Workload {
+        identity: Some("spiffe://example.org/agent".into()),
         name: Text::new(name),
         cgroup_id: 4711,
         cgroup: Some("/kubepods/pod1/c1".into()),
@@ -66,7 +67,6 @@ fn verdict(verdict: Verdict, mode: Mode, text: impl AsRef<[u8]>) -> RecordBody {
             .with_parents(std::iter::repeat_n(parent, 20));
     RecordBody::Verdict(Box::new(VerdictRecord {
         boot_ns: u64::MAX,
-        identity: Some("spiffe://example.org/agent".into()),
         workload: workload(&text),
         process,
         request: Request::of(&event, None).unwrap(),
@@ -124,7 +124,6 @@ fn one_of_each() -> Vec<RecordBody> {
         })),
         RecordBody::Workload(Box::new(WorkloadRecord {
             change: WorkloadChange::Added,
-            identity: None,
             workload: workload("agent"),
             mode: Word(Mode::Audit),
             protection: ProtectionWord::Partial,
