@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use zerocopy::FromZeros;
 
 use super::record::{
-    Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Layer, LayerProtection,
-    ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
+    Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Inherited, Layer,
+    LayerProtection, ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
     StartRecord, StopRecord, VerdictRecord, Word, Workload, WorkloadChange, WorkloadRecord,
 };
 use super::verify::{FaultKind, Start};
