@@ -42,7 +42,7 @@ fn main() {
     let permits = vec![Permit {
         scope: ScopeId(1),
         grant: GrantId(1),
-        expires_at: agentguard_common::allowlist::NEVER,
+        expires_at: NEVER,
         egress: vec![EgressPermit {
             blocks: vec![Block { cidr: "127.0.0.1/32".parse().unwrap(), except: vec![] }],
             ports: vec![PortRange { protocol: Protocol::Tcp, first: 8000, last: 8100 }],
@@ -68,8 +68,8 @@ fn main() {
         String::from_utf8_lossy(&out.stderr)
     );
     rings.drain(1000, |r| match r {
-        Ok(KernelRecordX) => {
-            let e = KernelRecordX.event();
+        Ok(kernel_record) => {
+            let e = kernel_record.event();
             println!(
                 "{:?} v{} hook{} kind{} {:?}:{} pid{} folded{}",
                 e.key.workload,
