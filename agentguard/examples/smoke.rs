@@ -42,7 +42,7 @@ fn main() {
     let permits = vec![Permit {
         scope: ScopeId(1),
         grant: GrantId(1),
-        expires_at: NEVER,
+        expires_at: allowlist::NEVER,
         egress: vec![EgressPermit {
             blocks: vec![Block { cidr: "127.0.0.1/32".parse().unwrap(), except: vec![] }],
             ports: vec![PortRange { protocol: Protocol::Tcp, first: 8000, last: 8100 }],

@@ -416,6 +416,10 @@ fn protection() -> Protection {
 struct Plugged;
 
 impl Backend for Plugged {
+    fn socket(&self, _: Option<&Path>) -> Result<PathBuf, Failure> {
+        Ok("/nowhere/agentguard.sock".into())
+    }
+
     fn run(&self, options: &RunOptions) -> Result<(), Failure> {
         match &options.config {
             Some(path) => Err(Failure::new(
@@ -426,12 +430,12 @@ impl Backend for Plugged {
         }
     }
 
-    fn exec_standalone(&self, request: &Confine) -> Result<Exit, Failure> {
+    fn exec_standalone(&self, _: Option<&Path>, request: &Confine) -> Result<Exit, Failure> {
         assert_eq!(request.executable, Path::new("/bin/true"));
         Ok(Exit::Command(42))
     }
 
-    fn doctor(&self) -> Result<DoctorReport, Failure> {
+    fn doctor(&self, _: Option<&Path>) -> Result<DoctorReport, Failure> {
         Ok(DoctorReport {
             kernel: "6.18.0".into(),
             architecture: "x86_64".into(),
@@ -446,7 +450,7 @@ impl Backend for Plugged {
         })
     }
 
-    fn uninstall(&self) -> Result<UninstallReport, Failure> {
+    fn uninstall(&self, _: Option<&Path>) -> Result<UninstallReport, Failure> {
         Ok(UninstallReport { removed: vec!["/sys/fs/bpf/agentguard".into()], left: vec![] })
     }
 
@@ -1271,7 +1275,7 @@ fn completions_and_man_pages_are_generated() {
     let directory = tempfile::tempdir().unwrap();
     let (exit, ..) = command_line(&["generate", directory.path().to_str().unwrap()]);
     assert_eq!(exit, Exit::Done);
-    assert!(directory.path().join("agentguard-exec.1").exists());
+    assert!(directory.path().join("man/agentguard-exec.1").exists());
 }
 
 #[test]

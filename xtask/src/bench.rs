@@ -150,8 +150,12 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
 
     heading(&format!("{} rounds of {} variants", arguments.rounds, variants.len()));
     let mut samples = Samples::default();
-    for round in 1..=arguments.rounds {
+    'rounds: for round in 1..=arguments.rounds {
         for variant in shuffled(variants) {
+            if interrupt::check().is_err() && arguments.busy && round > 1 {
+                print!(" rounds, then interrupted");
+                break 'rounds;
+            }
             interrupt::check()?;
             for (name, nanoseconds) in bench.measure(variant, guard.as_ref())? {
                 samples.add(&name, variant, nanoseconds);
