@@ -53,6 +53,7 @@ impl<'a> Guard<'a> {
             "node: {name}\n\
              trust_domain: example.org\n\
              cgroup_root: {cgroup_root}\n\
+             cgroup_parent: {name}-exec\n\
              pin_directory: {pins}\n\
              state_directory: {state}\n\
              runtime_directory: {runtime}\n\
