@@ -1,12 +1,21 @@
-//! Attacks on the guard itself: rows G3 and G4 of the threat model.
+//! Attacks on the guard itself: rows G3, G4 and G8 of the threat model.
 
-use std::net::SocketAddr;
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
 
 use agentguard_tests::{
-    Attack, Protocol, WayOut, World,
-    address::{DATABASE, OTHER_PORT},
-    ways_out,
+    Attack, BASE_SCOPE, Guard, Layer, Mode, Outcome, Protocol, Report, Running, WayOut, World,
+    address::{API, DATABASE, GRANTED_PORT, OTHER_PORT},
+    attack_binary, requires, wait_until, ways_out,
 };
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(20);
 
 const FORBIDDEN: SocketAddr = SocketAddr::new(DATABASE, OTHER_PORT);
 
@@ -36,4 +45,255 @@ ways_out! {
     hostile_thread_name: |world| hostile("comm", world);
     huge_arguments: |world| hostile("huge-argv", world);
     huge_path: |world| hostile("huge-path", world);
+}
+
+/// G3. The rings are as small as they can be, so that what is allowed does get lost.
+#[test]
+fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
+    requires(Layer::Portable);
+    const DENIALS: u64 = 400;
+    let world = World::new();
+    let small = json!({"datapath": {"events_ring_bytes": 4096}});
+    let guard = Guard::start_with(&world, &[attack_binary()], &small);
+    let api = SocketAddr::new(API, OTHER_PORT);
+    guard.define(
+        "test:every-port",
+        &json!({"egress": [{
+            "to": [{"ipBlock": {"cidr": format!("{API}/32")}}],
+            "ports": [{"protocol": "UDP", "port": 1, "endPort": 65535}],
+        }]}),
+    );
+    wait_until("the scope is known", || {
+        guard
+            .command(&["exec", "--scope", "test:every-port", "--name", "probe", "--", "/bin/true"])
+            .status()
+            .is_ok_and(|status| status.success())
+    });
+    let flood = |to: SocketAddr, count: u64| {
+        Attack::new("g3-flood")
+            .option("to", to.to_string())
+            .option("how", "distinct")
+            .option("count", count.to_string())
+    };
+    let scopes = [BASE_SCOPE, "test:every-port"];
+    let mut noise = flood(api, 60_000).start_as_workload(
+        &world,
+        &guard,
+        "spiffe://agentguard.test/noise",
+        &scopes,
+        Mode::Enforce,
+    );
+    let quiet = "spiffe://agentguard.test/quiet";
+    let report =
+        flood(FORBIDDEN, DENIALS).run_as_workload(&world, &guard, quiet, &scopes, Mode::Enforce);
+    assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
+    assert!(report.detail.contains(&format!("{DENIALS} of {DENIALS} refused")), "{report:?}");
+    let noise = Report::of(&noise.wait(PATIENCE).expect("a flood ends"));
+    assert_eq!(noise.outcome, Outcome::Worked, "{noise:?}");
+
+    let events = settled_events(&guard);
+    assert!(events.lost > 0, "the flood was none: {events:?}");
+    assert_eq!(events.decided, events.logged + events.aggregated + events.lost, "{events:?}");
+    let records = guard.audit_records();
+    let ports: BTreeSet<u64> = records
+        .iter()
+        .filter(|record| record["verdict"] == "deny" && record["workload"]["identity"] == quiet)
+        .filter_map(|record| record["request"]["port"].as_u64())
+        .collect();
+    // The denied port of the probe behind the flood is one more.
+    let expected: BTreeSet<u64> = (1..=DENIALS).chain([u64::from(OTHER_PORT)]).collect();
+    assert_eq!(ports, expected);
+    let written = records.iter().filter(|record| record["kind"] == "verdict").count() as u64;
+    assert_eq!(events.logged, written + lost_by_the_log(&records), "{events:?}");
+    guard.assert_chain_is_whole();
+}
+
+/// G3. Each of the same thousand requests is counted, and leaves a handful of records.
+#[test]
+fn identical_denials_are_folded_and_counted() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let guard = Guard::start(&world, &[attack_binary()]);
+    let mut attack = Attack::new("g3-flood")
+        .option("to", FORBIDDEN.to_string())
+        .option("how", "identical")
+        .option("count", "1000");
+    let identity = "spiffe://agentguard.test/same";
+    let before = settled_events(&guard).decided;
+    let report = attack.run_as_workload(&world, &guard, identity, &[BASE_SCOPE], Mode::Enforce);
+    assert!(report.detail.contains("1000 of 1000 refused"), "{report:?}");
+    let events = settled_events(&guard);
+    assert_eq!(events.decided, events.logged + events.aggregated + events.lost, "{events:?}");
+    // The exec, the thousand, and the probe.
+    assert_eq!(events.decided - before, 1002, "{events:?}");
+    assert_eq!(events.lost, 0, "{events:?}");
+    let denials = guard.audit_records().iter().filter(|record| record["verdict"] == "deny").count();
+    assert!((1..20).contains(&denials), "{denials} records of one request");
+}
+
+/// G1. The daemon is killed at once, before anything that is due now and then is done.
+#[test]
+fn a_revocation_and_a_workload_outlive_a_daemon_that_is_killed() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let mut guard = Guard::start(&world, &[]);
+    let subject = "spiffe://agentguard.test/held";
+    guard.grant("base", subject, BASE_SCOPE, Duration::from_secs(3600));
+    let mut enter = world.enter();
+    let line = guard.exec_line(subject, &[], Mode::Enforce);
+    let _held = Running::start(enter.arg("--").args(line).args(["/bin/sleep", "600"]));
+    wait_until("the workload is there", || !is_empty(&guard.json(&["workloads"])));
+    let _grant = guard.json(&["revoke", "base", "--reason", "a test"]);
+    guard.kill();
+    guard.restart();
+    let workloads = guard.json(&["workloads"]);
+    assert_eq!(workloads[0]["identity"], subject, "{workloads}");
+    let grants = guard.json(&["grants"]);
+    let state = |grant: &Value| (grant["id"] == "base").then(|| grant["state"].clone());
+    let states: Vec<Value> = grants.as_array().into_iter().flatten().filter_map(state).collect();
+    assert_eq!(states, [json!("revoked")], "{grants}");
+    let target = format!("{API}:{GRANTED_PORT}/TCP");
+    let told = guard.json(&["explain", "--workload", "sleep", "--connect", &target]);
+    assert_eq!(told["verdict"], "deny", "{told}");
+}
+
+fn is_empty(list: &Value) -> bool {
+    list.as_array().is_none_or(Vec::is_empty)
+}
+
+/// What `status` counts.
+#[derive(Debug, PartialEq, Eq, serde::Deserialize)]
+struct Events {
+    decided: u64,
+    logged: u64,
+    aggregated: u64,
+    lost: u64,
+}
+
+/// The counts, once all that was logged is in the audit log.
+fn settled_events(guard: &Guard) -> Events {
+    let events = || -> Events {
+        serde_json::from_value(guard.status()["totals"]["events"].clone()).expect("four counts")
+    };
+    let mut last = events();
+    wait_until("what was logged is written", || {
+        let records = guard.audit_records();
+        let written = records.iter().filter(|record| record["kind"] == "verdict").count() as u64;
+        last = events();
+        last.logged == written + lost_by_the_log(&records)
+    });
+    last
+}
+
+/// Verdicts that the log itself had no room for, by its own count.
+fn lost_by_the_log(records: &[Value]) -> u64 {
+    let of = |record: &Value, class: &str| record[class].as_u64().expect("a count");
+    records
+        .iter()
+        .filter(|record| record["kind"] == "loss" && record["cause"] != "ring_buffer")
+        .map(|record| of(record, "allowed") + of(record, "denied"))
+        .sum()
+}
+
+/// G8. The base scope, and what is wrong with it in each row.
+fn invalid_manifests() -> Vec<(&'static str, Vec<u8>)> {
+    const BASE: &str = "apiVersion: agentguard.dev/v1alpha1
+kind: Scope
+metadata: {name: bad}
+spec:
+  scope: test:bad
+  description: a test
+  egress:
+    - to: [{ipBlock: {cidr: 198.51.100.0/24}}]
+      ports: [{protocol: TCP, port: 443}]
+";
+    let with = |from: &str, to: &str| {
+        assert!(BASE.contains(from), "{from}");
+        BASE.replace(from, to).into_bytes()
+    };
+    let bomb = (1..40).fold("a0: &a0 [x]\n".to_owned(), |text, level| {
+        let below = level - 1;
+        format!("{text}a{level}: &a{level} [*a{below}, *a{below}, *a{below}]\n")
+    });
+    vec![
+        ("no YAML", b"{{{ not: [yaml".to_vec()),
+        ("no UTF-8", b"apiVersion: \xff\xfe".to_vec()),
+        ("an unknown field", with("description:", "descripton:")),
+        ("a duplicate key", with("  scope: test:bad\n", "  scope: test:bad\n  scope: test:bad\n")),
+        ("a wrong type", with("[{protocol: TCP, port: 443}]", "everything")),
+        ("no API version of ours", with("v1alpha1", "v9")),
+        ("no kind of ours", with("kind: Scope", "kind: Hole")),
+        ("no CIDR", with("198.51.100.0/24", "everywhere")),
+        ("bits behind the prefix", with("198.51.100.0/24", "198.51.100.7/24")),
+        ("a prefix that is too long", with("198.51.100.0/24", "198.51.100.0/33")),
+        ("an empty list of destinations", with("[{ipBlock: {cidr: 198.51.100.0/24}}]", "[]")),
+        ("port 0", with("port: 443", "port: 0")),
+        ("port 65536", with("port: 443", "port: 65536")),
+        ("a range that ends before it begins", with("port: 443", "port: 443, endPort: 80")),
+        ("a scope that is there already", with("test:bad", BASE_SCOPE)),
+        ("a cyclic anchor", b"a: &a [*a]\n".to_vec()),
+        ("an alias bomb", bomb.into_bytes()),
+        ("a deep document", "[".repeat(100_000).into_bytes()),
+        ("a huge document", vec![b'#'; 64 << 20]),
+    ]
+}
+
+#[test]
+fn an_invalid_manifest_changes_nothing_that_is_enforced_and_is_shown() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let metrics = format!("127.0.0.1:{port}");
+    let guard = Guard::start_with(&world, &[], &json!({"metrics": {"listen": metrics}}));
+    let mut enter = world.enter();
+    let line = guard.exec_line("spiffe://agentguard.test/held", &[BASE_SCOPE], Mode::Enforce);
+    let _held = Running::start(enter.arg("--").args(line).args(["/bin/sleep", "600"]));
+    wait_until("the workload is there", || {
+        guard.json(&["workloads"]).as_array().is_some_and(|all| all.len() == 1)
+    });
+    let enforced = || {
+        let explained = [API, DATABASE].map(|address| {
+            let target = format!("{address}:{GRANTED_PORT}/TCP");
+            let told = guard.json(&["explain", "--workload", "sleep", "--connect", &target]);
+            told["verdict"].clone()
+        });
+        (guard.status()["generation"].clone(), explained)
+    };
+    let before = enforced();
+    assert_eq!(before.1, [json!("allow"), json!("deny")]);
+    let errors = || guard.status()["totals"]["manifests"]["errors"].as_array().unwrap().clone();
+    let counted = || metric(&metrics, "agentguard_manifest_errors");
+    for (what, text) in invalid_manifests() {
+        guard.write_manifest_text("bad", &text);
+        wait_until(&format!("{what} is shown"), || {
+            errors().iter().any(|error| {
+                let file = error["file"].as_str().unwrap_or_default();
+                file.ends_with("/bad.yaml") || error["message"].to_string().contains("bad.yaml")
+            })
+        });
+        assert_eq!(enforced(), before, "{what}");
+        assert_eq!(counted(), errors().len() as f64, "{what}");
+        fs::remove_file(world.directory().join("guard/manifests/bad.yaml")).unwrap();
+        wait_until(&format!("{what} is gone"), || errors().is_empty());
+        assert_eq!(counted(), 0.0, "{what}");
+    }
+    // A file that was valid goes on saying what it said.
+    guard.write_manifest_text("base", b"spec: [");
+    wait_until("the base is shown", || !errors().is_empty());
+    assert_eq!(enforced(), before);
+    guard.recorded("the refused manifest", |record| {
+        record["kind"] == "manifest_error"
+            && record["source"].as_str().is_some_and(|file| file.ends_with("/base.yaml"))
+            && record["line"].as_u64().is_some_and(|line| line > 0)
+    });
+}
+
+/// One value of `/metrics`.
+fn metric(address: &str, name: &str) -> f64 {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
 }

@@ -56,7 +56,8 @@ fn alias(form: &str, how: &str, reached: IpAddr) -> WayOut {
             .proved_by(Proof::ReachedLocally(protocol, reached))
             .recorded_as(&["connect", "send", "packet"], &OTHER_PORT.to_string())
     } else {
-        way_out
+        // A record names the address that was decided on: the one it stands for.
+        way_out.recorded_as(&["connect", "send", "packet"], &DATABASE.to_string())
     }
 }
 
@@ -177,7 +178,7 @@ fn lent(
     WayOut::network(how(attack, &path, &numbers), protocol, FORBIDDEN)
         .proved_by(Proof::Sent(protocol, FORBIDDEN))
         .with_helper(helper)
-        .or_gap("foreign_socket")
+        .or_gap("SCM_RIGHTS")
 }
 
 fn by_message(attack: Attack, path: &Path, _: &[i32]) -> Attack {
@@ -199,7 +200,7 @@ fn inherited(world: &World, protocol: Protocol) -> WayOut {
         .with_descriptor(socket);
     WayOut::network(attack, protocol, FORBIDDEN)
         .proved_by(Proof::Sent(protocol, FORBIDDEN))
-        .or_gap("foreign_socket")
+        .recorded_as_inherited(3)
 }
 
 /// N8: the listening socket was made before the launch, and the database calls.
@@ -213,7 +214,7 @@ fn activated(world: &mut World) -> WayOut {
         .arg("activation")
         .option("fd", "3")
         .with_descriptor(listener);
-    WayOut::network(attack, Protocol::Tcp, caller).or_gap("foreign_socket")
+    WayOut::network(attack, Protocol::Tcp, caller).recorded_as_inherited(3)
 }
 
 ways_out! {
@@ -284,7 +285,12 @@ const IDENTITY: &str = "spiffe://agentguard.test/flow";
 
 /// Runs a flow to the database, which is granted for `lasts`; does `meanwhile` as soon as it
 /// flows. It must have begun, and must have been stopped.
-fn stopped_flow(protocol: Protocol, lasts: Duration, meanwhile: impl FnOnce(&mut Guard)) {
+fn stopped_flow(
+    protocol: Protocol,
+    lasts: Duration,
+    meanwhile: impl FnOnce(&mut Guard),
+    afterwards: impl FnOnce(&mut Guard),
+) {
     requires(Layer::Portable);
     let world = World::new();
     let mut guard = Guard::start(&world, &[attack_binary()]);
@@ -301,34 +307,92 @@ fn stopped_flow(protocol: Protocol, lasts: Duration, meanwhile: impl FnOnce(&mut
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
     let acknowledged = acknowledged(&report.output);
     assert!(acknowledged.last().is_some_and(|bytes| *bytes > 0), "it never began: {report:?}");
+    afterwards(&mut guard);
+    guard.recorded("the flow's denial", |record| {
+        record["kind"] == "verdict"
+            && record["verdict"] == "deny"
+            && record["refused"] == true
+            && record["workload"]["identity"] == IDENTITY
+            && record["request"]["address"] == FORBIDDEN.ip().to_string()
+    });
 }
 
 const SOON: Duration = Duration::from_millis(2000);
 const LONG: Duration = Duration::from_secs(3600);
 
+fn nothing(_: &mut Guard) {}
+
+/// As the operator does it.
+fn revoke_by_command(guard: &mut Guard) {
+    let _grant = guard.json(&["revoke", "flow", "--reason", "a test"]);
+}
+
 #[test]
 fn a_stream_stops_when_its_grant_expires() {
-    stopped_flow(Protocol::Tcp, SOON, |_| {});
+    stopped_flow(Protocol::Tcp, SOON, nothing, nothing);
 }
 
 #[test]
 fn datagrams_stop_when_their_grant_expires() {
-    stopped_flow(Protocol::Udp, SOON, |_| {});
+    stopped_flow(Protocol::Udp, SOON, nothing, nothing);
+}
+
+#[test]
+fn a_stream_stops_when_its_grant_is_taken_from_the_manifests() {
+    stopped_flow(Protocol::Tcp, LONG, |guard| guard.revoke("flow"), nothing);
+}
+
+#[test]
+fn datagrams_stop_when_their_grant_is_taken_from_the_manifests() {
+    stopped_flow(Protocol::Udp, LONG, |guard| guard.revoke("flow"), nothing);
 }
 
 #[test]
 fn a_stream_stops_when_its_grant_is_revoked() {
-    stopped_flow(Protocol::Tcp, LONG, |guard| guard.revoke("flow"));
+    stopped_flow(Protocol::Tcp, LONG, revoke_by_command, nothing);
 }
 
 #[test]
 fn datagrams_stop_when_their_grant_is_revoked() {
-    stopped_flow(Protocol::Udp, LONG, |guard| guard.revoke("flow"));
+    stopped_flow(Protocol::Udp, LONG, revoke_by_command, nothing);
+}
+
+/// What the kernel saw while no daemon was there is written down by the next one.
+#[test]
+fn a_stream_stops_when_its_grant_expires_and_the_daemon_is_dead() {
+    stopped_flow(Protocol::Tcp, SOON, Guard::kill, Guard::restart);
 }
 
 #[test]
-fn a_grant_expires_while_the_daemon_is_dead() {
-    stopped_flow(Protocol::Tcp, SOON, Guard::kill);
+fn datagrams_stop_when_their_grant_expires_and_the_daemon_is_dead() {
+    stopped_flow(Protocol::Udp, SOON, Guard::kill, Guard::restart);
+}
+
+#[test]
+fn a_command_with_a_network_socket_as_standard_input_is_not_started() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let guard = Guard::start(&world, &[]);
+    let socket = world.network().connect(Protocol::Tcp, FORBIDDEN);
+    let mut command = world.enter();
+    command.stdin(Stdio::from(socket)).arg("--");
+    command.args(guard.exec_line(IDENTITY, &[BASE_SCOPE], Mode::Enforce)).arg("/bin/true");
+    let finished = agentguard_tests::run(&mut command, PATIENCE);
+    assert_eq!(finished.status.code(), Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("file descriptor 0 is a network socket"), "{finished:?}");
+}
+
+#[test]
+fn a_closed_socket_is_named() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let guard = Guard::start(&world, &[]);
+    let socket = world.network().connect(Protocol::Tcp, FORBIDDEN);
+    let mut command = world.enter();
+    command.stdin(Stdio::from(socket)).args(["--hand-on-stdin", "--"]);
+    command.args(guard.exec_line(IDENTITY, &[BASE_SCOPE], Mode::Enforce)).arg("/bin/true");
+    let finished = agentguard_tests::run(&mut command, PATIENCE).expect_success("true");
+    assert!(finished.stderr.contains("closed file descriptor 3"), "{finished:?}");
 }
 
 #[test]

@@ -27,6 +27,8 @@ pub struct KernelOffsets {
     pub task_tgid: u32,
     pub task_start_boottime: u32,
     pub task_real_parent: u32,
+    pub task_signal: u32,
+    pub signal_live: u32,
     pub task_group_leader: u32,
     pub task_cgroups: u32,
     pub css_set_default_cgroup: u32,

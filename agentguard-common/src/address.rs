@@ -146,7 +146,11 @@ impl Address {
             // Google Cloud, fd20:ce::254.
             | (0xfd20_00ce, 0, 0, 0x254)
             // Scaleway, fd00:42::42.
-            | (0xfd00_0042, 0, 0, 0x42) => true,
+            | (0xfd00_0042, 0, 0, 0x42)
+            // OpenStack, fe80::a9fe:a9fe, and Oracle, fd00:c1::a9fe:a9fe.
+            | (0xfe80_0000 | 0xfd00_00c1, 0, 0, 0xa9fe_a9fe) => true,
+            // Translators of a site's own (RFC 8215) put the IPv4 address last, as a rule.
+            (0x0064_ff9b, 0x0001_0000..=0x0001_ffff, _, d) => is_metadata_v4(d),
             (_, _, _, _) => false,
         }
     }
@@ -248,6 +252,9 @@ mod tests {
             "64:ff9b::a9fe:a9fe",
             "fd00:ec2::254",
             "fd20:ce::254",
+            "fe80::a9fe:a9fe",
+            "fd00:c1::a9fe:a9fe",
+            "64:ff9b:1::a9fe:a9fe",
             "100.100.100.200",
             "168.63.129.16",
         ] {

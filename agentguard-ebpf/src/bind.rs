@@ -9,6 +9,9 @@ use crate::context::{self, read};
 use crate::judge::{Inquiry, Locals, socket_call};
 use crate::maps::{self, Role};
 
+/// `TCP_CLOSE` of the kernel: neither connected nor listening.
+const CLOSE: u32 = 7;
+
 #[inline(always)]
 pub(crate) fn v4(ctx: &SockAddrContext) -> Action {
     bind(ctx, Hook::Bind4)
@@ -38,7 +41,13 @@ fn become_server(ctx: &SockAddrContext, endpoint: &Endpoint) {
         return;
     }
     let socket = read!(ctx, __bindgen_anon_1.sk);
+    // The kernel looks at the state only after this hook: a client that binds again is refused
+    // there, and must not have become a server here.
     // SAFETY: the hook's context always has a full socket.
+    if unsafe { (*socket).state } != CLOSE {
+        return;
+    }
+    // SAFETY: as above.
     if let Some(socket) = unsafe { maps::socket_or_new(socket) } {
         socket.role = Role::Server as u8;
     }

@@ -73,14 +73,17 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
         return 0;
     }
     maps::inherit_process(parent.tgid(), child.tgid(), child.start());
-    let home = maps::moved(parent.tgid());
     let cgroup = child.cgroup();
     if maps::member(cgroup) == Some(workload) {
         return 0;
     }
-    if home.is_some() {
-        // The parent was moved by the host, and the child follows.
-        maps::follow(child.tgid(), cgroup, workload);
+    if let Some(moved) = maps::moved(parent.tgid())
+        && moved.cgroup == cgroup.0
+    {
+        // The parent was moved here by the host, and the child follows.
+        if !maps::follow(child.tgid(), cgroup, workload) {
+            without_room(Full::Moved, child, cgroup, workload);
+        }
         return 0;
     }
     leave(child, cgroup, workload, Mover::Workload);
@@ -134,7 +137,10 @@ fn leave(task: Task, cgroup: CgroupId, workload: WorkloadId, mover: Mover) {
     let inquiry = Inquiry::leave(Hook::Leave, cgroup, mover);
     match judge_from::<Others>(&inquiry, workload, &origin(task, cgroup), 0) {
         Action::Refuse => {
-            task.kill();
+            if !task.kill() {
+                // Where the kernel can not end another task, it is at least not let out of sight.
+                let _full = maps::follow(task.tgid(), cgroup, workload);
+            }
         }
         Action::Pass => {
             if !maps::follow(task.tgid(), cgroup, workload) {
@@ -150,7 +156,10 @@ fn without_room(table: Full, task: Task, cgroup: CgroupId, workload: WorkloadId)
     diagnostics::full(table, task.pid().into());
     match judge_without_room(cgroup, workload, &origin(task, cgroup)) {
         Action::Refuse => {
-            task.kill();
+            if !task.kill() {
+                // Where the kernel can not end another task, it is at least not let out of sight.
+                let _full = maps::follow(task.tgid(), cgroup, workload);
+            }
         }
         Action::Pass => {}
     }
@@ -162,11 +171,11 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
     Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 }
 }
 
-/// Forgets a process with its last thread.
+/// Forgets a process with its last thread, which need not be the one it began with.
 #[inline(always)]
 pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
-    if task.pid() == task.tgid() {
+    if task.is_last_thread() {
         maps::unfollow(task.tgid());
     }
     0

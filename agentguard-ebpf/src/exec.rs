@@ -19,7 +19,7 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let by_descent = cgroup::by_descent(task);
     // A thread that was not the leader takes the leader's place when it runs a program, and may
     // not be tied itself.
-    let by_move = || maps::moved(task.tgid());
+    let by_move = || maps::moved(task.tgid()).map(|moved| moved.workload);
     let Some(workload) = maps::member(current).or(by_descent).or_else(by_move) else {
         return Action::Pass;
     };

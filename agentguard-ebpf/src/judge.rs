@@ -192,10 +192,13 @@ pub(crate) fn socket_call<C: Classed>(inquiry: &Inquiry) -> Action {
 
 /// The workload of the calling process; none for a process of the host.
 #[inline(always)]
-fn caller_in(current: CgroupId) -> WorkloadId {
+pub(crate) fn caller_in(current: CgroupId) -> WorkloadId {
     match maps::member(current) {
         Some(workload) => workload,
-        None => maps::moved(kernel::current_tgid()).unwrap_or(WorkloadId::NONE),
+        None => match maps::moved(kernel::current_tgid()) {
+            Some(moved) => moved.workload,
+            None => WorkloadId::NONE,
+        },
     }
 }
 

@@ -24,6 +24,8 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_tgid: 0,
     task_start_boottime: 0,
     task_real_parent: 0,
+    task_signal: 0,
+    signal_live: 0,
     task_group_leader: 0,
     task_cgroups: 0,
     css_set_default_cgroup: 0,
@@ -113,6 +115,18 @@ impl Task {
     pub(crate) fn pid(self) -> u32 {
         // SAFETY: tasks come from tracepoint arguments only.
         unsafe { field!(self.0, task_pid as u32) }
+    }
+
+    /// Whether an exiting task is the last of its process: it is taken from the count before the
+    /// tracepoint (`do_exit`).
+    #[inline(always)]
+    pub(crate) fn is_last_thread(self) -> bool {
+        // SAFETY: tasks come from tracepoint arguments only, and an exiting one has its signals
+        // still. The count is an `atomic_t`, which is an `int`.
+        unsafe {
+            let signals: Pointer = field!(self.0, task_signal as Pointer);
+            field!(signals, signal_live as i32) == 0
+        }
     }
 
     /// Nanoseconds of boot time.

@@ -1,6 +1,6 @@
 //! The tables, private to this module; callers use verbs.
 //!
-//! Sizes are the defaults of the configuration; user space sets the real ones at load.
+//! User space sets the real sizes at load.
 
 use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
@@ -252,11 +252,11 @@ pub(crate) fn forget(cgroup: CgroupId) {
     }
 }
 
-/// The workload of a process that the host moved out of its cgroup.
+/// Where a process is that the host moved out of its workload's cgroup, and whose it is.
 #[inline(always)]
-pub(crate) fn moved(tgid: u32) -> Option<WorkloadId> {
+pub(crate) fn moved(tgid: u32) -> Option<&'static Moved> {
     // SAFETY: an entry is replaced as a whole.
-    unsafe { MOVED.get(tgid) }.map(|moved| moved.workload)
+    unsafe { MOVED.get(tgid) }
 }
 
 /// Remembers a process that left its workload's cgroup and keeps its tag. `false`: no room.

@@ -23,6 +23,12 @@ const AF_INET6: u32 = 10;
 const LISTEN: u32 = 10;
 /// Jiffies for which a socket's verdict is given again unseen; see `judge`.
 const FRESH_JIFFIES: u64 = 25;
+/// Version 4 and five words: the first byte of an IPv4 header without options.
+const IPV4_WITHOUT_OPTIONS: u8 = 0x45;
+/// IPv6 extension headers (RFC 8200).
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION_OPTIONS: u8 = 60;
 /// IPv6 extension headers that are stepped over at the most.
 const EXTENSION_HEADERS: usize = 6;
 
@@ -59,6 +65,13 @@ pub(crate) fn egress(ctx: &SkBuffContext) -> Action {
     // In a cgroup of the host a socket whose workload is forgotten is nobody's.
     if !attachment.workload.is_some() && maps::tag(owner).is_none() {
         return Action::Pass;
+    }
+    if is_rerouted(skb) {
+        return judge_packet::<Destinations>(
+            &Inquiry::destination(Hook::Egress, RequestKind::Packet, None),
+            owner,
+            0,
+        );
     }
     // SAFETY: as above.
     match unsafe { local(socket, known) } {
@@ -128,6 +141,7 @@ unsafe fn local(socket: *mut bpf_sock, known: &mut SocketVerdict) -> Option<Inqu
     if protocol == ip::TCP && state == LISTEN {
         // The sockets it accepts start with a copy of this.
         known.role = Role::Server as u8;
+        known.folded = 0;
     }
     if known.role != Role::Server as u8 || (protocol != ip::TCP && protocol != ip::SCTP) {
         return None;
@@ -147,7 +161,9 @@ unsafe fn peer(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Inquiry {
     let (protocol, port, family) =
         unsafe { ((*socket).protocol, u16::from_be((*socket).dst_port), (*socket).family) };
     let mut destination = None;
-    if let Some(protocol) = ip::canonical(protocol)
+    // Only where another hook has seen to it that the peer is where packets go: a ping socket or an
+    // SCTP association sends elsewhere with no hook in between.
+    if let Some(protocol @ (ip::TCP | ip::UDP)) = ip::canonical(protocol)
         && port != 0
     {
         // SAFETY: the caller's promise.
@@ -169,6 +185,22 @@ unsafe fn peer(skb: *mut __sk_buff, socket: *mut bpf_sock) -> Inquiry {
         destination = header(skb);
     }
     Inquiry::destination(Hook::Egress, RequestKind::Packet, destination)
+}
+
+/// Whether the packet goes by way of somewhere else than the socket's peer: an option of the socket
+/// (`IP_OPTIONS`, `IPV6_RTHDR`) or of one call puts another address in the header's place. No
+/// privilege is needed for that over IPv6.
+#[inline(always)]
+fn is_rerouted(skb: *mut __sk_buff) -> bool {
+    let Some([first, _, _, _, _, _, next]) = load::<7>(skb, 0) else { return true };
+    match first {
+        IPV4_WITHOUT_OPTIONS => false,
+        first if first >> 4 == 6 => match next {
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => header_v6(skb).is_none(),
+            _ => false,
+        },
+        _ => true,
+    }
 }
 
 /// Reads `N` bytes of the packet, from its network header on.
@@ -207,18 +239,15 @@ fn header_v4(skb: *mut __sk_buff, first: u8) -> Option<Destination> {
     let [protocol] = load::<1>(skb, 9)?;
     let address = Address::from_v4_word(u32::from_ne_bytes(load::<4>(skb, 16)?));
     // Packets pass here before they are cut into fragments; one that comes as a fragment was made
-    // by hand, and a later fragment has no ports to judge.
-    if fragment & 0x1fff != 0 {
+    // by hand, and a later fragment has no ports to judge. Options can name another destination.
+    if fragment & 0x1fff != 0 || first != IPV4_WITHOUT_OPTIONS {
         return None;
     }
-    transport(skb, u32::from(first & 0x0f) * 4, address, protocol)
+    transport(skb, 20, address, protocol)
 }
 
 #[inline(always)]
 fn header_v6(skb: *mut __sk_buff) -> Option<Destination> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const DESTINATION_OPTIONS: u8 = 60;
     let [mut next] = load::<1>(skb, 6)?;
     let destination = load::<16>(skb, 24)?;
     let word = |at: usize| {

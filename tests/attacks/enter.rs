@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io,
-    os::unix::process::CommandExt,
+    os::{fd::AsRawFd, unix::process::CommandExt},
     path::PathBuf,
     process::Command,
 };
@@ -52,10 +52,20 @@ fn enter(arguments: &Arguments) -> Result<(), Failure> {
     setns(network, CloneFlags::CLONE_NEWNET)
         .map_err(|errno| Failure::setup(arguments.network.display(), errno))?;
     if arguments.hand_on_stdin {
-        // SAFETY: takes two numbers. Whatever has number 3 here is not used any more.
-        if unsafe { libc::dup2(0, HANDED_ON) } < 0 {
-            return Err(Failure::setup("dup2", io::Error::last_os_error()));
-        }
+        duplicate(0, HANDED_ON)?;
+        // Opened only now, so that it is not what had number 3.
+        let nothing =
+            File::open("/dev/null").map_err(|error| Failure::setup("/dev/null", error))?;
+        duplicate(nothing.as_raw_fd(), 0)?;
+    }
+    Ok(())
+}
+
+/// Has `to` mean what `from` does; what it meant before is closed.
+fn duplicate(from: i32, to: i32) -> Result<(), Failure> {
+    // SAFETY: takes two numbers. Nothing here uses what they meant before.
+    if unsafe { libc::dup2(from, to) } < 0 {
+        return Err(Failure::setup("dup2", io::Error::last_os_error()));
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use crate::{
     World, cgroup,
     process::{Finished, Running, binary, run},
     server::Protocol,
-    world::address,
+    world::{PINS, address},
 };
 
 /// How long the daemon may take for a step that it is asked for.
@@ -60,12 +60,23 @@ impl Guard {
     #[track_caller]
     #[must_use]
     pub fn start(world: &World, programs: &[PathBuf]) -> Self {
+        Self::start_with(world, programs, &json!({}))
+    }
+
+    /// [`Self::start`] with more keys in the configuration.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start_with(world: &World, programs: &[PathBuf], more: &Value) -> Self {
         let program = binary("agentguard", "AGENTGUARD_BIN");
         let directory = world.directory().join("guard");
         for name in ["", "manifests", "state", "run"] {
             fs::create_dir(directory.join(name)).expect("a directory can be made");
         }
-        write_config(&directory, world.name());
+        write_config(&directory, world.name(), more);
         write_manifest(&directory, "base", &base_scope(programs));
         let daemon = Self::start_daemon(&program, &directory);
         let guard = Self { program, directory, daemon };
@@ -122,23 +133,39 @@ impl Guard {
     /// Knows one more scope: a destination.
     pub fn define_scope(&self, scope: &str, protocol: Protocol, to: std::net::SocketAddr) {
         let length = if to.is_ipv4() { 32 } else { 128 };
-        let document = json!({
+        self.define(
+            scope,
+            &json!({"egress": [{
+                "to": [{"ipBlock": {"cidr": format!("{}/{length}", to.ip())}}],
+                "ports": [{"protocol": protocol.as_str().to_uppercase(), "port": to.port()}],
+            }]}),
+        );
+    }
+
+    /// Puts a manifest of any text into the watched directory, in one step.
+    pub fn write_manifest_text(&self, name: &str, text: &[u8]) {
+        write_text(&self.directory, name, text);
+    }
+
+    /// Knows one more scope: any `spec` but for its name.
+    pub fn define(&self, scope: &str, spec: &Value) {
+        let mut document = json!({
             "apiVersion": "agentguard.dev/v1alpha1",
             "kind": "Scope",
             "metadata": {"name": scope.replace(':', "-")},
-            "spec": {
-                "scope": scope,
-                "description": "a destination of a test",
-                "egress": [{
-                    "to": [{"ipBlock": {"cidr": format!("{}/{length}", to.ip())}}],
-                    "ports": [{"protocol": protocol.as_str().to_uppercase(), "port": to.port()}],
-                }],
-            },
+            "spec": spec,
         });
+        document["spec"]["scope"] = scope.into();
+        document["spec"]["description"] = "of a test".into();
         write_manifest(&self.directory, &format!("scope-{}", scope.replace(':', "-")), &document);
     }
 
-    /// Grants `scope` to `identity` for so long, by a manifest.
+    /// Grants `scope` to `identity` for so long, by a manifest, and waits until it holds.
+    ///
+    /// # Panics
+    ///
+    /// When it does not in time.
+    #[track_caller]
     pub fn grant(&self, name: &str, identity: &str, scope: &str, lasts: Duration) {
         let lasts = SignedDuration::try_from(lasts).expect("a test does not last that long");
         let document = json!({
@@ -154,6 +181,11 @@ impl Guard {
             },
         });
         write_manifest(&self.directory, &format!("grant-{name}"), &document);
+        wait_until("the grant holds", || {
+            let grants = self.json(&["grants"]);
+            let grants = grants.as_array().into_iter().flatten();
+            grants.into_iter().any(|grant| grant["id"] == name && grant["state"] == "active")
+        });
     }
 
     /// Takes a grant back, by removing its manifest.
@@ -178,13 +210,25 @@ impl Guard {
     #[track_caller]
     #[must_use]
     pub fn status(&self) -> Value {
-        let finished = run(&mut self.command(&["status", "--output", "json"]), PATIENCE)
-            .expect_success("agentguard status");
-        serde_json::from_str(&finished.stdout)
-            .unwrap_or_else(|error| panic!("agentguard status: {error}: {}", finished.stdout))
+        self.json(&["status"])
     }
 
-    /// The verdicts in the audit log so far.
+    /// What one of agentguard's commands says to programs.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    #[track_caller]
+    #[must_use]
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let mut command = self.command(arguments);
+        let finished = run(command.args(["--output", "json"]), PATIENCE)
+            .expect_success(&format!("agentguard {arguments:?}"));
+        serde_json::from_str(&finished.stdout)
+            .unwrap_or_else(|error| panic!("{arguments:?}: {error}: {}", finished.stdout))
+    }
+
+    /// The records in the audit log so far, verdicts and others.
     ///
     /// # Panics
     ///
@@ -201,7 +245,6 @@ impl Guard {
                 assert!(!text.contains(char::is_control), "a control character in {text:?}");
                 serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
             })
-            .filter(|record: &Value| record["kind"] == "verdict")
             .collect()
     }
 
@@ -221,6 +264,19 @@ impl Guard {
         found.expect("it was found in time")
     }
 
+    /// Checks the hash chain of the audit log. The daemon may be writing at this moment.
+    ///
+    /// # Panics
+    ///
+    /// When the chain does not become whole.
+    #[track_caller]
+    pub fn assert_chain_is_whole(&self) {
+        wait_until("the audit log's chain is whole", || {
+            let mut command = self.command(&["audit", "verify"]);
+            run(command.arg(self.audit_log()), PATIENCE).status.success()
+        });
+    }
+
     /// The audit log.
     #[must_use]
     pub fn audit_log(&self) -> PathBuf {
@@ -231,7 +287,7 @@ impl Guard {
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments).arg("--config").arg(config_file(&self.directory));
+        command.arg("--config").arg(config_file(&self.directory)).args(arguments);
         command.stdin(Stdio::null());
         command
     }
@@ -260,7 +316,7 @@ pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
     assert!(eventually(condition), "in vain: {what}");
 }
 
-fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+pub(crate) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         if condition() {
@@ -276,18 +332,23 @@ fn config_file(directory: &Path) -> PathBuf {
 }
 
 /// JSON is YAML too.
-fn write_config(directory: &Path, name: &str) {
-    let config = json!({
+fn write_config(directory: &Path, name: &str, more: &Value) {
+    let mut config = json!({
         "node": name,
         "trust_domain": "agentguard.test",
-        "manifests": directory.join("manifests"),
+        "manifests_directory": directory.join("manifests"),
         "state_directory": directory.join("state"),
         "runtime_directory": directory.join("run"),
-        "pin_directory": Path::new("/sys/fs/bpf").join(name),
+        "pin_directory": Path::new(PINS).join(name),
         "cgroup_root": cgroup::root(),
         "cgroup_parent": format!("{name}-guard"),
-        "audit_log": directory.join("audit.jsonl"),
+        "api": {"socket": directory.join("run/api.sock")},
+        "metrics": {"listen": "off"},
+        "audit": {"output": directory.join("audit.jsonl")},
     });
+    for (key, value) in more.as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
     fs::write(config_file(directory), format!("{config:#}\n")).expect("a file can be written");
 }
 
@@ -297,9 +358,13 @@ fn manifest(directory: &Path, name: &str) -> PathBuf {
 
 /// In one step, so that the daemon never reads half of it.
 fn write_manifest(directory: &Path, name: &str, document: &Value) {
+    write_text(directory, name, format!("{document:#}\n").as_bytes());
+}
+
+fn write_text(directory: &Path, name: &str, text: &[u8]) {
     let path = manifest(directory, name);
     let half = directory.join(format!("{name}.new"));
-    fs::write(&half, format!("{document:#}\n")).expect("a file can be written");
+    fs::write(&half, text).expect("a file can be written");
     fs::rename(half, path).expect("a file can be moved");
 }
 
@@ -312,7 +377,7 @@ fn base_scope(programs: &[PathBuf]) -> Value {
         })
         .collect();
     let exec: Vec<Value> = programs.iter().map(|path| json!({"path": path})).collect();
-    json!({
+    let mut scope = json!({
         "apiVersion": "agentguard.dev/v1alpha1",
         "kind": "Scope",
         "metadata": {"name": "base"},
@@ -326,7 +391,11 @@ fn base_scope(programs: &[PathBuf]) -> Value {
                     {"protocol": "UDP", "port": address::GRANTED_PORT},
                 ],
             }],
-            "exec": exec,
         },
-    })
+    });
+    // An empty list is refused: it could be taken for all.
+    if !exec.is_empty() {
+        scope["spec"]["exec"] = exec.into();
+    }
+    scope
 }

@@ -23,6 +23,8 @@ use crate::{
 };
 
 const NAMESPACES: &str = "/run/netns";
+/// Where guards keep what outlives them.
+pub(crate) const PINS: &str = "/sys/fs/bpf";
 
 /// The addresses of the server side, and what they stand for.
 pub mod address {
@@ -284,6 +286,10 @@ fn remove_stale() {
         delete(&name);
     }
     cgroup::remove_stale();
+    for name in unique::stale(Path::new(PINS)) {
+        // Another run may be removing them at the same time.
+        let _gone = std::fs::remove_dir_all(Path::new(PINS).join(name));
+    }
     let temporary = std::env::temp_dir();
     for name in unique::stale(&temporary) {
         // Another run may be removing it at the same time.

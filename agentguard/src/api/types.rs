@@ -507,6 +507,19 @@ pub struct Confine {
     /// What will be run: absolute, as the client resolved it.
     #[schema(value_type = String)]
     pub executable: PathBuf,
+    /// IP sockets the process has already, for the record: what is sent on one is judged by the
+    /// cgroup it was made in, so no scope holds it.
+    #[serde(default)]
+    pub inherited: Vec<InheritedSocket>,
+}
+
+/// An IP socket that a command would have inherited, or has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InheritedSocket {
+    pub descriptor: i32,
+    /// Whether it was closed before the command began.
+    pub closed: bool,
 }
 
 /// The calling process is a workload now.

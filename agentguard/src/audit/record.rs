@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::chain::{Hash, nanoseconds};
 use super::text::Text;
+use crate::api::types::InheritedSocket;
 
 /// One line of the audit log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -384,7 +385,8 @@ impl Request {
 /// Where a connect, a datagram or a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Destination {
-    /// IPv4-mapped IPv6 addresses are shown as the IPv4 address they stand for.
+    /// The address that was decided on: an IPv6 address that has an IPv4 address in it (IPv4-mapped,
+    /// -compatible, -translated, 6to4, NAT64) is shown as that one.
     #[schemars(with = "String")]
     pub address: IpAddr,
     pub protocol: IpProtocol,
@@ -592,6 +594,24 @@ pub struct WorkloadRecord {
     pub protection: ProtectionWord,
     /// What is missing, where protection is not full.
     pub missing: Vec<Missing>,
+    /// Network sockets that its first process would have had from before, when it came.
+    #[serde(default)]
+    pub inherited: Vec<Inherited>,
+}
+
+/// A network socket from before a workload came: what is sent on it is held to no scope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Inherited {
+    pub descriptor: i32,
+    /// Whether it was closed before the workload's command began.
+    pub closed: bool,
+}
+
+impl From<&InheritedSocket> for Inherited {
+    fn from(socket: &InheritedSocket) -> Self {
+        let InheritedSocket { descriptor, closed } = *socket;
+        Self { descriptor, closed }
+    }
 }
 
 /// What became of a workload.

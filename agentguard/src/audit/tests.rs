@@ -128,6 +128,7 @@ fn one_of_each() -> Vec<RecordBody> {
             mode: Word(Mode::Audit),
             protection: ProtectionWord::Partial,
             missing,
+            inherited: vec![Inherited { descriptor: 3, closed: true }],
         })),
         RecordBody::ManifestError(ManifestErrorRecord {
             source: "/etc/agentguard/manifests/a.yaml".into(),

@@ -13,6 +13,7 @@ use clap::Args;
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use super::exit::{Exit, Failure};
+use super::inherited;
 use super::output::Tone;
 use super::{Context, Result};
 use crate::api::client::ClientError;
@@ -57,14 +58,17 @@ pub(super) fn run(arguments: &Arguments, context: Context<'_, '_>) -> Result {
         .ok_or_else(|| Failure::new(Exit::Usage, "there is no command to run"))?;
     let executable = resolve(program, std::env::var_os("PATH").as_deref())?;
     let lossy = |word: &OsString| word.to_string_lossy().into_owned();
+    let mode = if arguments.audit { Mode::Audit } else { Mode::Enforce };
+    let inherited = inherited::settle(mode, context.console)?;
     let request = Confine {
         name: arguments.name.clone(),
         identity: arguments.identity.clone(),
         scopes: arguments.scopes.clone(),
         ttl: (!arguments.scopes.is_empty()).then(|| arguments.ttl.clone()),
-        mode: if arguments.audit { Mode::Audit } else { Mode::Enforce },
+        mode,
         command: arguments.command.iter().map(lossy).collect(),
         executable: executable.clone(),
+        inherited,
     };
     let confined = match context.client.confine(&request) {
         Ok(confined) => confined,

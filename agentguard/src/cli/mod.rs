@@ -22,6 +22,7 @@ mod explain;
 mod generate;
 mod grant;
 mod grants;
+mod inherited;
 pub mod output;
 mod refresh;
 mod revoke;

@@ -26,7 +26,7 @@ use crate::{audit, logging};
 pub use default_file::{Key, default_file, describe};
 use value::{
     AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval, Listen,
-    NodeName, RingBytes, TrustDomainName, ValueError,
+    NodeName, RelativePath, RingBytes, TrustDomainName, ValueError,
 };
 
 /// Where the configuration is looked for when no file is named.
@@ -51,6 +51,9 @@ pub struct Configuration {
     pub require: Require,
     /// Directory where cgroup v2 is mounted. Null: looked up in the mount table.
     pub cgroup_root: Option<AbsolutePath>,
+    /// Cgroup below the cgroup root in which `exec` makes those of its workloads. Agentguard's own:
+    /// `uninstall` removes it.
+    pub cgroup_parent: RelativePath,
     /// Directory on a BPF file system for programs, maps and links, which outlive the daemon.
     pub pin_directory: AbsolutePath,
     /// Directory for what the daemon keeps across restarts.
@@ -75,7 +78,7 @@ pub struct Configuration {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Api {
-    /// The unix socket of the control API; only root reaches it.
+    /// The unix socket of the control API. Every user may connect; who calls decides what is answered.
     pub socket: AbsolutePath,
 }
 
@@ -251,6 +254,11 @@ impl Default for Configuration {
             mode: DefaultMode::default(),
             require: Require::default(),
             cgroup_root: None,
+            cgroup_parent: match "agentguard".parse() {
+                Ok(path) => path,
+                // A constant, which a test reads.
+                Err(error) => unreachable!("{error}"),
+            },
             pin_directory: absolute("/sys/fs/bpf/agentguard"),
             state_directory: absolute("/var/lib/agentguard"),
             runtime_directory: absolute("/run/agentguard"),
@@ -426,6 +434,14 @@ impl Configuration {
         let name =
             nix::unistd::gethostname().map_err(|error| HostError::Name(error.to_string()))?;
         Ok(name.to_string_lossy().parse()?)
+    }
+
+    /// The cgroup in which `exec` makes those of its workloads.
+    ///
+    /// # Errors
+    /// When cgroup v2 is mounted nowhere.
+    pub fn find_cgroup_parent(&self) -> Result<PathBuf, HostError> {
+        Ok(self.find_cgroup_root()?.join(&self.cgroup_parent))
     }
 
     /// Where cgroup v2 is mounted: the configured directory, or what the mount table says.

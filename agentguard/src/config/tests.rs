@@ -39,6 +39,7 @@ trust_domain: agents.example.org
 mode: enforce
 require: full
 cgroup_root: /sys/fs/cgroup/unified
+cgroup_parent: agents/exec
 pin_directory: /sys/fs/bpf/other
 state_directory: /srv/agentguard
 runtime_directory: /run/other
@@ -60,6 +61,8 @@ datapath:
     assert_eq!(configuration.datapath.aggregation_window.get().as_millis(), 500);
     assert_eq!(configuration.node_name().unwrap().as_str(), "edge-7");
     assert_eq!(configuration.find_cgroup_root().unwrap(), Path::new("/sys/fs/cgroup/unified"));
+    let parent = configuration.find_cgroup_parent().unwrap();
+    assert_eq!(parent, Path::new("/sys/fs/cgroup/unified/agents/exec"));
     // What was set is what is said when it is written down again.
     let written = serde_json::to_value(&configuration).unwrap();
     let default = serde_json::to_value(Configuration::default()).unwrap();
@@ -83,6 +86,9 @@ fn what_can_not_be_meant_is_refused_with_place_key_value_and_remedy() {
         ("metrics:\n  listen: \"\"\n", "2:11", vec!["metrics.listen: ", "`off`"]),
         ("metrics:\n  listen: 9469\n", "2:11", vec!["metrics.listen: ", "`9469`", "ADDRESS:PORT"]),
         ("pin_directory: bpf\n", "1:16", vec!["pin_directory: ", "`bpf`", "begin it with `/`"]),
+        ("cgroup_parent: /agents\n", "1:16", vec!["cgroup_parent: ", "`/agents`", "names"]),
+        ("cgroup_parent: a/../b\n", "1:16", vec!["cgroup_parent: ", "`a/../b`"]),
+        ("cgroup_parent: \"\"\n", "1:16", vec!["cgroup_parent: "]),
         ("trust_domain: Example.org\n", "1:15", vec!["trust_domain: ", "`Example.org`"]),
         ("datapath: {aggregation_window: 2h}\n", "1:32", vec!["`2h`", "1ms to 1h"]),
         ("datapath: {maps: {rules: 0}}\n", "1:26", vec!["datapath.maps.rules: ", "`0`"]),

@@ -246,6 +246,39 @@ impl fmt::Display for AbsolutePath {
 
 spelled!(AbsolutePath, "AbsolutePath");
 
+/// A path of one or more names below another, without `.` and `..`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelativePath(PathBuf);
+
+impl AsRef<Path> for RelativePath {
+    fn as_ref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl FromStr for RelativePath {
+    type Err = ValueError;
+
+    fn from_str(path: &str) -> Result<Self, ValueError> {
+        let is_name = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
+        if !path.split('/').all(is_name) {
+            return Err(ValueError::new(
+                path.escape_debug(),
+                "is not a path below another; give a name, or names with `/` between them",
+            ));
+        }
+        Ok(Self(path.into()))
+    }
+}
+
+impl fmt::Display for RelativePath {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(formatter)
+    }
+}
+
+spelled!(RelativePath, "RelativePath");
+
 /// Where the audit log goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AuditOutput {

@@ -15,8 +15,6 @@ use crate::grant::{Expiry, GrantDocument, Ttl};
 use crate::identity::{SpiffeId, Subject};
 use crate::scope::ScopeName;
 
-/// Where `exec` makes its cgroups, below the cgroup root.
-pub const PARENT: &str = "agentguard";
 /// Where commands are looked for when the caller does not say.
 const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Workloads of one name that may run at once.
@@ -42,7 +40,7 @@ pub fn confine(
     let scopes = parse_scopes(engine, request)?;
     let (name, identity) = choose(engine, candidate, identity, request)?;
     let grant = grant_of(&name, &identity, candidate, scopes, request)?;
-    let path = engine.cgroup_root().join(PARENT).join(&name);
+    let path = engine.exec_parent().join(&name);
     fs::create_dir_all(&path)
         .map_err(|source| unavailable(&EngineError::MakeCgroup { path: path.clone(), source }))?;
     let undo = |engine: &mut Engine| {
@@ -72,6 +70,7 @@ pub fn confine(
         owner: Some(candidate.uid),
         unit: None,
         launch: launch::resolve(&launch::files(&request.executable, &search_path(candidate.pid))),
+        inherited: request.inherited.clone(),
     });
     let workload = match added {
         Ok(workload) => workload,
@@ -96,7 +95,7 @@ pub fn confine(
             Expiry::At(time) => ExpiryView::At(time),
             Expiry::Never => ExpiryView::Never,
         }),
-        warnings: warnings(candidate.pid),
+        warnings: Vec::new(),
     })
 }
 
@@ -232,28 +231,6 @@ fn search_path(pid: u32) -> String {
         .filter(|path| !path.is_empty())
         .unwrap_or(SEARCH_PATH)
         .to_owned()
-}
-
-/// What of the process the portable layer does not hold: sockets it has already belong to the
-/// cgroup it was started in.
-fn warnings(pid: u32) -> Vec<String> {
-    let Ok(process) = i32::try_from(pid)
-        .map_err(|_| ())
-        .and_then(|pid| procfs::process::Process::new(pid).map_err(|_| ()))
-    else {
-        return Vec::new();
-    };
-    let Ok(descriptors) = process.fd() else { return Vec::new() };
-    descriptors
-        .flatten()
-        .filter(|descriptor| matches!(descriptor.target, procfs::process::FDTarget::Socket(_)))
-        .map(|descriptor| {
-            format!(
-                "file descriptor {} is a socket that was opened before; what it sends is not held to the scopes",
-                descriptor.fd
-            )
-        })
-        .collect()
 }
 
 fn unavailable(error: &EngineError) -> ServiceError {

@@ -9,7 +9,7 @@ use super::protection_view;
 use crate::api::types::{Protection, ProtectionLevel};
 use crate::cli::backend::{Check, CheckState, DoctorReport};
 use crate::config::Configuration;
-use crate::datapath::{Datapath, GAPS, Options, Sizes, uninstall};
+use crate::datapath::{Datapath, Options, Sizes, uninstall};
 
 /// Tables that are made for a moment need no room.
 const TRIAL: Sizes = Sizes {
@@ -32,13 +32,13 @@ pub fn doctor(configuration: &Configuration) -> DoctorReport {
         value.map_or_else(|| "unknown".to_owned(), |value| value.to_string_lossy().into_owned())
     };
     let mut checks = vec![root(), btf(), cgroup(configuration), bpffs(), lsm()];
-    let protection = try_programs(configuration, &mut checks);
+    let (protection, gaps) = try_programs(configuration, &mut checks);
     DoctorReport {
         kernel: text(name.as_ref().map(|name| name.release())),
         architecture: text(name.as_ref().map(|name| name.machine())),
         protection,
         checks,
-        gaps: GAPS.iter().map(|gap| (*gap).to_owned()).collect(),
+        gaps,
     }
 }
 
@@ -108,8 +108,11 @@ fn lsm() -> Check {
     check("BPF LSM", CheckState::Warning, found, Some(remedy))
 }
 
-fn try_programs(configuration: &Configuration, checks: &mut Vec<Check>) -> Protection {
-    let none = Protection { level: ProtectionLevel::None, layers: Vec::new() };
+fn try_programs(
+    configuration: &Configuration,
+    checks: &mut Vec<Check>,
+) -> (Protection, Vec<String>) {
+    let none = (Protection { level: ProtectionLevel::None, layers: Vec::new() }, Vec::new());
     if !nix::unistd::geteuid().is_root() {
         return none;
     }
@@ -120,7 +123,7 @@ fn try_programs(configuration: &Configuration, checks: &mut Vec<Check>) -> Prote
         Options { pin_directory: pins.clone(), sizes: TRIAL, settings: Settings::default() };
     let protection = match Datapath::open(&options) {
         Ok(datapath) => {
-            let view = protection_view(datapath.states());
+            let view = protection_view(&datapath);
             let active = view.layers.iter().filter(|layer| layer.reason.is_none()).count();
             let found = format!("{active} of {} programs load and attach", view.layers.len());
             let (state, remedy) = if active == view.layers.len() {
@@ -129,7 +132,7 @@ fn try_programs(configuration: &Configuration, checks: &mut Vec<Check>) -> Prote
                 (CheckState::Failed, Some("see which below; a newer kernel has them all"))
             };
             checks.push(check("programs", state, found, remedy));
-            view
+            (view, datapath.gaps())
         }
         Err(error) => {
             let remedy = "see the kernel's log: dmesg";

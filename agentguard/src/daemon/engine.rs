@@ -24,12 +24,14 @@ use super::state::{SavedState, SavedWorkload};
 use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
 use crate::allowlist::tables::TableSet;
 use crate::allowlist::{Block, EgressPermit, Permit, PortRange};
+use crate::api::types::InheritedSocket;
 use crate::audit::AuditLog;
 use crate::audit::record::{
-    Actor, ActorSource, GrantChange, GrantRecord, Missing, ProtectionWord, RecordBody, Word,
-    Workload as NamedWorkload, WorkloadChange, WorkloadRecord,
+    Actor, ActorSource, GrantChange, GrantRecord, Inherited, Missing, ProtectionWord, RecordBody,
+    Word, Workload as NamedWorkload, WorkloadChange, WorkloadRecord,
 };
 use crate::audit::text::Text;
+use crate::config::{Configuration, HostError};
 use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
@@ -47,6 +49,8 @@ const GRACE: Duration = Duration::from_secs(1);
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
 /// How long a grant that was given at run time is shown after its end.
 const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
+/// Reconciliations that wait to be counted.
+const KEPT_RECONCILIATIONS: usize = 65_536;
 /// The scope by which a command that was named to `exec` may itself be run.
 const LAUNCH: &str = "agentguard:launch";
 
@@ -68,6 +72,27 @@ pub struct Workload {
     pub launch: Vec<FileId>,
     /// Whether a process has been in it yet.
     pub populated: bool,
+}
+
+/// Where cgroups are.
+#[derive(Clone, Debug)]
+pub struct Cgroups {
+    /// Where cgroup v2 is mounted.
+    pub root: PathBuf,
+    /// The cgroup in which `exec` makes those of its workloads.
+    pub exec_parent: PathBuf,
+}
+
+impl Cgroups {
+    /// Those that are configured.
+    ///
+    /// # Errors
+    ///
+    /// When cgroup v2 is mounted nowhere.
+    pub fn of(configuration: &Configuration) -> Result<Self, HostError> {
+        let root = configuration.find_cgroup_root()?;
+        Ok(Self { root, exec_parent: configuration.find_cgroup_parent()? })
+    }
 }
 
 /// Where a workload comes from.
@@ -101,6 +126,8 @@ pub struct NewWorkload {
     pub owner: Option<u32>,
     pub unit: Option<String>,
     pub launch: Vec<FileId>,
+    /// IP sockets that its first process had already.
+    pub inherited: Vec<InheritedSocket>,
 }
 
 /// The allow-list of an identity, in force.
@@ -128,6 +155,10 @@ pub enum EngineError {
     Taken { path: PathBuf },
 }
 
+/// A reconciliation that left something as it was; the log says what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed;
+
 /// What the manifests say, and what is wrong with them.
 #[derive(Default)]
 pub struct Manifests {
@@ -150,8 +181,7 @@ pub struct Engine {
     mounts: Resolver,
     executable_problems: Vec<String>,
     audit: AuditLog,
-    /// Below the cgroup root: where `exec` makes its cgroups.
-    cgroup_root: PathBuf,
+    cgroups: Cgroups,
     next_allowlist: AllowlistId,
     next_rules: RuleSetId,
     next_workload: WorkloadId,
@@ -168,13 +198,15 @@ pub struct Engine {
     next_change: Option<Timestamp>,
     /// Whether something was changed that a restart must know.
     dirty: bool,
+    /// How the reconciliations went that nobody has asked about yet.
+    reconciliations: Vec<Result<Duration, Failed>>,
 }
 
 impl Engine {
     #[must_use]
     pub fn new(
         datapath: Datapath,
-        cgroup_root: PathBuf,
+        cgroups: Cgroups,
         audit: AuditLog,
         names: Arc<Names>,
         clock: Clock,
@@ -196,7 +228,7 @@ impl Engine {
             mounts: Resolver::new(PathBuf::from("/")),
             executable_problems: Vec::new(),
             audit,
-            cgroup_root,
+            cgroups,
             next_allowlist,
             next_rules,
             next_workload: WorkloadId(workload.0 + 1),
@@ -207,6 +239,7 @@ impl Engine {
             recorded: BTreeMap::new(),
             next_change: None,
             dirty: false,
+            reconciliations: Vec::new(),
         }
     }
 
@@ -231,7 +264,13 @@ impl Engine {
 
     #[must_use]
     pub fn cgroup_root(&self) -> &Path {
-        &self.cgroup_root
+        &self.cgroups.root
+    }
+
+    /// The cgroup in which `exec` makes those of its workloads.
+    #[must_use]
+    pub fn exec_parent(&self) -> &Path {
+        &self.cgroups.exec_parent
     }
 
     /// Files that manifests name and that can not be granted, one sentence each.
@@ -289,6 +328,8 @@ impl Engine {
 
     /// Brings the kernel to what the grants say now, and records what began and ended.
     pub fn reconcile(&mut self) {
+        let started = Instant::now();
+        let mut failed = false;
         let now = Timestamp::now();
         let wanted = self.compile_all(now);
         let in_force = self
@@ -305,11 +346,22 @@ impl Engine {
                 }
             };
             if let Err(error) = done {
+                failed = true;
                 tracing::error!(%error, "an allow-list was not brought up to date");
             }
         }
+        // Bounded, should nobody ask for metrics.
+        if self.reconciliations.len() < KEPT_RECONCILIATIONS {
+            let outcome = if failed { Err(Failed) } else { Ok(started.elapsed()) };
+            self.reconciliations.push(outcome);
+        }
         self.next_change = self.store.next_change(now);
         self.record_grants(now);
+    }
+
+    /// How the reconciliations went since this was last asked.
+    pub fn take_reconciliations(&mut self) -> Vec<Result<Duration, Failed>> {
+        std::mem::take(&mut self.reconciliations)
     }
 
     fn compile_all(&mut self, now: Timestamp) -> BTreeMap<SpiffeId, CompiledAllowlist> {
@@ -502,7 +554,8 @@ impl Engine {
     ///
     /// When it can not be done whole; then nothing of it is left.
     pub fn add(&mut self, new: NewWorkload) -> Result<WorkloadId, EngineError> {
-        let NewWorkload { name, identity, cgroup, mode, source, owner, unit, launch } = new;
+        let NewWorkload { name, identity, cgroup, mode, source, owner, unit, launch, inherited } =
+            new;
         let cgroup_id = cgroup_id(&cgroup)?;
         if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
             return Err(EngineError::Taken { path: cgroup });
@@ -528,13 +581,13 @@ impl Engine {
             self.drop_workload(id);
             return Err(error);
         }
-        self.record_workload(id, WorkloadChange::Added);
+        self.record_workload(id, WorkloadChange::Added, &inherited);
         self.dirty = true;
         Ok(id)
     }
 
     fn enlist(&mut self, workload: Workload) {
-        let below = workload.cgroup.strip_prefix(&self.cgroup_root).unwrap_or(&workload.cgroup);
+        let below = workload.cgroup.strip_prefix(&self.cgroups.root).unwrap_or(&workload.cgroup);
         let cgroup = format!("/{}", below.display());
         let name =
             WorkloadName { name: workload.name.clone(), cgroup, unit: workload.unit.clone() };
@@ -556,7 +609,7 @@ impl Engine {
         if !self.workloads.contains_key(&id) {
             return;
         }
-        self.record_workload(id, WorkloadChange::Removed);
+        self.record_workload(id, WorkloadChange::Removed, &[]);
         self.drop_workload(id);
         self.reconcile();
         self.dirty = true;
@@ -616,7 +669,7 @@ impl Engine {
             let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
                 continue;
             };
-            let path = self.cgroup_root.join(path);
+            let path = self.cgroups.root.join(path);
             if let Err(error) = self.datapath.follow(&path) {
                 tracing::error!(%error, workload = moved.workload.0, "a process was moved out and its cgroup has no hooks");
             }
@@ -686,10 +739,15 @@ impl Engine {
 
     // -- evidence ------------------------------------------------------------------------------
 
-    fn record_workload(&self, id: WorkloadId, change: WorkloadChange) {
+    fn record_workload(
+        &self,
+        id: WorkloadId,
+        change: WorkloadChange,
+        inherited: &[InheritedSocket],
+    ) {
         let Some(workload) = self.workloads.get(&id) else { return };
         let name = self.names.workload(id);
-        let (protection, missing) = protection_of(&Protection::of(self.datapath.states()));
+        let (protection, missing) = protection_of(&self.datapath.protection());
         self.audit.append(RecordBody::Workload(Box::new(WorkloadRecord {
             change,
             workload: NamedWorkload {
@@ -704,6 +762,7 @@ impl Engine {
             mode: Word(workload.mode),
             protection,
             missing,
+            inherited: inherited.iter().map(Inherited::from).collect(),
         })));
     }
 

@@ -1,12 +1,13 @@
 //! The manifest directory, watched; and the workloads its manifests select.
 //!
-//! Every file stands for itself: one that has an error keeps saying what it last said without one,
-//! so that a slip of the pen changes nothing that is enforced.
+//! Every file stands for itself: one that has an error, or contradicts what is in force, keeps
+//! saying what it last said without one, so that a slip of the pen changes nothing that is enforced
+//! and a new file takes nothing over from an old one.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
@@ -18,16 +19,19 @@ use crate::audit::text::Text;
 use crate::identity::WorkloadDocument;
 use crate::identity::cgroup::CgroupSource;
 use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
-use crate::manifest::{Manifest, ManifestError, assemble, files, parse_paths};
+use crate::manifest::{Manifest, ManifestError, ManifestSet, assemble, files, parse_paths};
 
 /// Changes that come together are taken together.
 const SETTLE: Duration = Duration::from_millis(15);
 /// A change that no notification told of is found after this time, and so is a new cgroup.
 const RESCAN: Duration = Duration::from_secs(1);
 
+/// What each file says.
+type Files = BTreeMap<PathBuf, Vec<Manifest>>;
+
 /// What is known of the files, and of the cgroups their workloads select.
 pub struct Sources {
-    sound: BTreeMap<PathBuf, Vec<Manifest>>,
+    sound: Files,
     told: Vec<String>,
     cgroups: CgroupSource,
     selectors: Vec<WorkloadDocument>,
@@ -50,10 +54,10 @@ impl Sources {
 
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
-    let started = Instant::now();
     let directory = shared.configuration.manifests_directory.as_ref();
-    let (manifests, mut errors) = read(directory, &mut sources.sound);
-    let (set, contradictions) = assemble(manifests);
+    let (files, mut errors) = read(directory, &sources.sound);
+    let (files, set, contradictions) = settle(files, &sources.sound);
+    sources.sound = files;
     errors.extend(contradictions);
     tell(shared, sources, &errors);
     let selectors = set.workloads.clone();
@@ -63,22 +67,16 @@ pub fn load(shared: &Shared, sources: &mut Sources) {
         sources.selectors = selectors;
     }
     scan(shared, sources);
-    shared.metrics.reconciled(started.elapsed());
 }
 
-/// Every manifest of the directory: of a file with an error what it last said without one.
-fn read(
-    directory: &Path,
-    sound: &mut BTreeMap<PathBuf, Vec<Manifest>>,
-) -> (Vec<Manifest>, Vec<ManifestError>) {
+/// What every file of the directory says: one with an error what it last said without one.
+fn read(directory: &Path, sound: &Files) -> (Files, Vec<ManifestError>) {
     let mut errors = Vec::new();
-    let mut now = BTreeMap::new();
+    let mut now = Files::new();
     let paths = match files(directory) {
         Ok(paths) => paths,
         // There is nothing to hold on to before the directory could be read once.
-        Err(error) => {
-            return (sound.values().flatten().cloned().collect(), vec![error]);
-        }
+        Err(error) => return (sound.clone(), vec![error]),
     };
     for path in paths {
         let (manifests, wrong) = parse_paths(std::slice::from_ref(&path));
@@ -91,8 +89,35 @@ fn read(
             }
         }
     }
-    *sound = now;
-    (sound.values().flatten().cloned().collect(), errors)
+    (now, errors)
+}
+
+/// Puts files together. One that has changed and contradicts the others goes back to what it said
+/// before, or is left out; those that did not change come first, so they are never the ones.
+fn settle(mut now: Files, sound: &Files) -> (Files, ManifestSet, Vec<ManifestError>) {
+    let mut errors = Vec::new();
+    loop {
+        let has_changed = |path: &Path| now.get(path) != sound.get(path);
+        let (changed, same): (Vec<_>, Vec<_>) =
+            now.iter().partition(|(path, _)| has_changed(path.as_path()));
+        let manifests = same.into_iter().chain(changed).flat_map(|(_, said)| said).cloned();
+        let (set, contradictions) = assemble(manifests.collect());
+        let (refused, lasting): (Vec<_>, Vec<_>) =
+            contradictions.into_iter().partition(|error| has_changed(Path::new(&error.file)));
+        if refused.is_empty() {
+            errors.extend(lasting);
+            return (now, set, errors);
+        }
+        // Each file goes back once, so this ends. What lasts is told by the last round.
+        for error in &refused {
+            let path = Path::new(&error.file);
+            match sound.get(path) {
+                Some(last) => now.insert(path.to_owned(), last.clone()),
+                None => now.remove(path),
+            };
+        }
+        errors.extend(refused);
+    }
 }
 
 /// Logs and records errors, each once for as long as it stays.
@@ -170,6 +195,7 @@ fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
         owner: found.owner_uid,
         unit: None,
         launch: Vec::new(),
+        inherited: Vec::new(),
     })?;
     Ok(())
 }
@@ -245,4 +271,61 @@ fn stamp(directory: &Path) -> Vec<(PathBuf, u64, Option<std::time::SystemTime>)>
         .collect();
     stamps.sort();
     stamps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scope(name: &str, scope: &str, address: &str) -> String {
+        format!(
+            "apiVersion: agentguard.dev/v1alpha1\nkind: Scope\nmetadata: {{name: {name}}}\n\
+             spec:\n  scope: {scope}\n  description: a test\n  egress:\n    \
+             - to: [{{ipBlock: {{cidr: {address}/32}}}}]\n      \
+             ports: [{{protocol: TCP, port: 443}}]\n"
+        )
+    }
+
+    fn look(directory: &Path, sound: &mut Files) -> (ManifestSet, Vec<String>) {
+        let (now, mut errors) = read(directory, sound);
+        let (now, set, contradictions) = settle(now, sound);
+        *sound = now;
+        errors.extend(contradictions);
+        let names = errors.iter().map(|error| {
+            Path::new(&error.file).file_name().unwrap_or_default().to_string_lossy().into_owned()
+        });
+        (set, names.collect())
+    }
+
+    #[test]
+    fn a_new_file_takes_no_scope_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            std::fs::write(directory.path().join(file), text).unwrap();
+        };
+        let mut sound = Files::new();
+        write("base.yaml", &scope("base", "test:base", "192.0.2.10"));
+        let (first, errors) = look(directory.path(), &mut sound);
+        assert_eq!(errors, [""; 0]);
+        // It sorts before, by its name and by its path.
+        for name in ["bad", "base"] {
+            write("a.yaml", &scope(name, "test:base", "198.51.100.20"));
+            for _again in 0..2 {
+                assert_eq!(
+                    look(directory.path(), &mut sound),
+                    (first.clone(), vec!["a.yaml".into()])
+                );
+            }
+        }
+        // A file that came to contradict goes on saying what it said.
+        write("a.yaml", &scope("other", "test:other", "198.51.100.20"));
+        let (both, errors) = look(directory.path(), &mut sound);
+        assert_eq!((both.scopes.iter().count(), errors.len()), (2, 0));
+        write("a.yaml", &scope("other", "test:base", "198.51.100.20"));
+        assert_eq!(look(directory.path(), &mut sound), (both, vec!["a.yaml".into()]));
+        // What was in force may go; then the other's turn has come.
+        std::fs::remove_file(directory.path().join("base.yaml")).unwrap();
+        let (last, errors) = look(directory.path(), &mut sound);
+        assert_eq!((last.scopes.iter().count(), errors.len()), (1, 0));
+    }
 }

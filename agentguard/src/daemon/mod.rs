@@ -38,7 +38,7 @@ pub use self::service::protection_view;
 pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
-use self::engine::{Engine, protection_of};
+use self::engine::{Cgroups, Engine, protection_of};
 use self::names::Names;
 use self::service::{Daemon, Shared};
 use self::witness::{Denials, Witness};
@@ -173,7 +173,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         make_directory(path.as_ref(), 0o755)?;
     }
     let node = configuration.node_name()?.to_string();
-    let cgroup_root = configuration.find_cgroup_root()?;
+    let cgroups = Cgroups::of(&configuration)?;
     let metrics = Metrics::new(configuration.metrics.max_identities.get() as usize)?;
     metrics.started(
         env!("CARGO_PKG_VERSION"),
@@ -195,7 +195,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
-    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), Arc::clone(&names), clock);
+    let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
     engine.restore(saved);
@@ -262,7 +262,7 @@ fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
 
 fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
     let states = datapath.states();
-    let missing = match (require, Protection::of(states)) {
+    let missing = match (require, datapath.protection()) {
         (Require::None, _) | (Require::Portable | Require::Full, Protection::Full) => {
             return Ok(());
         }
@@ -285,17 +285,27 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
-    let (protection, missing) = protection_of(&Protection::of(datapath.states()));
+    let doors = Protection::of(datapath.states(), Vec::new());
+    let portable = if Protection::missing_doors(datapath.states()).is_empty() {
+        Protection::Full
+    } else {
+        doors
+    };
+    let (protection, missing) = protection_of(&portable);
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
     let lsm = LayerProtection {
         layer: record::Layer::Lsm,
         protection: record::ProtectionWord::None,
-        missing: vec![record::Missing {
-            what: Text::new("all hooks of the LSM layer"),
-            why: Text::new("this version has none"),
-        }],
+        missing: datapath
+            .gaps()
+            .iter()
+            .map(|gap| record::Missing {
+                what: Text::new(gap),
+                why: Text::new("this version has no hooks of the LSM layer"),
+            })
+            .collect(),
     };
     audit.append(RecordBody::Start(StartRecord {
         version: Text::new(env!("CARGO_PKG_VERSION")),
@@ -338,10 +348,16 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    let Some(state) = shared.engine().take_changes() else { return };
+    save_changes(shared, &mut shared.engine());
+}
+
+/// Saves what has changed, before anybody is told that it has: a daemon that is killed must know
+/// it again. The engine stays locked, so that no older state is written over a newer one.
+pub(crate) fn save_changes(shared: &Shared, engine: &mut Engine) {
+    let Some(state) = engine.take_changes() else { return };
     if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
         tracing::error!(%error, "a restart would not know the latest changes");
-        shared.engine().mark_unsaved();
+        engine.mark_unsaved();
     }
 }
 

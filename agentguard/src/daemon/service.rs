@@ -17,7 +17,7 @@ use jiff::Timestamp;
 use tokio::sync::broadcast;
 
 use super::confine::{Candidate, confine};
-use super::engine::{Engine, Workload, now};
+use super::engine::{Engine, Failed, Workload, now};
 use super::launch::file_id;
 use super::privileges::decisive;
 use super::recent::Recent;
@@ -34,7 +34,7 @@ use crate::api::types::{
 };
 use crate::audit::AuditLog;
 use crate::config::Configuration;
-use crate::datapath::{Door, DoorState, GAPS, Protection};
+use crate::datapath::{Datapath, DoorState, Protection};
 use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::manifest::{Creation, Manifest, parse_text};
@@ -99,8 +99,14 @@ impl Service for Daemon {
         let counts = engine.store.counts(now);
         let counters = engine.counters().map_err(|error| internal(&error))?;
         let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
-        let mut gaps: Vec<String> = GAPS.iter().map(|gap| (*gap).to_owned()).collect();
+        let mut gaps: Vec<String> = engine.datapath.gaps();
         gaps.extend(engine.executable_problems().iter().cloned());
+        let undecodable = shared.denials.undecodable();
+        if undecodable > 0 {
+            gaps.push(format!(
+                "{undecodable} records of the kernel could not be read; restart the daemon with the build that is in force"
+            ));
+        }
         gaps.extend(engine.workloads().filter_map(|workload| {
             let capabilities = decisive(&workload.cgroup)?;
             Some(format!(
@@ -113,7 +119,7 @@ impl Service for Daemon {
             node: shared.node.clone(),
             uptime_seconds: shared.started.elapsed().as_secs(),
             mode: Mode::from(agentguard_common::Mode::from(shared.configuration.mode)),
-            protection: protection_view(engine.datapath.states()),
+            protection: protection_view(&engine.datapath),
             gaps,
             generation: engine.generation(),
             totals: Some(Totals {
@@ -203,6 +209,7 @@ impl Service for Daemon {
                 remedy: "give the grant another name".to_owned(),
             })?;
         engine.reconcile();
+        super::save_changes(&self.0, &mut engine);
         let stored = engine.store.get(&id).ok_or_else(|| no_grant(id.as_str()))?;
         Ok(grant_view(&engine, stored, Timestamp::now()))
     }
@@ -225,6 +232,7 @@ impl Service for Daemon {
             },
         })?;
         engine.reconcile();
+        super::save_changes(&self.0, &mut engine);
         let stored = engine.store.get(&parsed).ok_or_else(|| no_grant(id))?;
         Ok(grant_view(&engine, stored, now))
     }
@@ -271,6 +279,7 @@ impl Service for Daemon {
         let mut engine = self.0.engine();
         let candidate = Candidate { pid: caller.pid, uid: caller.uid };
         let confined = confine(&mut engine, &candidate, identity, request)?;
+        super::save_changes(&self.0, &mut engine);
         if caller.is_alive() {
             return Ok(confined);
         }
@@ -335,7 +344,13 @@ impl Service for Daemon {
 
 /// Brings all gauges and counters up to date.
 fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError> {
-    let engine = shared.engine();
+    let mut engine = shared.engine();
+    for reconciliation in engine.take_reconciliations() {
+        match reconciliation {
+            Ok(took) => shared.metrics.reconciled(took),
+            Err(Failed) => shared.metrics.reconcile_failed(),
+        }
+    }
     let rows = engine.counters()?;
     let rows: Vec<(Option<String>, Counters)> = rows
         .into_iter()
@@ -347,7 +362,7 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         .collect();
     let metrics = &shared.metrics;
     metrics.set_verdicts(&rows);
-    let protection = match Protection::of(engine.datapath.states()) {
+    let protection = match engine.datapath.protection() {
         Protection::Full => metrics::Protection::Full,
         Protection::Partial(_) => metrics::Protection::Partial,
         Protection::None => metrics::Protection::None,
@@ -415,8 +430,8 @@ fn find<'a>(engine: &'a Engine, wanted: &str) -> Result<&'a Workload, ServiceErr
 
 /// How much of the promise is kept, door by door.
 #[must_use]
-pub fn protection_view(states: &[(Door, DoorState)]) -> ProtectionView {
-    let layers = states.iter().map(|(door, state)| {
+pub fn protection_view(datapath: &Datapath) -> ProtectionView {
+    let layers = datapath.states().iter().map(|(door, state)| {
         let (state, reason) = match state {
             DoorState::Active => (LayerState::Active, None),
             DoorState::Unavailable(reason) => (LayerState::Unavailable, Some(reason.clone())),
@@ -426,7 +441,7 @@ pub fn protection_view(states: &[(Door, DoorState)]) -> ProtectionView {
         });
         Layer { layer: "portable".to_owned(), hook: door.hook.to_owned(), state, reason, remedy }
     });
-    ProtectionView { level: level(&Protection::of(states)), layers: layers.collect() }
+    ProtectionView { level: level(&datapath.protection()), layers: layers.collect() }
 }
 
 const fn level(protection: &Protection) -> ProtectionLevel {
@@ -463,7 +478,7 @@ fn workload_view(engine: &Engine, workload: &Workload) -> WorkloadView {
         identity: Some(workload.identity.to_string()),
         cgroup: format!("/{}", below.display()),
         mode: workload.mode.into(),
-        protection: level(&Protection::of(engine.datapath.states())),
+        protection: level(&engine.datapath.protection()),
         source: workload.source.as_str().to_owned(),
         processes: processes(&workload.cgroup),
         generation: tag.map_or(0, |tag| u64::from(tag.allowlist.0)),

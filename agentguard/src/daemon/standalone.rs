@@ -21,8 +21,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::confine::{Candidate, PARENT, confine};
-use super::engine::Engine;
+use super::confine::{Candidate, confine};
+use super::engine::{Cgroups, Engine};
 use super::names::Names;
 use super::witness::Denials;
 use super::{DaemonError, require_root, settings, sizes, standalone_pins, start_witness};
@@ -89,14 +89,14 @@ async fn supervise(
     })
     .map_err(DaemonError::from)?;
     super::check_required(configuration.require, &datapath)?;
-    let cgroup_root = configuration.find_cgroup_root().map_err(DaemonError::from)?;
+    let cgroups = Cgroups::of(configuration).map_err(DaemonError::from)?;
     let node = configuration.node_name().map_err(DaemonError::from)?.to_string();
     let audit =
         AuditLog::open(audit_options(configuration, own), &node).map_err(DaemonError::from)?;
     super::record_start(&audit, &datapath);
     let names = Arc::new(Names::default());
     let clock = Clock::read().map_err(DaemonError::from)?;
-    let mut engine = Engine::new(datapath, cgroup_root, audit.clone(), names, clock);
+    let mut engine = Engine::new(datapath, cgroups, audit.clone(), names, clock);
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
@@ -363,9 +363,7 @@ fn clear_leftovers(configuration: &Configuration) {
         return;
     };
     let prefix = format!("{name}-exec-");
-    let in_use = configuration.find_cgroup_root().is_ok_and(|root| {
-        fs::read_dir(root.join(PARENT)).is_ok_and(|mut found| found.next().is_some())
-    });
+    let in_use = configuration.find_cgroup_parent().is_ok_and(|parent| holds_cgroups(&parent));
     if in_use {
         return;
     }
@@ -379,6 +377,12 @@ fn clear_leftovers(configuration: &Configuration) {
             tracing::debug!(%error, "pins of a supervisor that was killed stay");
         }
     }
+}
+
+/// Whether a cgroup has others in it; its own files do not count.
+fn holds_cgroups(cgroup: &Path) -> bool {
+    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 /// The supervisor's own pins, gone with it.

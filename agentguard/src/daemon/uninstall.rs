@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::confine::PARENT;
 use super::engine::remove_cgroup;
 use super::{DaemonError, require_root, state};
 use crate::cli::backend::UninstallReport;
@@ -27,7 +26,7 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
         Ok(false) => {}
         Err(error) => report.left.push(format!("the state in {}: {error}", directory.display())),
     }
-    let cgroups = configuration.find_cgroup_root()?.join(PARENT);
+    let cgroups = configuration.find_cgroup_parent()?;
     if cgroups.exists() {
         match remove_cgroup(&cgroups) {
             Ok(()) => report.removed.push(format!("the cgroups at {}", cgroups.display())),

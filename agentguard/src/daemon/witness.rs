@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -45,6 +45,7 @@ pub struct Denial {
 #[derive(Debug, Default)]
 pub struct Denials {
     latest: Mutex<VecDeque<Denial>>,
+    undecodable: AtomicU64,
 }
 
 impl Denials {
@@ -60,6 +61,12 @@ impl Denials {
     pub fn all(&self) -> Vec<Denial> {
         let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         latest.iter().cloned().collect()
+    }
+
+    /// Records that were none of this version's.
+    #[must_use]
+    pub fn undecodable(&self) -> u64 {
+        self.undecodable.load(Ordering::Relaxed)
     }
 
     fn keep(&self, denial: Denial) {
@@ -108,6 +115,7 @@ impl Witness {
                 self.audit.append_at(time, RecordBody::Verdict(Box::new(told)));
             }
             Err(error) => {
+                self.denials.undecodable.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(error, "a record of the kernel can not be read");
             }
         }

@@ -7,7 +7,7 @@
 //! <pin directory>/<object>/maps/<name>        tables
 //! <pin directory>/<object>/programs/<name>    programs, for cgroups still to come
 //! <pin directory>/<object>/links/<name>       what is global (tracepoints)
-//! <pin directory>/<object>/links/<cgroup id>.<name>   what is attached to a cgroup
+//! <pin directory>/<object>/links/<cgroup id>-<name>   what is attached to a cgroup
 //! ```
 //!
 //! A daemon of the same build adopts them as they are. One of another build sets up its own beside
@@ -34,7 +34,7 @@ use sha2::{Digest as _, Sha256};
 use super::events::Diagnostics;
 use super::kernel::{Kernel, KernelError};
 use super::object;
-use super::protection::{Door, DoorState, doors};
+use super::protection::{Door, DoorState, GAP_OTHERS, GAPS, Protection, doors};
 use super::tables::{Tables, fd_link};
 
 /// How much each table holds.
@@ -189,6 +189,9 @@ impl Datapath {
             make_directories(&pins)?;
             let loader = EbpfLoader::new();
             ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(None))?;
+        } else if signal.is_some() {
+            let path = pins.join(ENDS_OTHERS);
+            fs::create_dir(&path).map_err(|source| LoadError::Pin { path, source })?;
         }
         Self::set_up(ebpf, pins, options, &btf)
     }
@@ -209,6 +212,21 @@ impl Datapath {
     #[must_use]
     pub fn states(&self) -> &[(Door, DoorState)] {
         &self.states
+    }
+
+    /// What stays open on this kernel by the nature of the layers that are in force, one sentence
+    /// each.
+    #[must_use]
+    pub fn gaps(&self) -> Vec<String> {
+        let ends_others = self.pins.join(ENDS_OTHERS).exists();
+        let of_kernel = (!ends_others).then_some(GAP_OTHERS);
+        GAPS.into_iter().chain(of_kernel).map(str::to_owned).collect()
+    }
+
+    /// How much of the promise is kept.
+    #[must_use]
+    pub fn protection(&self) -> Protection {
+        Protection::of(&self.states, self.gaps())
     }
 
     fn set_up(
@@ -322,6 +340,8 @@ pub fn uninstall(pin_directory: &Path) -> Result<usize, LoadError> {
     Ok(builds.len())
 }
 
+/// Present where the kernel half can end a task that is not the caller.
+const ENDS_OTHERS: &str = "ends-others";
 /// Present once a build is set up completely.
 const READY: &str = "ready";
 
@@ -346,9 +366,11 @@ fn builds(pin_directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
 
 /// Removes the pins of one build, links first: a program without tables would refuse everything.
 fn remove_pins(pins: &Path) -> Result<(), LoadError> {
-    let ready = pins.join(READY);
-    if ready.exists() {
-        fs::remove_dir(&ready).map_err(|source| LoadError::Pin { path: ready, source })?;
+    for mark in [READY, ENDS_OTHERS] {
+        let path = pins.join(mark);
+        if path.exists() {
+            fs::remove_dir(&path).map_err(|source| LoadError::Pin { path, source })?;
+        }
     }
     for directory in ["links", "programs", "maps"] {
         let path = pins.join(directory);

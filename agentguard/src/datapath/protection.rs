@@ -64,6 +64,10 @@ pub const GAPS: [&str; 5] = [
     "a granted file whose content is overwritten in place keeps its permission (E3)",
 ];
 
+/// What is open as well where the kernel can not end another task (`bpf_send_signal_task`, 6.13).
+pub(super) const GAP_OTHERS: &str = "a process that another process of its workload moves out of the cgroup, or that is born \
+     outside of it, is recorded and followed, but not ended before it runs on (T2)";
+
 /// Whether a door's program is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DoorState {
@@ -83,15 +87,15 @@ pub enum Protection {
 }
 
 impl Protection {
-    /// What the states of all doors add up to.
+    /// What the states of all doors add up to, with the gaps that remain whatever their state.
     #[must_use]
-    pub fn of(states: &[(Door, DoorState)]) -> Self {
+    pub fn of(states: &[(Door, DoorState)], gaps: Vec<String>) -> Self {
         let active = states.iter().filter(|(_, state)| matches!(state, DoorState::Active)).count();
         if active == 0 {
             return Self::None;
         }
         let mut missing = Self::missing_doors(states);
-        missing.extend(GAPS.iter().map(|gap| (*gap).to_owned()));
+        missing.extend(gaps);
         Self::Partial(missing)
     }
 

@@ -368,6 +368,11 @@ impl Datapath {
         for member in members {
             absent_is_fine(self.tables.cgroups.remove(&member)).map_err(row("CGROUPS"))?;
         }
+        for (pid, moved) in self.moved() {
+            if moved.workload == workload {
+                absent_is_fine(self.tables.moved.remove(&pid)).map_err(row("MOVED"))?;
+            }
+        }
         for program in &self.programs {
             // The kernel detaches a moment after the pin is gone; until then the hook is nobody's.
             let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
