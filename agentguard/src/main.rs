@@ -140,7 +140,7 @@ fn verify(file: &Path) -> Result<VerifiedLog, Failure> {
     let broken = report
         .faults
         .first()
-        .map(|fault| BrokenChain { line: fault.line as u64, reason: fault.to_string() });
+        .map(|fault| BrokenChain { line: fault.line, reason: fault.to_string() });
     Ok(VerifiedLog {
         file: file.to_owned(),
         records: report.records,

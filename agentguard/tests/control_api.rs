@@ -1275,7 +1275,7 @@ fn completions_and_man_pages_are_generated() {
     let directory = tempfile::tempdir().unwrap();
     let (exit, ..) = command_line(&["generate", directory.path().to_str().unwrap()]);
     assert_eq!(exit, Exit::Done);
-    assert!(directory.path().join("agentguard-exec.1").exists());
+    assert!(directory.path().join("man/agentguard-exec.1").exists());
 }
 
 #[test]

@@ -31,6 +31,7 @@ use aya::{
 use crate::{
     dist::release_daemon,
     guard::{Ending, Guard},
+    interrupt,
     netns::Namespace,
     object::empty_object,
     run::{heading, output},
@@ -48,6 +49,9 @@ const REPEATS: u32 = 3;
 /// Below the cgroup root; where measured processes go.
 const CGROUP: &str = "agentguard-bench";
 
+/// The workload that the measured process is in.
+const WORKLOAD: &str = "bench";
+
 /// Where everything of a run lies.
 const DIRECTORY: &str = "/run/agentguard-bench";
 
@@ -57,6 +61,9 @@ pub(crate) struct Arguments {
     /// How many rounds; fewer than 21 are refused
     #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u16).range(21..))]
     rounds: u16,
+    /// Show figures also where this machine was too busy to tell, and say which those are
+    #[arg(long)]
+    busy: bool,
     /// Compare no agent and empty programs only; the daemon is not built
     #[arg(long)]
     floor: bool,
@@ -121,6 +128,7 @@ impl Variant {
 /// The set-up or a build fails, or the machine was too busy for figures that mean something.
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     setup::setup(Purpose::Demo)?;
+    interrupt::defer()?;
     heading("build");
     let empty = empty_object()?;
     let bench = Bench::new(&empty)?;
@@ -142,8 +150,13 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
 
     heading(&format!("{} rounds of {} variants", arguments.rounds, variants.len()));
     let mut samples = Samples::default();
-    for round in 1..=arguments.rounds {
+    'rounds: for round in 1..=arguments.rounds {
         for variant in shuffled(variants) {
+            if interrupt::check().is_err() && arguments.busy && round > 1 {
+                print!(" rounds, then interrupted");
+                break 'rounds;
+            }
+            interrupt::check()?;
             for (name, nanoseconds) in bench.measure(variant, guard.as_ref())? {
                 samples.add(&name, variant, nanoseconds);
             }
@@ -152,10 +165,10 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
         std::io::stdout().flush()?;
     }
     println!();
-    let figures = samples.report(variants);
+    let figures = samples.report(variants, arguments.busy);
     print!("{}", figures.text);
     ensure!(
-        figures.refused.is_empty(),
+        figures.refused.is_empty() || arguments.busy,
         "not reported, this machine was too busy to tell: {}; run it again when it is idle",
         figures.refused.join("; ")
     );
@@ -233,6 +246,7 @@ impl Bench {
             (Variant::GuardOnWorkload | Variant::GuardOnUntagged, guard) => {
                 let guard = guard.context("no daemon was set up for this variant")?;
                 let daemon = guard.start()?;
+                guard.wait_for_workload(WORKLOAD)?;
                 let measured = self.worker(variant);
                 output(&mut guard.command(&["uninstall"]))?;
                 drop(daemon);
@@ -295,6 +309,8 @@ impl Drop for Bench {
                 eprintln!("{} is left over: {error}", directory.display());
             }
         }
+        // Without the daemon there is none.
+        let _ = fs::remove_dir_all(DIRECTORY);
     }
 }
 
@@ -322,7 +338,7 @@ fn manifest() -> String {
          ---\n\
          apiVersion: agentguard.dev/v1alpha1\n\
          kind: Workload\n\
-         metadata:\n  name: bench\n\
+         metadata:\n  name: {WORKLOAD}\n\
          spec:\n  select: {{cgroup: /{CGROUP}/own}}\n  spiffeId: spiffe://example.org/bench\n  \
          mode: enforce\n",
         port = loops::PORT,

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::{
     interrupt,
@@ -52,6 +53,7 @@ impl<'a> Guard<'a> {
             "node: {name}\n\
              trust_domain: example.org\n\
              cgroup_root: {cgroup_root}\n\
+             cgroup_parent: {name}-exec\n\
              pin_directory: {pins}\n\
              state_directory: {state}\n\
              runtime_directory: {runtime}\n\
@@ -109,6 +111,24 @@ impl<'a> Guard<'a> {
             thread::sleep(Duration::from_millis(20));
         }
         Ok(daemon)
+    }
+
+    /// Returns when the daemon holds a workload, so that nothing is taken for guarded that is not.
+    pub(crate) fn wait_for_workload(&self, name: &str) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            let workloads = output(&mut self.command(&["workloads", "--output", "json"]))?;
+            let workloads: Value = serde_json::from_str(&workloads)?;
+            let mut listed = workloads.as_array().into_iter().flatten();
+            if listed.any(|workload| workload["name"] == name) {
+                return Ok(());
+            }
+            ensure!(
+                begin.elapsed() < ANSWERS,
+                "the daemon does not find the workload {name}: {workloads}"
+            );
+            interrupt::sleep(Duration::from_millis(20))?;
+        }
     }
 
     /// Runs a command and shows it as the viewer would type it.

@@ -26,7 +26,7 @@ use crate::api::types::{Confine, Mode};
 /// it needs root.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// The workload identity (SPIFFE ID) [default: spiffe://<trust domain>/user/<uid>/<name>]
+    /// The workload identity (SPIFFE ID) [default: spiffe://{trust domain}/user/{uid}/{name}]
     #[arg(long, value_name = "SPIFFE-ID")]
     identity: Option<String>,
     /// The workload's name [default: the command's]

@@ -21,7 +21,7 @@ pub(super) struct Arguments {
     /// The last denied request (of the workload, or of any)
     #[arg(long, group = "target")]
     last: bool,
-    /// Connecting, as 192.0.2.7:443/TCP or [2001:db8::1]:53/UDP or 192.0.2.7/ICMP
+    /// Connecting, as `192.0.2.7:443/TCP`, `[2001:db8::1]:53/UDP` or `192.0.2.7/ICMP`
     #[arg(long, group = "target", requires = "workload", value_name = "HOST:PORT/PROTO")]
     #[arg(value_parser = parse_connect)]
     connect: Option<Target>,
@@ -29,7 +29,7 @@ pub(super) struct Arguments {
     #[arg(long, group = "target", requires = "workload", value_name = "HOST:PORT/PROTO")]
     #[arg(value_parser = parse_send)]
     send: Option<Target>,
-    /// Binding to a local port, as 8080/TCP
+    /// Binding to a local port, as `8080/TCP`
     #[arg(long, group = "target", requires = "workload", value_name = "PORT/PROTO")]
     #[arg(value_parser = parse_bind)]
     bind: Option<Target>,

@@ -2,7 +2,7 @@
 //!
 //! A key that is not known, or a value that can not be meant, is refused with file, line, column,
 //! key and remedy. Flags ([`Overrides`]) replace single values and are read by the same rules. The
-//! types here are the reference: the default file ([`default_file`]) is generated from them. Must
+//! types here are the reference: the default file ([`default_file()`]) is generated from them. Must
 //! not know what the values are used for. Read once, at start.
 //!
 //! YAML is read by `serde-saphyr`: of the maintained successors of `serde_yaml` it is the one that

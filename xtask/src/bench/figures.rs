@@ -39,8 +39,9 @@ impl Samples {
             .push(nanoseconds);
     }
 
-    /// The tables, in nanoseconds for one operation.
-    pub(super) fn report(&self, variants: &[Variant]) -> Figures {
+    /// The tables, in nanoseconds for one operation; with `busy` also those that tell nothing, each
+    /// with the reason.
+    pub(super) fn report(&self, variants: &[Variant], busy: bool) -> Figures {
         let mut text = String::new();
         let mut refused = Vec::new();
         for (name, samples) in &self.loops {
@@ -48,12 +49,15 @@ impl Samples {
             let baseline = of(Variant::NoAgent);
             if let Some(reason) = unfit(baseline, of(Variant::NoAgentAgain)) {
                 refused.push(format!("{name} ({reason})"));
-                continue;
+                if !busy {
+                    continue;
+                }
+                let _infallible = write!(text, "\nNOISY, tells little: {reason}");
             }
             let _infallible = writeln!(
                 text,
-                "\n{name:<32} {:>10} {:>10} {:>12} {:>12}",
-                "minimum", "median", "to no agent", "to empty"
+                "\n{name:<32} {:>10} {:>10} {:>12} {:>6} {:>12}",
+                "minimum", "median", "to no agent", "ratio", "to empty"
             );
             for &variant in variants {
                 let values = of(variant);
@@ -69,11 +73,12 @@ impl Samples {
                     .map_or_else(String::new, |nanoseconds| format!("{nanoseconds:+.0}"));
                 let _infallible = writeln!(
                     text,
-                    "{:<32} {:>10.0} {:>10.0} {:>+12.0} {difference:>12}",
+                    "{:<32} {:>10.0} {:>10.0} {:>+12.0} {:>6.2} {difference:>12}",
                     variant.name(),
                     minimum(values),
                     median(values.to_vec()),
                     paired(values, baseline).unwrap_or_default(),
+                    ratio(values, baseline),
                 );
             }
         }
@@ -98,6 +103,11 @@ fn unfit(baseline: &[f64], again: &[f64]) -> Option<String> {
 fn paired(values: &[f64], others: &[f64]) -> Option<f64> {
     let differences: Vec<_> = values.iter().zip(others).map(|(one, other)| one - other).collect();
     (!differences.is_empty()).then(|| median(differences))
+}
+
+/// The median of the ratios inside a round.
+fn ratio(values: &[f64], others: &[f64]) -> f64 {
+    median(values.iter().zip(others).map(|(one, other)| one / other).collect())
 }
 
 fn minimum(values: &[f64]) -> f64 {
@@ -142,14 +152,15 @@ mod tests {
     #[test]
     fn a_calm_machine_gets_its_table() {
         let samples = samples(&[100.0, 101.0, 102.0], &[100.5, 101.0, 102.0], &[190.0; 3]);
-        let figures = samples.report(&[Variant::NoAgent, Variant::EmptyOnOwn]);
+        let figures = samples.report(&[Variant::NoAgent, Variant::EmptyOnOwn], false);
         assert!(figures.refused.is_empty());
         assert!(figures.text.contains("+89"), "{}", figures.text);
     }
 
     #[test]
     fn two_equal_variants_that_differ_are_refused() {
-        let figures = samples(&[100.0; 3], &[103.0; 3], &[190.0; 3]).report(&[Variant::EmptyOnOwn]);
+        let figures =
+            samples(&[100.0; 3], &[103.0; 3], &[190.0; 3]).report(&[Variant::EmptyOnOwn], false);
         assert_eq!(figures.refused, ["connect (no agent differs from no agent by 3.0 %)"]);
         assert!(figures.text.is_empty());
     }
@@ -157,7 +168,11 @@ mod tests {
     #[test]
     fn a_median_far_above_the_minimum_is_refused() {
         let noisy = [100.0, 120.0, 121.0];
-        let figures = samples(&noisy, &noisy, &[190.0; 3]).report(&[Variant::NoAgent]);
+        let samples = samples(&noisy, &noisy, &[190.0; 3]);
+        let figures = samples.report(&[Variant::NoAgent], false);
         assert_eq!(figures.refused.len(), 1);
+        assert!(figures.text.is_empty());
+        let shown = samples.report(&[Variant::NoAgent], true);
+        assert!(shown.text.contains("NOISY"), "{}", shown.text);
     }
 }

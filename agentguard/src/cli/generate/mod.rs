@@ -2,7 +2,7 @@
 //!
 //! Its one job is the list of documents and their places, which mirror the repository. Each is
 //! made from the types that the program itself reads and writes by, so that none can say anything
-//! else: [`reference`] makes the pages, [`schema`] and [`page`] their tables.
+//! else: [`mod@reference`] makes the pages, [`schema`] and [`page`] their tables.
 
 mod page;
 mod reference;
