@@ -13,8 +13,7 @@ use std::{
 use agentguard_tests::{
     Running,
     daemon::{
-        Daemon, Prober, Reachable, USER, exec_cgroups, grant, identity, program, scope, scope_of,
-        workload,
+        Daemon, Prober, Reachable, USER, grant, identity, program, scope, scope_of, workload,
     },
     run, wait_until,
 };
@@ -287,7 +286,7 @@ fn a_workload_that_ended_while_no_daemon_was_there_is_named_in_its_last_records(
     daemon.kill();
     assert!(!prober.reaches(server.port()));
     drop(prober);
-    let cgroup = exec_cgroups().join("short");
+    let cgroup = daemon.exec_cgroups().join("short");
     wait_until("its cgroup is empty", || {
         let events = fs::read_to_string(cgroup.join("cgroup.events")).unwrap_or_default();
         events.is_empty() || events.contains("populated 0")
@@ -343,6 +342,9 @@ fn a_user_confines_what_is_its_own_and_nothing_else() {
     let mut root = Prober::start_by(daemon.command(["exec", "--name", "roots"]));
     assert!(!root.reaches(server.port()));
 
+    wait_until("the command that asked for the scope is gone", || {
+        !daemon.workloads().iter().any(|name| name == "true")
+    });
     let listed = daemon.run_as_user(["workloads", "--output", "json"]).expect_success("workloads");
     let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
     let identities: BTreeSet<&str> =
@@ -586,13 +588,13 @@ fn a_workload_lasts_as_long_as_any_of_its_processes() {
     assert_eq!(fs::read_to_string(&done).unwrap().trim(), "no", "the child is held");
     until("the workload ends with its last process", || daemon.workloads().is_empty());
     assert_eq!(daemon.json(["grants"]), json!([]));
-    assert!(!exec_cgroups().join("parent").exists());
+    assert!(!daemon.exec_cgroups().join("parent").exists());
 
     for _ in 0..5 {
         daemon.run(["exec", "--name", "brief", "--", "true"]).expect_success("exec");
         until("a short command leaves nothing", || daemon.workloads().is_empty());
     }
-    assert!(!exec_cgroups().join("brief").exists());
+    assert!(!daemon.exec_cgroups().join("brief").exists());
 }
 
 #[test]
@@ -674,7 +676,7 @@ fn uninstall_removes_everything_once() {
     assert!(!daemon.path("state/state.json").exists());
     let second = daemon.run(["uninstall"]).expect_success("uninstall");
     assert!(second.stdout.contains("nothing was installed"), "{second:?}");
-    let cgroup = exec_cgroups().join("left");
+    let cgroup = daemon.exec_cgroups().join("left");
     drop(prober);
     wait_until("the test's cgroup can go", || !cgroup.exists() || fs::remove_dir(&cgroup).is_ok());
 }

@@ -11,7 +11,7 @@ use std::{
 
 use agentguard_tests::{
     Finished, Running,
-    daemon::{Daemon, Prober, Reachable, exec_cgroups, program, scope_of},
+    daemon::{Daemon, Prober, Reachable, program, scope_of},
     run, wait_until,
 };
 use nix::{
@@ -296,5 +296,5 @@ fn a_command_whose_supervisor_was_killed_stays_held_until_the_next_run_clears_up
         daemon.run(["exec", "--", "true"]).expect_success("exec");
         pins_of_supervisors(&daemon).is_empty()
     });
-    assert!(!exec_cgroups().join("orphan").exists());
+    assert!(!daemon.exec_cgroups().join("orphan").exists());
 }

@@ -81,6 +81,7 @@ impl Daemon {
             "node": self.name,
             "trust_domain": TRUST_DOMAIN,
             "pin_directory": self.pins(),
+            "cgroup_parent": self.exec_parent(),
             "state_directory": self.path("state"),
             "runtime_directory": self.path("run"),
             "manifests_directory": self.path("manifests"),
@@ -97,6 +98,17 @@ impl Daemon {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    fn exec_parent(&self) -> String {
+        format!("{}-exec", self.name)
+    }
+
+    /// The cgroup in which `exec` makes those of its workloads; this installation's own, so that
+    /// names of workloads do not meet those of others.
+    #[must_use]
+    pub fn exec_cgroups(&self) -> PathBuf {
+        cgroup::root().join(self.exec_parent())
     }
 
     #[must_use]
@@ -353,12 +365,6 @@ impl Drop for Daemon {
 #[must_use]
 pub fn program() -> PathBuf {
     binary("agentguard", "AGENTGUARD_BIN")
-}
-
-/// The cgroup in which `exec` makes those of its workloads.
-#[must_use]
-pub fn exec_cgroups() -> PathBuf {
-    cgroup::root().join("agentguard")
 }
 
 fn unused_address() -> SocketAddr {
