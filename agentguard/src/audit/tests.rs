@@ -12,8 +12,9 @@ use zerocopy::FromZeros;
 
 use super::record::{
     Actor, ActorSource, Ancestor, Container, GrantChange, GrantRecord, Inherited, Layer,
-    LayerProtection, ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart, ProtectionWord, Request,
-    StartRecord, StopRecord, VerdictRecord, Word, Workload, WorkloadChange, WorkloadRecord,
+    LayerProtection, ManifestErrorRecord, Missing, Outcome, Pod, Process, ProcessStart,
+    ProtectionWord, Request, StartRecord, StopRecord, VerdictRecord, Word, Workload,
+    WorkloadChange, WorkloadRecord,
 };
 use super::verify::{FaultKind, Start};
 use super::*;
