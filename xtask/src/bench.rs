@@ -248,8 +248,8 @@ impl Bench {
                 let daemon = guard.start()?;
                 guard.wait_for_workload(WORKLOAD)?;
                 let measured = self.worker(variant);
-                output(&mut guard.command(&["uninstall"]))?;
                 drop(daemon);
+                output(&mut guard.command(&["uninstall"]))?;
                 measured
             }
         }

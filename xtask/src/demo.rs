@@ -207,8 +207,8 @@ impl Demo<'_> {
         heading("the agent ends, the guard is removed");
         agent.end()?;
         drop(agent);
-        guard.show(&["uninstall"])?;
         daemon.kill()?;
+        guard.show(&["uninstall"])?;
         self.check("no pin is left", !guard.pins().exists(), "");
         let mut agent = Agent::start(self.world, Command::new("/usr/bin/python3"))?;
         self.step(&mut agent, "metadata.sh", "nothing is left behind", Outcome::Works)?;

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::audit::record::Inherited;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -520,6 +521,13 @@ pub struct InheritedSocket {
     pub descriptor: i32,
     /// Whether it was closed before the command began.
     pub closed: bool,
+}
+
+impl From<&InheritedSocket> for Inherited {
+    fn from(socket: &InheritedSocket) -> Self {
+        let InheritedSocket { descriptor, closed } = *socket;
+        Self { descriptor, closed }
+    }
 }
 
 /// The calling process is a workload now.

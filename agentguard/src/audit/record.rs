@@ -16,7 +16,6 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::chain::{Hash, nanoseconds};
 use super::text::Text;
-use crate::api::types::InheritedSocket;
 
 /// One line of the audit log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -602,16 +601,10 @@ pub struct WorkloadRecord {
 /// A network socket from before a workload came: what is sent on it is held to no scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Inherited {
+    /// The number of its file descriptor.
     pub descriptor: i32,
     /// Whether it was closed before the workload's command began.
     pub closed: bool,
-}
-
-impl From<&InheritedSocket> for Inherited {
-    fn from(socket: &InheritedSocket) -> Self {
-        let InheritedSocket { descriptor, closed } = *socket;
-        Self { descriptor, closed }
-    }
 }
 
 /// What became of a workload.

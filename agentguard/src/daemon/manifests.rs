@@ -412,7 +412,7 @@ mod tests {
     }
 
     fn look(directory: &Path, sound: &mut Files) -> (ManifestSet, Vec<String>) {
-        let (now, mut errors) = read(directory, sound);
+        let (now, mut errors) = read(directory, sound, &Writing::default());
         let (now, set, contradictions) = settle(now, sound);
         *sound = now;
         errors.extend(contradictions);
