@@ -152,12 +152,12 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     let mut samples = Samples::default();
     'rounds: for round in 1..=arguments.rounds {
         for variant in shuffled(variants) {
+            let measured = interrupt::check().and_then(|()| bench.measure(variant, guard.as_ref()));
             if interrupt::check().is_err() && arguments.busy && round > 1 {
                 print!(" rounds, then interrupted");
                 break 'rounds;
             }
-            interrupt::check()?;
-            for (name, nanoseconds) in bench.measure(variant, guard.as_ref())? {
+            for (name, nanoseconds) in measured? {
                 samples.add(&name, variant, nanoseconds);
             }
         }
