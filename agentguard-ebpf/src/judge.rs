@@ -203,7 +203,7 @@ pub(crate) fn caller_in(current: CgroupId) -> WorkloadId {
 }
 
 /// Judges a request of a workload that its own process makes.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn judge<C: Classed>(inquiry: &Inquiry, workload: WorkloadId) -> Action {
     judge_from::<C>(inquiry, workload, &Origin::Caller, 0)
 }
@@ -230,13 +230,15 @@ pub(crate) fn judge_from<C: Classed>(
         return deny_without_table::<C>(inquiry, workload, &ROWLESS, origin, carried);
     };
     let key = inquiry.key::<C>(workload, &tag);
-    let (code, fate) = match maps::cached(&key) {
-        Some(cached) if kernel::jiffies() < cached.fresh_until => {
-            cached.folded += 1 + carried;
-            (cached.verdict as u8, Fate::Aggregated)
-        }
-        Some(_) | None => judge_afresh::<C>(inquiry, &tag, &key, origin, carried),
-    };
+    if let Some(cached) = maps::cached(&key)
+        && kernel::jiffies() < cached.fresh_until
+    {
+        cached.folded += 1 + carried;
+        let code = cached.verdict as u8;
+        record::count_again(&tag, inquiry.hook, code);
+        return action_of(code, tag.mode());
+    }
+    let (code, fate) = judge_afresh::<C>(inquiry, &tag, &key, origin, carried);
     record::count(&tag, inquiry.hook, code, fate);
     action_of(code, tag.mode())
 }

@@ -15,7 +15,7 @@ use aya_ebpf::programs::SkBuffContext;
 use crate::judge::{Classed, Destinations, Inquiry, Locals, action_of, judge_packet};
 use crate::kernel;
 use crate::maps::{self, Role, SocketVerdict};
-use crate::record::{self, Fate};
+use crate::record;
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -105,7 +105,7 @@ fn judge_on_socket<C: Classed>(
     {
         let code = known.verdict;
         known.folded += 1;
-        record::count(&tag, Hook::Egress, code, Fate::Aggregated);
+        record::count_again(&tag, Hook::Egress, code);
         return action_of(code, tag.mode());
     }
     let folded = known.folded;

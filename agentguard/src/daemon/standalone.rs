@@ -217,7 +217,9 @@ impl Waiting {
 impl Drop for Waiting {
     /// A child that was never told ends by itself when the pipe does.
     fn drop(&mut self) {
-        if self.go.take().is_some() {
+        if self.go.is_some() {
+            // Before the pipe ends, so that it does not complain of what is told elsewhere.
+            let _ended = self.child.kill();
             let _status = self.child.wait();
         }
     }
