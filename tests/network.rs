@@ -16,6 +16,7 @@ use agentguard_tests::{
     },
     attack_binary, requires, ways_out,
 };
+use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -39,6 +40,39 @@ ways_out! {
     tcp_connect_to_a_forbidden_v6_address: |_| to("n1-connect", Protocol::Tcp, FORBIDDEN6);
     tcp_connect_to_a_forbidden_port: |_| to("n1-connect", Protocol::Tcp, at(API, OTHER_PORT));
     tcp_connect_to_a_forbidden_v6_port: |_| to("n1-connect", Protocol::Tcp, at(API6, OTHER_PORT));
+}
+
+/// N1: to the API, by way of the database.
+fn source_route(world: &mut World, how: &str, protocol: Protocol, via: SocketAddr) -> WayOut {
+    world.network().allow_source_routes();
+    world.servers_mut().watch();
+    let granted = if via.is_ipv4() { GRANTED } else { at(API6, GRANTED_PORT) };
+    let attack = Attack::new("n1-source-route")
+        .option("granted", granted.to_string())
+        .option("by-way-of", via.to_string())
+        .option("protocol", protocol.as_str())
+        .option("how", how);
+    WayOut::network(attack, protocol, via)
+        .proved_by(Proof::Arrived(via.ip()))
+        .recorded_as_malformed()
+}
+
+ways_out! {
+    /// N1
+    datagram_by_a_route_of_the_socket:
+        |world| source_route(world, "option", Protocol::Udp, FORBIDDEN);
+    datagram_by_a_route_of_the_socket_over_v6:
+        |world| source_route(world, "option", Protocol::Udp, FORBIDDEN6);
+    datagram_by_a_route_of_a_connected_socket:
+        |world| source_route(world, "late", Protocol::Udp, FORBIDDEN);
+    datagram_by_a_route_of_a_connected_socket_over_v6:
+        |world| source_route(world, "late", Protocol::Udp, FORBIDDEN6);
+    datagram_by_a_route_of_the_call:
+        |world| source_route(world, "message", Protocol::Udp, FORBIDDEN);
+    stream_by_a_route_of_the_socket_over_v6:
+        |world| source_route(world, "option", Protocol::Tcp, FORBIDDEN6);
+    stream_by_a_route_of_a_connected_socket_over_v6:
+        |world| source_route(world, "late", Protocol::Tcp, FORBIDDEN6);
 }
 
 /// N2: `form` of the database, which is served at `reached`.
@@ -150,6 +184,23 @@ ways_out! {
     sendmsg_by_a_ring_of_a_kernel_thread: |_| ring("sendmsg", true);
     socket_made_by_a_ring: |_| ring("socket", false);
     socket_made_by_a_ring_of_a_kernel_thread: |_| ring("socket", true);
+}
+
+/// N6
+fn ping(world: &mut World) -> WayOut {
+    world.network().allow_ping();
+    world.servers_mut().watch();
+    let attack = Attack::new("n6-ping")
+        .option("to", FORBIDDEN.to_string())
+        .option("granted", at(API, 9).to_string());
+    WayOut::network(attack, Protocol::Udp, FORBIDDEN)
+        .proved_by(Proof::Arrived(DATABASE))
+        .recorded_as(&["packet"], &DATABASE.to_string())
+}
+
+ways_out! {
+    /// N6
+    ping_of_another_host_than_the_peer: ping;
 }
 
 /// A process outside the workload, on the client side; what it says when it is ready.
@@ -291,16 +342,33 @@ fn stopped_flow(
     meanwhile: impl FnOnce(&mut Guard),
     afterwards: impl FnOnce(&mut Guard),
 ) {
+    stopped_flow_from(None, protocol, lasts, meanwhile, afterwards);
+}
+
+/// [`stopped_flow`] from a port on which the workload may listen.
+fn stopped_flow_from(
+    port: Option<u16>,
+    protocol: Protocol,
+    lasts: Duration,
+    meanwhile: impl FnOnce(&mut Guard),
+    afterwards: impl FnOnce(&mut Guard),
+) {
     requires(Layer::Portable);
     let world = World::new();
     let mut guard = Guard::start(&world, &[attack_binary()]);
     guard.define_scope("test:database", protocol, FORBIDDEN);
-    guard.grant("flow", IDENTITY, "test:database", lasts);
     let mut attack = Attack::new("n10-flow")
         .option("to", FORBIDDEN.to_string())
         .option("protocol", protocol.as_str())
         .option("milliseconds", "3000");
-    let mut flow = attack.start_as_workload(&world, &guard, IDENTITY, &[BASE_SCOPE], Mode::Enforce);
+    let mut scopes = vec![BASE_SCOPE];
+    if let Some(port) = port {
+        guard.define("test:listen", &json!({"listen": [{"protocol": "TCP", "port": port}]}));
+        scopes.push("test:listen");
+        attack = attack.option("bind", port.to_string());
+    }
+    guard.grant("flow", IDENTITY, "test:database", lasts);
+    let mut flow = attack.start_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
     flow.said("{\"ms\":", PATIENCE);
     meanwhile(&mut guard);
     let report = Report::of(&flow.wait(PATIENCE).expect("a flow ends within three seconds"));
@@ -355,6 +423,28 @@ fn a_stream_stops_when_its_grant_is_revoked() {
 #[test]
 fn datagrams_stop_when_their_grant_is_revoked() {
     stopped_flow(Protocol::Udp, LONG, revoke_by_command, nothing);
+}
+
+/// A port on which the workload may listen.
+const LISTENING: u16 = 8080;
+
+#[test]
+fn a_stream_of_a_client_that_binds_again_flows_without_the_guard() {
+    let world = World::new();
+    let mut flow = flow(Protocol::Tcp);
+    flow.attack = flow.attack.option("bind", LISTENING.to_string());
+    let report = flow.attack.run_without_the_guard(&world);
+    assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
+}
+
+#[test]
+fn a_stream_of_a_client_that_binds_again_stops_when_its_grant_is_revoked() {
+    stopped_flow_from(Some(LISTENING), Protocol::Tcp, LONG, revoke_by_command, nothing);
+}
+
+#[test]
+fn a_stream_of_a_client_that_binds_again_stops_when_its_grant_expires() {
+    stopped_flow_from(Some(LISTENING), Protocol::Tcp, SOON, nothing, nothing);
 }
 
 /// What the kernel saw while no daemon was there is written down by the next one.

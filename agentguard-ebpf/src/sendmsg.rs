@@ -19,5 +19,10 @@ pub(crate) fn v6(ctx: &SockAddrContext) -> Action {
 
 #[inline(always)]
 fn send(hook: Hook, destination: Option<Destination>) -> Action {
+    // No address came with the call: a control message brings a connected socket here too. The
+    // kernel refuses an address without a port itself. Its packet is judged like all others.
+    if destination.is_some_and(|destination| destination.port == 0) {
+        return Action::Pass;
+    }
     socket_call::<Destinations>(&Inquiry::destination(hook, RequestKind::Send, destination))
 }

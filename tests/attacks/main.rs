@@ -20,10 +20,12 @@ mod n10_flow;
 mod n11_rewrite;
 mod n12_metadata;
 mod n1_connect;
+mod n1_source_route;
 mod n2_alias;
 mod n3_datagram;
 mod n4_fast_open;
 mod n5_io_uring;
+mod n6_ping;
 mod n8_foreign_socket;
 mod n9_lend;
 mod outcome;
@@ -52,6 +54,8 @@ struct Arguments {
 enum Attack {
     /// Connect to an address, port or protocol.
     N1Connect(n1_connect::Arguments),
+    /// Send to a granted peer by way of another host.
+    N1SourceRoute(n1_source_route::Arguments),
     /// Reach an IPv4 address by another form of it.
     N2Alias(n2_alias::Arguments),
     /// Send datagrams in every way there is.
@@ -60,6 +64,8 @@ enum Attack {
     N4FastOpen(n4_fast_open::Arguments),
     /// Let the kernel's own rings make the calls.
     N5IoUring(n5_io_uring::Arguments),
+    /// Ping another host than the one that the socket is connected to.
+    N6Ping(n6_ping::Arguments),
     /// Use a connected socket that comes from elsewhere.
     N8ForeignSocket(n8_foreign_socket::Arguments),
     /// Hand a socket to a helper outside, which takes it where the workload may not go.
@@ -99,10 +105,12 @@ enum Attack {
 fn main() -> ExitCode {
     let (name, attempt): (&str, Attempt) = match Arguments::parse().attack {
         Attack::N1Connect(arguments) => ("n1-connect", n1_connect::run(&arguments)),
+        Attack::N1SourceRoute(arguments) => ("n1-source-route", n1_source_route::run(&arguments)),
         Attack::N2Alias(arguments) => ("n2-alias", n2_alias::run(&arguments)),
         Attack::N3Datagram(arguments) => ("n3-datagram", n3_datagram::run(&arguments)),
         Attack::N4FastOpen(arguments) => ("n4-fast-open", n4_fast_open::run(&arguments)),
         Attack::N5IoUring(arguments) => ("n5-io-uring", n5_io_uring::run(&arguments)),
+        Attack::N6Ping(arguments) => ("n6-ping", n6_ping::run(&arguments)),
         Attack::N8ForeignSocket(arguments) => {
             ("n8-foreign-socket", n8_foreign_socket::run(&arguments))
         }

@@ -5,7 +5,7 @@
 
 use std::{
     io::{self, ErrorKind, Read, Write},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     thread,
     time::{Duration, Instant},
 };
@@ -32,6 +32,9 @@ pub(crate) struct Arguments {
     /// How long to go on.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1000..=3000))]
     milliseconds: u64,
+    /// Bind to this port before connecting, and try once more when connected.
+    #[arg(long)]
+    bind: Option<u16>,
 }
 
 #[derive(Serialize)]
@@ -42,7 +45,18 @@ struct Progress {
 
 pub(crate) fn run(arguments: &Arguments) -> Attempt {
     let mut socket = arguments.protocol.socket(arguments.to)?;
-    connect(&socket, arguments.to)?;
+    if let Some(port) = arguments.bind {
+        let here = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port).into();
+        socket.bind(&here).map_err(|error| Failure::at("bind", error))?;
+        connect(&socket, arguments.to)?;
+        match socket.bind(&here) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(Failure::at("bind when connected", error)),
+            Ok(()) => return Err(Failure::unfit("a connected socket was bound")),
+        }
+    } else {
+        connect(&socket, arguments.to)?;
+    }
     socket.set_nonblocking(true).map_err(|error| Failure::setup("setsockopt", error))?;
     let start = Instant::now();
     let mut reported = Duration::ZERO;

@@ -73,6 +73,22 @@ fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
 }
 
 #[test]
+fn a_moved_process_keeps_its_tag_until_its_last_thread_ends() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    move_to(&outside, worker.pid());
+    fixture.datapath.follow(&outside).unwrap();
+    assert_eq!(worker.told(CONNECT), "EPERM", "moved");
+    assert_eq!(worker.told("end-leader"), "ok");
+    assert_eq!(worker.told(CONNECT), "EPERM", "without its first thread");
+    assert_eq!(fixture.datapath.moved()[0].0, worker.pid());
+    drop(worker);
+    assert!(fixture.datapath.moved().is_empty(), "ended");
+}
+
+#[test]
 fn a_child_cgroup_is_born_with_its_parents_tag_and_forgotten_when_it_goes() {
     let mut fixture = Fixture::new();
     fixture.attach(Mode::Enforce, &[]);

@@ -5,7 +5,7 @@ use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::{fd::AsRawFd as _, unix::process::ExitStatusExt as _},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
@@ -85,6 +85,11 @@ fn worker() {
     if env::var_os(VARIABLE).is_none() {
         return;
     }
+    // In a thread of its own, so that the process can lose the one it began with.
+    thread::spawn(obey_all).join().unwrap();
+}
+
+fn obey_all() {
     let mut flow = None;
     for line in io::stdin().lines() {
         let line = line.unwrap();
@@ -131,6 +136,7 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
         }
         ["move", cgroup] => fs::write(format!("{cgroup}/cgroup.procs"), "0").map(ok),
         ["mkdir", cgroup] => fs::create_dir(cgroup).map(ok),
+        ["end-leader"] => end_leader(),
         ["clone-into", cgroup] => clone_into(cgroup),
         ["flood", kind, threads, each] => {
             Ok(flood(*kind == "distinct", threads.parse().unwrap(), each.parse().unwrap()))
@@ -156,6 +162,31 @@ fn open(kind: &str, to: SocketAddr) -> io::Result<Socket> {
     let socket = socket(kind, to)?;
     socket.connect_timeout(&SockAddr::from(to), Duration::from_secs(5))?;
     Ok(socket)
+}
+
+/// Ends the thread that the process began with, and waits until it is gone.
+fn end_leader() -> io::Result<String> {
+    extern "C" fn end_this_thread(_signal: libc::c_int) {
+        // SAFETY: a plain system call, which ends the calling thread only; nothing of its stack is
+        // used by another one, as they all live in closures that own what they use.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+    }
+    let pid = process::id();
+    // SAFETY: the handler does nothing but a system call, and the process is this one.
+    unsafe {
+        libc::signal(libc::SIGUSR1, end_this_thread as *const () as libc::sighandler_t);
+        if libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGUSR1) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    for _ in 0..200 {
+        // A leader that ended stays as a zombie until its process ends.
+        if fs::read_to_string(format!("/proc/self/task/{pid}/stat"))?.contains(") Z ") {
+            return Ok("ok".to_owned());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok("lives".to_owned())
 }
 
 /// A child that is born in another cgroup and waits there; how it ends, or that it lives.

@@ -389,6 +389,7 @@ fn base_scope(programs: &[PathBuf]) -> Value {
                 "ports": [
                     {"protocol": "TCP", "port": address::GRANTED_PORT},
                     {"protocol": "UDP", "port": address::GRANTED_PORT},
+                    {"protocol": "ICMP"},
                 ],
             }],
         },

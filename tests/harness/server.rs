@@ -56,11 +56,15 @@ pub struct Reach {
 
 type Reached = Arc<Mutex<BTreeMap<(Protocol, SocketAddr), Reach>>>;
 
+/// Packets that came in, by the address that their header names.
+type Arrived = Arc<Mutex<BTreeMap<IpAddr, u64>>>;
+
 /// Servers on every pair of an address and a port, for TCP and UDP.
 #[derive(Debug)]
 pub struct Servers {
     namespace: PathBuf,
     reached: Reached,
+    arrived: Arrived,
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -100,13 +104,40 @@ impl Servers {
             .recv()
             .expect("the thread says whether it is ready")
             .unwrap_or_else(|error| panic!("servers in {}: {error}", namespace.display()));
-        Self { namespace: namespace.to_owned(), reached, over, threads: vec![thread] }
+        let arrived = Arrived::default();
+        Self { namespace: namespace.to_owned(), reached, arrived, over, threads: vec![thread] }
     }
 
     /// How far others got to `endpoint`.
     #[must_use]
     pub fn reach(&self, protocol: Protocol, endpoint: SocketAddr) -> Reach {
         lock(&self.reached).get(&(protocol, endpoint)).copied().unwrap_or_default()
+    }
+
+    /// Counts every packet that comes in from now on, whatever becomes of it.
+    ///
+    /// # Panics
+    ///
+    /// When packets cannot be watched.
+    pub fn watch(&mut self) {
+        let namespace = self.namespace.clone();
+        let watches = thread::spawn(move || enter(&namespace).and_then(|()| watches()))
+            .join()
+            .expect("the thread does not panic")
+            .expect("packets can be watched");
+        let (arrived, over) = (Arc::clone(&self.arrived), Arc::clone(&self.over));
+        self.threads.push(thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                count(&watches, &arrived);
+            }
+        }));
+    }
+
+    /// How many packets for `address` came in since [`Self::watch`].
+    #[must_use]
+    pub fn arrived(&self, address: IpAddr) -> u64 {
+        let arrived = self.arrived.lock().expect("nobody panics while counting");
+        arrived.get(&address).copied().unwrap_or_default()
     }
 
     /// Has `from` call `to`, as soon as someone listens there, and send back what it hears. What
@@ -144,6 +175,66 @@ pub(crate) fn enter(namespace: &Path) -> io::Result<()> {
 pub(crate) fn allow_fast_open() -> io::Result<()> {
     // Bits: client, server, client without cookie, server without cookie, all listeners.
     fs::write("/proc/sys/net/ipv4/tcp_fastopen", (0x1 | 0x2 | 0x4 | 0x200 | 0x400).to_string())
+}
+
+/// Lets hosts of the calling thread's network namespace hand on what is routed by its sender.
+pub(crate) fn allow_source_routes() -> io::Result<()> {
+    for link in ["all", "default", "lo", "far"] {
+        fs::write(format!("/proc/sys/net/ipv4/conf/{link}/accept_source_route"), "1")?;
+        fs::write(format!("/proc/sys/net/ipv6/conf/{link}/seg6_enabled"), "1")?;
+        fs::write(format!("/proc/sys/net/ipv6/conf/{link}/forwarding"), "1")?;
+    }
+    Ok(())
+}
+
+/// Lets everyone in the calling thread's network namespace have ping sockets.
+pub(crate) fn allow_ping() -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
+}
+
+/// One packet socket for each family: they see what comes in and not what goes out, which those
+/// for all families would.
+fn watches() -> io::Result<[(Socket, u16); 2]> {
+    let watch = |family: i32| {
+        let family = family as u16;
+        let protocol = socket2::Protocol::from(i32::from(family.to_be()));
+        let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
+        socket.set_nonblocking(true)?;
+        Ok::<_, io::Error>((socket, family))
+    };
+    Ok([watch(libc::ETH_P_IP)?, watch(libc::ETH_P_IPV6)?])
+}
+
+/// Waits a little, then counts what is there.
+fn count(watches: &[(Socket, u16); 2], arrived: &Arrived) {
+    let mut watched =
+        watches.each_ref().map(|(socket, _)| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+    // An interrupted wait is an empty round.
+    let _ready = poll(&mut watched, PollTimeout::from(TICK));
+    let mut header = [0; 40];
+    for (mut socket, family) in watches.iter().map(|(socket, family)| (socket, family)) {
+        while let Ok(length) = socket.read(&mut header) {
+            let address = destination(i32::from(*family), &header[..length]);
+            if let Some(address) = address {
+                *arrived
+                    .lock()
+                    .expect("nobody panics while counting")
+                    .entry(address)
+                    .or_default() += 1;
+            }
+        }
+    }
+}
+
+/// The address that a header names; none in a header that is cut short.
+fn destination(family: i32, header: &[u8]) -> Option<IpAddr> {
+    if family == libc::ETH_P_IP {
+        let address: [u8; 4] = header.get(16..20)?.try_into().ok()?;
+        Some(IpAddr::from(address))
+    } else {
+        let address: [u8; 16] = header.get(24..40)?.try_into().ok()?;
+        Some(IpAddr::from(address))
+    }
 }
 
 struct Sockets {

@@ -4,7 +4,11 @@
 //! recorded; in enforce mode it is refused and recorded, unless `status` has said before that this
 //! kernel leaves it open.
 
-use std::{net::SocketAddr, thread, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
@@ -25,6 +29,8 @@ pub enum Proof {
     Reached(Protocol, SocketAddr),
     /// Bytes arrived there; the connection is not the attack's doing.
     Sent(Protocol, SocketAddr),
+    /// A packet that names this address arrived at the server side, which is watched.
+    Arrived(IpAddr),
     /// A connection or bytes arrived at a server on the client side's loopback.
     ReachedLocally(Protocol, SocketAddr),
     /// The forbidden program ran.
@@ -41,6 +47,8 @@ pub enum Recorded {
         /// What the request contains.
         target: String,
     },
+    /// A request was denied because it could not be read.
+    Malformed,
     /// The workload came with a socket from before, at this descriptor.
     Inherited(i32),
 }
@@ -106,6 +114,13 @@ impl WayOut {
         self
     }
 
+    /// The same, recorded as a request that could not be read.
+    #[must_use]
+    pub fn recorded_as_malformed(mut self) -> Self {
+        self.recorded = Recorded::Malformed;
+        self
+    }
+
     /// The same, recorded by the socket that it found at the launch.
     #[must_use]
     pub fn recorded_as_inherited(mut self, descriptor: i32) -> Self {
@@ -133,6 +148,7 @@ impl WayOut {
                 world.servers().reach(*protocol, *to) != Reach::default()
             }
             Proof::Sent(protocol, to) => world.servers().reach(*protocol, *to).bytes > 0,
+            Proof::Arrived(address) => world.servers().arrived(*address) > 0,
             Proof::ReachedLocally(protocol, to) => {
                 world.local_servers().reach(*protocol, *to) != Reach::default()
             }
@@ -249,6 +265,12 @@ impl Guarded {
                             && record["refused"] == enforced
                             && actions.contains(&action)
                             && mentions(&record["request"], target)
+                    }
+                    Recorded::Malformed => {
+                        record["kind"] == "verdict"
+                            && record["verdict"] == "deny"
+                            && record["refused"] == enforced
+                            && record["reason"] == "malformed"
                     }
                     Recorded::Inherited(descriptor) => {
                         let socket = json!({"descriptor": descriptor, "closed": enforced});

@@ -216,6 +216,25 @@ impl Network {
         network
     }
 
+    /// Has the server side hand on what is routed by its sender.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel knows no source routes.
+    pub fn allow_source_routes(&self) {
+        in_namespace(self.server_file(), server::allow_source_routes)
+            .expect("source routes can be allowed");
+    }
+
+    /// Lets everyone on the client side have ping sockets.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel knows none.
+    pub fn allow_ping(&self) {
+        in_namespace(self.client_file(), server::allow_ping).expect("ping sockets can be allowed");
+    }
+
     /// A socket of the client side, made outside every workload and connected to `peer`.
     ///
     /// # Panics
