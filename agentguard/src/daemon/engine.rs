@@ -391,12 +391,17 @@ impl Engine {
                     wanted.insert(identity, allowlist);
                 }
                 Err(source) => {
-                    // What is in force stays, and what is wrong is said.
-                    if let Some(installed) = self.installed.get(&identity) {
-                        wanted.insert(identity.clone(), installed.compiled.clone());
-                    } else {
-                        wanted.insert(identity.clone(), CompiledAllowlist::default());
-                    }
+                    // What is in force stays, unless it rests on something that was taken back;
+                    // and what is wrong is said.
+                    let granted =
+                        permits.iter().map(|permit| (permit.grant, permit.scope)).collect();
+                    let in_force =
+                        self.installed.get(&identity).map(|installed| &installed.compiled);
+                    let stays = in_force
+                        .filter(|compiled| permissions(compiled).is_subset(&granted))
+                        .cloned()
+                        .unwrap_or_default();
+                    wanted.insert(identity.clone(), stays);
                     let error = EngineError::Compile { identity, source };
                     tracing::error!(%error, "an allow-list stays as it is");
                     problems.insert(error.to_string());
