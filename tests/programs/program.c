@@ -21,7 +21,12 @@ static void *reach(void *unused) {
 	return unused;
 }
 
+/* Nobody runs the file before all threads are there: running it ends them, and a thread that is to
+ * be made meanwhile is not made. */
+static pthread_barrier_t all;
+
 static void *launch(void *line) {
+	pthread_barrier_wait(&all);
 	execv(((char **)line)[0], line);
 	perror("execv");
 	return NULL;
@@ -36,9 +41,12 @@ int main(int count, char **words) {
 	peer.sin_port = htons(atoi(words[4]));
 	if (!launches && inet_pton(AF_INET, words[3], &peer.sin_addr) != 1)
 		return 2;
+	pthread_barrier_init(&all, NULL, wanted + 1);
 	for (int i = 0; i < wanted; i++)
 		if (pthread_create(&threads[i], NULL, launches ? launch : reach, words + 3))
 			return 2;
+	if (launches)
+		pthread_barrier_wait(&all);
 	for (int i = 0; i < wanted; i++)
 		pthread_join(threads[i], NULL);
 	return reached > 0 ? 0 : 1;
