@@ -40,6 +40,9 @@ pub(crate) const SMALL: Sizes = Sizes {
     destinations: 4096,
     rules: 4096,
     executables: 1024,
+    unix_sockets: 64,
+    unix_names: 64,
+    tasks: 4096,
     verdicts: 4096,
     counters: 4,
     denied_ring: 1 << 16,
@@ -191,6 +194,7 @@ pub(crate) fn standing() -> Permit {
         expires_at: NEVER,
         egress: vec![],
         executables: vec![],
+        unix_sockets: vec![],
         listening: vec![],
     }
 }

@@ -83,6 +83,7 @@ impl Kernel {
             cgroup_root: at("cgroup", &["root"])?,
             cgroup_root_hierarchy: at("cgroup_root", &["hierarchy_id"])?,
             kernfs_node_id: at("kernfs_node", &["id"])?,
+            ..KernelOffsets::default()
         })
     }
 

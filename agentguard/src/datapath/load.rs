@@ -45,6 +45,10 @@ pub struct Sizes {
     pub destinations: u32,
     pub rules: u32,
     pub executables: u32,
+    pub unix_sockets: u32,
+    pub unix_names: u32,
+    /// Processes by whose descendants they are.
+    pub tasks: u32,
     pub verdicts: u32,
     /// Rows of counters, with the one that all further identities share.
     pub counters: u32,
@@ -62,6 +66,9 @@ impl Default for Sizes {
             destinations: 524_288,
             rules: 65536,
             executables: 262_144,
+            unix_sockets: 65536,
+            unix_names: 8192,
+            tasks: 262_144,
             verdicts: 32768,
             counters: 129,
             denied_ring: 1 << 20,
@@ -434,6 +441,10 @@ fn load<'a>(
         destinations,
         rules,
         executables,
+        // Their tables come with the hooks of the LSM layer.
+        unix_sockets: _,
+        unix_names: _,
+        tasks: _,
         verdicts,
         counters,
         denied_ring,
