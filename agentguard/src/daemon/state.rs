@@ -27,6 +27,9 @@ pub struct SavedState {
     /// The next numbers of an allow-list, a row of rules and a workload.
     #[serde(default)]
     pub next: (u32, u32, u32),
+    /// The next number of a unix socket's name.
+    #[serde(default)]
+    pub next_unix_name: u32,
     pub names: SavedNames,
     pub grants: Snapshot,
     /// Rows of counters by identity.
