@@ -440,13 +440,18 @@ fn the_generators_reach_every_verdict_often() {
     let mut runner = TestRunner::deterministic();
     let drawn = (any_permits(), prop::collection::vec(any_request(), 12), any_time());
     let mut reached: BTreeMap<u8, usize> = BTreeMap::new();
+    let mut others: BTreeMap<(&str, &str), usize> = BTreeMap::new();
     for _ in 0..CASES {
         let (permits, requests, now) = drawn.new_tree(&mut runner).unwrap().current();
         let specification = Specification::new(&permits);
         let cidrs = cidrs(&permits);
         for drawn in &requests {
-            let verdict = specification.decide(&request(&cidrs, drawn), now).verdict;
+            let request = request(&cidrs, drawn);
+            let verdict = specification.decide(&request, now).verdict;
             *reached.entry(verdict.code()).or_default() += 1;
+            if let Some(kind) = of_others(&request) {
+                *others.entry((kind, verdict.as_str())).or_default() += 1;
+            }
         }
     }
     for verdict in [
@@ -458,8 +463,39 @@ fn the_generators_reach_every_verdict_often() {
         Verdict::Deny(Reason::Metadata),
         Verdict::Deny(Reason::UnnamedFile),
         Verdict::Deny(Reason::ReplacedFile),
+        Verdict::Deny(Reason::SocketFamily),
     ] {
         let times = reached.get(&verdict.code()).copied().unwrap_or_default();
         assert!(times >= CASES / 50, "{verdict:?} {times} times of {reached:?}");
+    }
+    for kind in ["own", "unnamed", "other", "listen", "accept", "socket"] {
+        for verdict in ["allow", "deny"] {
+            let is_possible = !matches!((kind, verdict), ("own" | "unnamed", "deny"));
+            let times = others.get(&(kind, verdict)).copied().unwrap_or_default();
+            assert_eq!(times >= CASES / 50, is_possible, "{kind} {verdict} of {others:?}");
+        }
+    }
+}
+
+/// What the LSM layer asks.
+fn of_others(request: &Request) -> Option<&'static str> {
+    match request {
+        Request::UnixConnect(_, peer) | Request::UnixSend(_, peer) => Some(match peer {
+            Peer::Own => "own",
+            Peer::Unnamed => "unnamed",
+            Peer::Other => "other",
+        }),
+        Request::Listen(_) => Some("listen"),
+        Request::Accept(_) => Some("accept"),
+        Request::Socket { .. } => Some("socket"),
+        Request::Connect(_)
+        | Request::Send(_)
+        | Request::Packet(_)
+        | Request::Reply(_)
+        | Request::Bind(_)
+        | Request::RawSocket { .. }
+        | Request::Exec(..)
+        | Request::Leave(_)
+        | Request::Malformed => None,
     }
 }

@@ -81,8 +81,39 @@ fn verdict(verdict: Verdict, mode: Mode, text: impl AsRef<[u8]>) -> RecordBody {
     }))
 }
 
+/// A request of a kind, as the kernel records it with a name.
+fn requested(kind: RequestKind, key: RequestKey, name: &[u8]) -> Request {
+    let name_length = u8::try_from(name.len()).unwrap();
+    let event = Event { kind: kind as u8, key, name_length, ..Event::new_zeroed() };
+    let mut path = [0xff; agentguard_common::event::PATH_BYTES];
+    path[..name.len()].copy_from_slice(name);
+    Request::of(&event, Some(&path)).unwrap()
+}
+
 fn denied(text: impl AsRef<[u8]>) -> RecordBody {
     verdict(Verdict::Deny(Reason::NotGranted), Mode::Enforce, text)
+}
+
+/// A denied request of any kind.
+fn asked(request: Request) -> RecordBody {
+    match denied("/usr/bin/curl") {
+        RecordBody::Verdict(record) => {
+            RecordBody::Verdict(Box::new(VerdictRecord { request, ..*record }))
+        }
+        other => other,
+    }
+}
+
+fn serving() -> RequestKey {
+    RequestKey { port: 8080, protocol: 6, ..RequestKey::default() }
+}
+
+fn family(family: u32, protocol: u32) -> RequestKey {
+    RequestKey { target: [family, protocol, 0, 0], ..RequestKey::default() }
+}
+
+fn peer(code: u8) -> RequestKey {
+    RequestKey { protocol: code, ..RequestKey::default() }
 }
 
 fn stop(why: impl AsRef<[u8]>) -> RecordBody {
@@ -106,6 +137,11 @@ fn one_of_each() -> Vec<RecordBody> {
                 missing: missing.clone(),
             }],
         }),
+        asked(requested(RequestKind::Listen, serving(), b"")),
+        asked(requested(RequestKind::Accept, serving(), b"")),
+        asked(requested(RequestKind::Socket, family(40, 1), b"")),
+        asked(requested(RequestKind::UnixConnect, peer(2), b"/run/docker.sock\0")),
+        asked(requested(RequestKind::UnixSend, peer(0), b"\0a\nb\0")),
         stop("SIGTERM"),
         RecordBody::Grant(Box::new(GrantRecord {
             change: GrantChange::Revoked,
@@ -188,6 +224,44 @@ async fn every_kind_of_record_comes_back_as_it_was_appended_and_fits_the_schema(
         schema.validate(&value).unwrap_or_else(|error| panic!("{error}\n{line}"));
         // RFC 3339 in UTC with nine digits.
         assert_eq!(value["time"].as_str().unwrap().len(), "2026-01-01T00:00:00.123456789Z".len());
+    }
+}
+
+#[test]
+fn a_unix_socket_is_told_by_the_name_its_server_bound() {
+    use agentguard_common::Peer;
+    let other = Peer::Other as u8;
+    let long = [b'n'; 108];
+    let long_text = "n".repeat(108);
+    for (name, code, path, abstract_name, whose) in [
+        (&b"/run/a.sock\0"[..], other, Some("/run/a.sock"), None, "other"),
+        (b"/run/a.sock", other, Some("/run/a.sock"), None, "other"),
+        (b"a\x1b.sock\0", Peer::Own as u8, Some("a\\x1b.sock"), None, "own"),
+        (b"\0tool", other, None, Some("tool"), "other"),
+        (b"\0a\0b\0", other, None, Some("a\\x00b\\x00"), "other"),
+        (b"\0", other, None, Some(""), "other"),
+        (b"", Peer::Unnamed as u8, None, None, "unnamed"),
+        (&long, other, Some(&long_text), None, "other"),
+    ] {
+        for (kind, action) in
+            [(RequestKind::UnixConnect, "unix_connect"), (RequestKind::UnixSend, "unix_send")]
+        {
+            let value = serde_json::to_value(requested(kind, peer(code), name)).unwrap();
+            let expected = serde_json::json!({
+                "action": action, "path": path, "abstract": abstract_name, "peer": whose,
+            });
+            assert_eq!(value, expected);
+        }
+    }
+}
+
+#[test]
+fn families_are_told_by_name_and_those_without_one_by_number() {
+    for (number, name) in [(40, "AF_VSOCK"), (17, "AF_PACKET"), (999, "AF/999")] {
+        let request = requested(RequestKind::Socket, family(number, 3), b"");
+        let value = serde_json::to_value(request).unwrap();
+        let expected = serde_json::json!({"action": "socket", "family": name, "protocol": 3});
+        assert_eq!(value, expected);
     }
 }
 

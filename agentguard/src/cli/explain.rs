@@ -213,6 +213,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn unix_sockets_are_named_whole() {
+        assert_eq!(parse_unix("/run/a.sock"), Ok(Target::Unix { path: "/run/a.sock".into() }));
+        assert_eq!(parse_abstract("a/b"), Ok(Target::Abstract { name: "a/b".into() }));
+        for text in ["a.sock", "", "/", "/run/.."] {
+            assert!(parse_unix(text).is_err(), "{text}");
+        }
+        assert!(parse_abstract("").is_err());
+    }
+
+    #[test]
     fn destinations_are_read_as_people_write_them() {
         for (text, host, port, protocol) in [
             ("192.0.2.7:443/TCP", "192.0.2.7", 443, Protocol::Tcp),

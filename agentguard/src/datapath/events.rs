@@ -139,3 +139,25 @@ impl Diagnostics {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use agentguard_common::event::PATH_BYTES;
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+
+    #[test]
+    fn records_are_told_apart_by_their_length() {
+        assert!(matches!(decode(&[0; size_of::<Event>()]), Ok(KernelRecord::Request(_))));
+        let mut bytes = vec![0; size_of::<PathEvent>()];
+        bytes[size_of::<Event>()..][..5].copy_from_slice(b"\0tool");
+        let Ok(KernelRecord::Path(record)) = decode(&bytes) else { panic!("not a path") };
+        assert_eq!(record.path[..6], *b"\0tool\0");
+        assert_eq!(record.path.len(), PATH_BYTES);
+        assert_eq!(record.event.name_length, Event::new_zeroed().name_length);
+        for length in [0, size_of::<Event>() - 1, size_of::<PathEvent>() + 1] {
+            assert_eq!(decode(&vec![0; length]).unwrap_err(), UnknownRecord { length });
+        }
+    }
+}

@@ -49,6 +49,7 @@ fn complete() -> Vec<Json> {
                     ],
                 }],
                 "exec": [{"path": "/usr/bin/git"}, {"path": "/usr/lib/*/git-core/**"}],
+                "unixSockets": [{"path": "/run/agent/tool.sock"}, {"abstract": "agent-tool"}],
                 "listen": [{"protocol": "TCP", "port": 8080}],
             }),
         ),

@@ -535,7 +535,7 @@ fn every_refusal_of_a_scope_has_its_line() {
                 "f:7:24: spec.unixSockets[0].path: \"/run/*.sock\" has a wildcard, which unix sockets can not have; name one socket",
                 "f:7:49: spec.unixSockets[1].abstract: \"a*\" has a wildcard, which unix sockets can not have; name one socket",
                 "f:7:61: spec.unixSockets[2].path: \"/\" is the root directory; name a socket",
-                "f:7:78: spec.unixSockets[4]: repeats spec.unixSockets[3]; remove one of the two",
+                "f:7:77: spec.unixSockets[4]: repeats spec.unixSockets[3]; remove one of the two",
             ],
         ),
         (
