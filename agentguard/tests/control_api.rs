@@ -140,7 +140,12 @@ impl Memory {
                     && *port == 443
                     && *protocol == Protocol::Tcp
             }
-            Target::Bind { .. } | Target::Exec { .. } => false,
+            Target::Bind { .. }
+            | Target::Listen { .. }
+            | Target::Unix { .. }
+            | Target::Abstract { .. }
+            | Target::Socket { .. }
+            | Target::Exec { .. } => false,
         };
         let grants = self.grants.lock().unwrap();
         let active = |grant: &&GrantView| {

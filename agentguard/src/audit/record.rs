@@ -360,8 +360,9 @@ pub enum Request {
     UnixSend(UnixSocket),
     /// Run a file.
     Exec {
-        /// The path as the caller gave it; null where the hook does not see it. The file, not the
-        /// path, was decided on.
+        /// Of a unix socket: the path that its server bound, in the server's mounts; null where it
+        /// has none. Of an exec: the path as the caller gave it; null where the hook does not see
+        /// it. The file, not the path, was decided on.
         path: Option<Text>,
         /// The file that was to run.
         file: File,
@@ -438,12 +439,16 @@ pub struct Endpoint {
 /// A unix socket at the other end, by the name that its server bound.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UnixSocket {
-    /// The path that it was bound by, in the mounts of who bound it; null where it has none.
+    /// Of a unix socket: the path that its server bound, in the server's mounts; null where it has
+    /// none. Of an exec: the path as the caller gave it; null where the hook does not see it. The
+    /// file, not the path, was decided on.
     pub path: Option<Text>,
     /// Its abstract name, without the leading NUL; null where it has none.
     #[serde(rename = "abstract")]
     pub abstract_name: Option<Text>,
-    /// Whose it is; null where that is not known.
+    /// Whose it is: the workload's `own`, made by one of its processes; `unnamed`, of somebody
+    /// else who never bound it to a name and handed it over; any `other`; null where that is not
+    /// known.
     pub peer: Option<Peer>,
 }
 
@@ -451,11 +456,8 @@ pub struct UnixSocket {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Peer {
-    /// The workload's own: made by one of its processes.
     Own,
-    /// One that never had a name, handed over by whoever made it.
     Unnamed,
-    /// Somebody else's.
     Other,
 }
 

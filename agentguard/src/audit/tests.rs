@@ -96,12 +96,8 @@ fn denied(text: impl AsRef<[u8]>) -> RecordBody {
 
 /// A denied request of any kind.
 fn asked(request: Request) -> RecordBody {
-    match denied("/usr/bin/curl") {
-        RecordBody::Verdict(record) => {
-            RecordBody::Verdict(Box::new(VerdictRecord { request, ..*record }))
-        }
-        other => other,
-    }
+    let RecordBody::Verdict(record) = denied("/usr/bin/curl") else { unreachable!() };
+    RecordBody::Verdict(Box::new(VerdictRecord { request, ..*record }))
 }
 
 fn serving() -> RequestKey {
