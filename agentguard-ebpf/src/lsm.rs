@@ -79,13 +79,17 @@ pub(crate) fn connect(ctx: &LsmContext) -> Action {
     match sock.family() {
         family::UNIX => Action::Pass,
         family::INET | family::INET6 => {
-            match destination(sock, address, length as u32) {
+            let named = match kernel::read_at::<u16>(address) {
                 // Ends an association, and asks for nothing.
-                Named::Nothing => Action::Pass,
-                Named::Here(destination) => {
-                    to(Hook::SocketConnect, RequestKind::Connect, destination, workload)
-                }
-            }
+                Some(AF_UNSPEC) => return Action::Pass,
+                Some(_) => destination(sock, address, length as u32),
+                None => Named::Here(None),
+            };
+            let destination = match named {
+                Named::Here(destination) => destination,
+                Named::Nothing => None,
+            };
+            to(Hook::SocketConnect, RequestKind::Connect, destination, workload)
         }
         other => {
             let inquiry = Inquiry::family(Hook::SocketConnect, other, sock.protocol());

@@ -140,8 +140,9 @@ pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origi
                 fill(&raw mut (*entry).event, record, key, tag, origin);
                 let text = (&raw mut (*entry).path).cast::<u8>();
                 text.write(0);
-                let length = kernel::opaque((*length).into()) as u32;
-                if length > 0 && length <= UNIX_NAME_BYTES as u32 {
+                if *length > 0 && *length <= UNIX_NAME_BYTES as u32 {
+                    // The verifier does not see through the comparison.
+                    let length = kernel::opaque((*length).into()) as u32 & (PATH_BYTES as u32 - 1);
                     bpf_probe_read_kernel(text.cast(), length, *name as *const _);
                 }
                 bpf_ringbuf_submit(entry.cast(), 0);

@@ -86,9 +86,12 @@ fn known_by(address: &UnixAddress) -> Option<UnixSocket> {
 /// The kinds of [`UnixName`].
 const PATH: u16 = 0;
 const ABSTRACT: u16 = 1;
-const WORDS: usize = size_of::<UnixName>() / 8;
 /// Bytes of a [`UnixName`] before its text.
 const TEXT: usize = size_of::<UnixName>() - UNIX_NAME_BYTES;
+/// What the verifier takes for the longest length of a name.
+const LENGTH_MASK: u64 = 127;
+/// Room for a head and as much text as the mask lets through.
+const WORDS: usize = (TEXT + LENGTH_MASK as usize).div_ceil(8);
 
 /// A name as the key of its number, as whole words: zeroed bytes would be a loop.
 struct Name([u64; WORDS]);
@@ -97,27 +100,29 @@ impl Name {
     /// `None`: it is no name that a scope could mention.
     #[inline(always)]
     fn read(kind: u16, text: u64, length: u32) -> Option<Self> {
-        let length = kernel::opaque(length.into()) as u32;
         if length == 0 || length > UNIX_NAME_BYTES as u32 {
             return None;
         }
-        let mut name = Self([0; WORDS]);
-        for word in &mut name.0 {
-            // SAFETY: a local; volatile, so that it does not become a call of `memset`.
-            unsafe { core::ptr::write_volatile(word, 0) };
+        let mut name = core::mem::MaybeUninit::<Self>::uninit();
+        let words = name.as_mut_ptr().cast::<u64>();
+        let length = kernel::opaque(length.into()) & LENGTH_MASK;
+        // SAFETY: all within a local. Volatile, so that it does not become a call of `memset`; the
+        // text has room for as many bytes as the mask lets through.
+        unsafe {
+            words.write_volatile(u64::from(kind) | length << 16);
+            for index in 1..WORDS {
+                words.add(index).write_volatile(0);
+            }
+            let room = words.cast::<u8>().add(TEXT);
+            let status =
+                bpf_probe_read_kernel(room.cast(), length as u32, text as *const core::ffi::c_void);
+            if status == 0 { Some(name.assume_init()) } else { None }
         }
-        name.0[0] = u64::from(kind) | u64::from(length) << 16;
-        let room = name.0.as_mut_ptr().cast::<u8>();
-        // SAFETY: the text has room for `UNIX_NAME_BYTES` bytes behind the head.
-        let status = unsafe {
-            bpf_probe_read_kernel(room.add(TEXT).cast(), length, text as *const core::ffi::c_void)
-        };
-        (status == 0).then_some(name)
     }
 
     #[inline(always)]
     fn number(&self) -> UnixNameId {
-        // SAFETY: the same size, and every byte of it was written.
+        // SAFETY: at least as large, and every byte of it was written.
         maps::unix_name(unsafe { &*self.0.as_ptr().cast::<UnixName>() })
     }
 

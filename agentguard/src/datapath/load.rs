@@ -250,7 +250,8 @@ impl Datapath {
     fn adopt(pins: Pins, _options: &Options) -> Result<Self, LoadError> {
         let state = |door: &Door| {
             if !pins.program(door.program).exists() {
-                let reason = "this kernel did not take it when it was set up; see agentguard doctor";
+                let reason =
+                    "this kernel did not take it when it was set up; see agentguard doctor";
                 DoorState::Unavailable(reason.to_owned())
             } else if door.gate.is_some() && !pins.global_link(door.program).exists() {
                 DoorState::Unavailable("its pinned link is gone".to_owned())
@@ -474,7 +475,8 @@ fn load_programs(
                     outcomes.insert(door.program, Err(reason.clone()));
                 }
                 (Layer::Lsm, Ok(())) | (Layer::Portable, _) => {
-                    let load = scope.spawn(move || load_program(door.program, door.hook, program, btf));
+                    let load =
+                        scope.spawn(move || load_program(door.program, door.hook, program, btf));
                     loading.push((door.program, load));
                 }
             }
@@ -535,12 +537,9 @@ pub(super) fn reason_of(name: &str, error: ProgramError) -> String {
 }
 
 fn pin(ebpf: &mut Ebpf, door: &Door, pins: &Pins) -> Result<(), LoadError> {
-    let program = ebpf
-        .program_mut(door.program)
-        .ok_or_else(|| LoadError::part(door.program, "is gone"))?;
-    program
-        .pin(pins.program(door.program))
-        .map_err(|error| LoadError::part(door.program, error))
+    let program =
+        ebpf.program_mut(door.program).ok_or_else(|| LoadError::part(door.program, "is gone"))?;
+    program.pin(pins.program(door.program)).map_err(|error| LoadError::part(door.program, error))
 }
 
 /// The programs of all active doors, from their pins.

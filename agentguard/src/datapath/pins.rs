@@ -142,12 +142,9 @@ impl Pins {
     /// Makes the directories that are not there.
     pub(super) fn make_directories(&self) -> Result<(), LoadError> {
         let (gates, links) = (self.gates(), self.links());
-        [&self.state, &self.tables, &self.build, &gates, &links].into_iter().try_for_each(
-            |path| {
-                fs::create_dir_all(path)
-                    .map_err(|source| LoadError::Pin { path: path.clone(), source })
-            },
-        )
+        [&self.state, &self.tables, &self.build, &gates, &links].into_iter().try_for_each(|path| {
+            fs::create_dir_all(path).map_err(|source| LoadError::Pin { path: path.clone(), source })
+        })
     }
 
     /// Removes what a start of this build left behind that was cut short: programs that nothing
@@ -217,7 +214,9 @@ pub(super) fn remove(path: &Path) -> Result<(), LoadError> {
 pub(super) fn entries(path: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let error = |source| LoadError::Pin { path: path.to_owned(), source };
     match fs::read_dir(path) {
-        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path()).map_err(error)).collect(),
+        Ok(entries) => {
+            entries.map(|entry| entry.map(|entry| entry.path()).map_err(error)).collect()
+        }
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(source) => Err(error(source)),
     }

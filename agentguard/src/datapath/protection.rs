@@ -188,19 +188,13 @@ const GAPS: [Gap; 8] = [
         says: "a script is judged by its interpreter, not by its own file (E5)",
         closed_by: &["bprm_check"],
     },
-    Gap {
-        says: "unix sockets are not judged (T4, T5)",
-        closed_by: &["unix_connect", "unix_send"],
-    },
+    Gap { says: "unix sockets are not judged (T4, T5)", closed_by: &["unix_connect", "unix_send"] },
     Gap {
         says: "code mapped executable without exec, such as dlopen or a program given to the \
                dynamic loader, is judged only where the loader itself is run (E6)",
         closed_by: &[],
     },
-    Gap {
-        says: "ptrace, signals, mounts and bpf() are not judged (T6, G2)",
-        closed_by: &[],
-    },
+    Gap { says: "ptrace, signals, mounts and bpf() are not judged (T6, G2)", closed_by: &[] },
     Gap {
         says: "a granted file whose content is overwritten in place keeps its permission (E3)",
         closed_by: &[],
