@@ -114,6 +114,12 @@ impl Sources {
 
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
+    load_documents(shared, sources);
+    scan(shared, sources);
+}
+
+/// Reads the directory and puts in force what it says of scopes and grants.
+pub fn load_documents(shared: &Shared, sources: &mut Sources) {
     let directory = shared.configuration.manifests_directory.as_ref();
     let (files, mut errors) = read(directory, &sources.sound, &sources.writing);
     let (files, set, contradictions) = settle(files, &sources.sound);
@@ -126,7 +132,6 @@ pub fn load(shared: &Shared, sources: &mut Sources) {
         sources.cgroups.set_selectors(selectors.clone());
         sources.selectors = selectors;
     }
-    scan(shared, sources);
 }
 
 /// What every file of the directory says: one with an error what it last said without one.
@@ -207,7 +212,7 @@ fn tell(shared: &Shared, sources: &mut Sources, errors: &[ManifestError]) {
 }
 
 /// Takes in workloads whose cgroup has appeared, and lets go those whose selector is gone.
-fn scan(shared: &Shared, sources: &mut Sources) {
+pub fn scan(shared: &Shared, sources: &mut Sources) {
     let found = match sources.cgroups.scan() {
         Ok(found) => found,
         Err(error) => {

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
 use jiff::Timestamp;
 use tokio::net::TcpListener;
@@ -232,18 +233,21 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         saving: Mutex::new(()),
     });
     let mut sources = manifests::Sources::new(&shared);
-    manifests::load(&shared, &mut sources);
-    manifests::let_go_unselected(&shared, &sources);
+    manifests::load_documents(&shared, &mut sources);
     {
         let mut engine = shared.engine();
         if engine.resume() {
-            engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+            let others = engine.datapath.take_over()?;
+            if others > 0 {
+                tracing::info!(others, "took over from another build of the kernel half");
+            }
         } else {
-            tracing::error!(
-                "what an earlier build of the kernel half holds stays in force as well"
-            );
+            tracing::error!("another build of the kernel half stays in force where one is");
         }
     }
+    // Only now: what is new would be unknown to an earlier build in force.
+    manifests::scan(&shared, &mut sources);
+    manifests::let_go_unselected(&shared, &sources);
     save(&shared);
     Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
 }
@@ -294,7 +298,7 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
             return Ok(());
         }
         (Require::Portable, _) => {
-            let missing = Protection::missing_doors(states);
+            let missing = Protection::missing_doors(states, Layer::Portable);
             if missing.is_empty() {
                 return Ok(());
             }
@@ -312,36 +316,24 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
-    let doors = Protection::of(datapath.states(), Vec::new());
-    let portable = if Protection::missing_doors(datapath.states()).is_empty() {
-        Protection::Full
-    } else {
-        doors
+    let layer = |layer: Layer, word: record::Layer| {
+        let (protection, missing) = protection_of(&Protection::of_layer(datapath.states(), layer));
+        LayerProtection { layer: word, protection, missing }
     };
-    let (protection, missing) = protection_of(&portable);
+    let mut lsm = layer(Layer::Lsm, record::Layer::Lsm);
+    // What no door closes is what the layers together leave open.
+    lsm.missing.extend(datapath.gaps().iter().map(|gap| record::Missing {
+        what: Text::new(gap),
+        why: Text::new("open by the nature of the hooks in force"),
+    }));
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
-    let lsm = LayerProtection {
-        layer: record::Layer::Lsm,
-        protection: record::ProtectionWord::None,
-        missing: datapath
-            .gaps()
-            .iter()
-            .map(|gap| record::Missing {
-                what: Text::new(gap),
-                why: Text::new("this version has no hooks of the LSM layer"),
-            })
-            .collect(),
-    };
     audit.append(RecordBody::Start(StartRecord {
         version: Text::new(env!("CARGO_PKG_VERSION")),
         kernel: Text::new(kernel),
         adopted: datapath.adopted(),
-        protection: vec![
-            LayerProtection { layer: record::Layer::Portable, protection, missing },
-            lsm,
-        ],
+        protection: vec![layer(Layer::Portable, record::Layer::Portable), lsm],
     }));
 }
 
