@@ -11,7 +11,34 @@ pub const VARIABLE: &str = "AGENTGUARD_FAULT";
 ///
 /// The part before the dot says what has to happen for a point to be passed: `load` the kernel half
 /// set up anew, `adopt` taken over, `upgrade` replaced by another build's.
-pub const POINTS: &[&str] = &[];
+pub const POINTS: &[&str] = &[
+    "start.opened",
+    "start.restored",
+    "manifests.begun",
+    "manifests.written",
+    "manifests.renamed",
+    "flip.rows",
+    "flip.tag",
+    "flip.retired",
+    "add.compiled",
+    "hold.tag",
+    "hold.captured",
+    "start.manifests",
+    "start.resumed",
+    "start.others",
+    "save.begun",
+    "save.written",
+    "save.renamed",
+    "start.saved",
+    "start.listening",
+    "sweep.dropped",
+    "sweep.earlier",
+    "confine.cgroup",
+    "confine.held",
+    "confine.moved",
+    "remove.released",
+    "remove.forgotten",
+];
 
 /// Ends the process here if the environment says so: no destructor runs, nothing is flushed.
 #[cfg(debug_assertions)]
