@@ -10,8 +10,45 @@ pub const VARIABLE: &str = "AGENTGUARD_FAULT";
 /// Every point, in the order in which a daemon passes them first.
 ///
 /// The part before the dot says what has to happen for a point to be passed: `load` the kernel half
-/// set up anew, `adopt` taken over, `upgrade` replaced by another build's.
-pub const POINTS: &[&str] = &[];
+/// set up anew (or adopted), `takeover` replaced by another build's.
+pub const POINTS: &[&str] = &[
+    "load.directories",
+    "load.loaded",
+    "load.gate",
+    "load.pinned",
+    "load.ready",
+    "load.adopted",
+    "start.opened",
+    "start.restored",
+    "manifests.begun",
+    "manifests.written",
+    "manifests.renamed",
+    "flip.rows",
+    "flip.tag",
+    "flip.retired",
+    "add.compiled",
+    "hold.tag",
+    "hold.captured",
+    "start.manifests",
+    "start.resumed",
+    "takeover.link",
+    "takeover.gate",
+    "takeover.done",
+    "takeover.removed",
+    "start.others",
+    "save.begun",
+    "save.written",
+    "save.renamed",
+    "start.saved",
+    "start.listening",
+    "sweep.dropped",
+    "sweep.earlier",
+    "confine.cgroup",
+    "confine.held",
+    "confine.moved",
+    "remove.released",
+    "remove.forgotten",
+];
 
 /// Ends the process here if the environment says so: no destructor runs, nothing is flushed.
 #[cfg(debug_assertions)]

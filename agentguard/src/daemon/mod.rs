@@ -7,6 +7,7 @@
 pub mod confine;
 pub mod doctor;
 pub mod engine;
+mod last_good;
 mod launch;
 mod lock;
 mod manifests;
@@ -52,6 +53,7 @@ use crate::audit::{AuditLog, OpenError, record};
 use crate::config::value::Listen;
 use crate::config::{Configuration, HostError, Require};
 use crate::datapath::{Datapath, LoadError, Options, Protection, Sizes};
+use crate::fault;
 use crate::grant::clock::{Clock, ClockError};
 use crate::identity::cgroup::CgroupSource;
 use crate::metrics::{Metrics, MetricsError};
@@ -140,6 +142,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     if let Some(tcp) = tcp {
         servers.spawn(server::serve_metrics(tcp, daemon, Limits::default(), cancel.clone()));
     }
+    fault::point("start.listening");
     shared.ready.store(true, Ordering::Release);
     tracing::info!(
         milliseconds = started.elapsed().as_millis() as u64,
@@ -202,6 +205,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         sizes: sizes(&configuration),
         settings: settings(&configuration),
     })?;
+    fault::point("start.opened");
     metrics.loaded(load.elapsed());
     if !locks.holds(pins) {
         locks.take(pins)?;
@@ -217,6 +221,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     // Before the rings are read: what was recorded while no daemon was there has its names again.
     engine.restore(saved);
+    fault::point("start.restored");
     let lines = audit.subscribe();
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
@@ -230,13 +235,16 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         recent: recent::Recent::default(),
         started,
         ready: AtomicBool::new(false),
-        saving: Mutex::new(()),
+        saving: Mutex::new(None),
     });
     let mut sources = manifests::Sources::new(&shared);
     manifests::load_documents(&shared, &mut sources);
+    fault::point("start.manifests");
     {
         let mut engine = shared.engine();
-        if engine.resume() {
+        let is_whole = engine.resume();
+        fault::point("start.resumed");
+        if is_whole {
             let others = engine.datapath.take_over()?;
             if others > 0 {
                 tracing::info!(others, "took over from another build of the kernel half");
@@ -245,10 +253,12 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
             tracing::error!("another build of the kernel half stays in force where one is");
         }
     }
+    fault::point("start.others");
     // Only now: what is new would be unknown to an earlier build in force.
     manifests::scan(&shared, &mut sources);
     manifests::let_go_unselected(&shared, &sources);
     save(&shared);
+    fault::point("start.saved");
     Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
 }
 
@@ -367,11 +377,22 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    let _saving = shared.saving.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut failure = shared.saving.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(state) = shared.engine().take_changes() else { return };
-    if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
-        tracing::error!(%error, "a restart would not know the latest changes");
-        shared.engine().mark_unsaved();
+    match state::save(shared.configuration.state_directory.as_ref(), &state) {
+        Ok(()) => {
+            if failure.take().is_some() {
+                tracing::info!("a restart would know the latest changes again");
+            }
+        }
+        Err(error) => {
+            // It is tried again at every tick, and said once.
+            if failure.is_none() {
+                tracing::error!(%error, "a restart would not know the latest changes");
+            }
+            *failure = Some(error.to_string());
+            shared.engine().mark_unsaved();
+        }
     }
 }
 
