@@ -22,6 +22,14 @@ pub struct Door {
     pub(super) gate: Option<Gate>,
 }
 
+impl Door {
+    /// The program that is attached in the place of this door's, where its hook is global.
+    #[must_use]
+    pub fn gate_program(&self) -> Option<&'static str> {
+        self.gate.map(|gate| gate.program)
+    }
+}
+
 /// What is attached to a global hook for good, and the table of one slot it looks in for the program
 /// that is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
