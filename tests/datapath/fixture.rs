@@ -213,6 +213,7 @@ pub(crate) fn standing() -> Permit {
         expires_at: NEVER,
         egress: vec![],
         executables: vec![],
+        unix_sockets: vec![],
         listening: vec![],
     }
 }

@@ -18,6 +18,7 @@ mod service;
 mod standalone;
 mod state;
 mod uninstall;
+mod unix_names;
 mod witness;
 
 use std::fs;
@@ -427,6 +428,9 @@ pub(crate) fn sizes(configuration: &Configuration) -> Sizes {
         destinations: maps.destinations.get(),
         rules: maps.rules.get(),
         executables: maps.executables.get(),
+        unix_sockets: maps.unix_sockets.get(),
+        unix_names: maps.unix_names.get(),
+        tasks: maps.tasks.get(),
         verdicts: maps.verdict_cache.get(),
         counters: configuration.metrics.max_identities.get() + 1,
         denied_ring: datapath.denied_ring_bytes.get(),
