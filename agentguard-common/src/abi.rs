@@ -24,6 +24,7 @@ pub const STATE_VERSION: u32 = 1;
 pub struct KernelOffsets {
     pub bprm_file: u32,
     pub bprm_filename: u32,
+    pub bprm_interpreter: u32,
     pub file_inode: u32,
     pub inode_number: u32,
     pub inode_super_block: u32,

@@ -250,6 +250,8 @@ pub enum Class {
     Serving = 5,
     /// Connect and send to a unix socket.
     Unix = 6,
+    /// A socket of a family.
+    Family = 7,
 }
 
 /// Longest path kept of an executable, in bytes, with its terminating NUL.

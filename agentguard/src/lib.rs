@@ -1,5 +1,5 @@
 //! The user half.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod allowlist;
 pub mod api;
@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod fault;
 pub mod grant;
 pub mod identity;
 pub mod logging;

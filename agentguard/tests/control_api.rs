@@ -220,6 +220,7 @@ impl Service for Memory {
                         field: "spec.scopes".into(),
                         message: "empty list".into(),
                     }],
+                    held: vec![],
                 },
                 events: EventCounts { decided: 9, logged: 6, aggregated: 2, lost: 1 },
             }),

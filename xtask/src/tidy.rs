@@ -35,7 +35,7 @@ const LAYERS: &[&[&str]] = &[
         "metrics",
         "scope",
     ],
-    &["name", "pattern"],
+    &["fault", "name", "pattern"],
 ];
 
 /// Edges that go sideways or up: who may name whom, and why.

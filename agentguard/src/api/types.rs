@@ -199,6 +199,25 @@ pub struct Manifests {
     pub last_load: Option<Timestamp>,
     /// While there are any, what is enforced is what was valid before.
     pub errors: Vec<ManifestErrorView>,
+    /// The files of which something else is in force than what they hold now.
+    #[serde(default)]
+    pub held: Vec<HeldManifest>,
+}
+
+/// A file with an error, which is held to what it last said without one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HeldManifest {
+    #[schema(value_type = String)]
+    pub file: PathBuf,
+    /// When that was read first.
+    #[schema(value_type = String, format = DateTime)]
+    pub since: Timestamp,
+}
+
+impl fmt::Display for HeldManifest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: what it said first at {} is in force", self.file.display(), self.since)
+    }
 }
 
 /// The state of the daemon. A caller who may see only what is its own finds the counts of the

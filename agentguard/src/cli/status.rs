@@ -67,6 +67,7 @@ fn show(status: &Status, console: &mut Console<'_>) -> std::io::Result<()> {
     console.fields(&fields)?;
     if let Some(totals) = &status.totals {
         list(console, "errors in manifests:", &totals.manifests.errors)?;
+        list(console, "held to what they said before:", &totals.manifests.held)?;
     }
     writeln!(console.out)?;
     show_layers(&status.protection, console)?;

@@ -12,6 +12,7 @@ use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, exec_grant
 use super::launch;
 use crate::api::service::ServiceError;
 use crate::api::types::{Confine, Confined, Expiry as ExpiryView};
+use crate::fault;
 use crate::grant::store::{AddError, Source};
 use crate::grant::{Expiry, GrantDocument, Ttl};
 use crate::identity::{SpiffeId, Subject};
@@ -53,6 +54,7 @@ pub fn confine(
             return Err(error);
         }
     };
+    fault::point("confine.cgroup");
     let undo = |engine: &mut Engine| {
         engine.end_grant(&name);
         remove(&path);
@@ -87,6 +89,7 @@ pub fn confine(
             return Err(unavailable(&error));
         }
     };
+    fault::point("confine.held");
     // Tag and hooks are in force; the process comes last.
     let procs = path.join("cgroup.procs");
     if let Err(source) = fs::write(&procs, candidate.pid.to_string()) {
@@ -94,6 +97,7 @@ pub fn confine(
         return Err(unavailable(&EngineError::Move { pid: candidate.pid, path, source }));
     }
     engine.entered(workload);
+    fault::point("confine.moved");
     let below = path.strip_prefix(engine.cgroup_root()).unwrap_or(&path);
     Ok(Confined {
         workload: name,

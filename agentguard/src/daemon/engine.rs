@@ -35,6 +35,7 @@ use crate::audit::record::{
 use crate::audit::text::Text;
 use crate::config::{Configuration, HostError};
 use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
+use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
@@ -58,6 +59,9 @@ const LOOKED_AT: usize = 256;
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
 /// How long a grant that was given at run time is shown after its end.
 const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
+/// How many numbers the state file is ahead of those given out, so that none is given out twice
+/// when the file could not be written for a while: something in the kernel may remember them.
+const NUMBERS_AHEAD: u32 = 1024;
 /// Reconciliations that wait to be counted.
 const KEPT_RECONCILIATIONS: usize = 65_536;
 /// The scope by which a command that was named to `exec` may itself be run.
@@ -173,6 +177,8 @@ pub struct Failed;
 pub struct Manifests {
     pub catalogue: Catalogue,
     pub errors: Vec<ManifestError>,
+    /// Files that say something else in force than what they hold now, and since when they say it.
+    pub held: Vec<(PathBuf, Timestamp)>,
     pub last_load: Option<Timestamp>,
 }
 
@@ -340,9 +346,15 @@ impl Engine {
     // -- grants --------------------------------------------------------------------------------
 
     /// Takes the scopes and grants of the manifests.
-    pub fn apply_manifests(&mut self, set: ManifestSet, errors: Vec<ManifestError>) {
+    pub fn apply_manifests(
+        &mut self,
+        set: ManifestSet,
+        errors: Vec<ManifestError>,
+        held: Vec<(PathBuf, Timestamp)>,
+    ) {
         let ManifestSet { scopes, grants, workloads: _ } = set;
-        self.manifests = Manifests { catalogue: scopes, errors, last_load: Some(Timestamp::now()) };
+        let last_load = Some(Timestamp::now());
+        self.manifests = Manifests { catalogue: scopes, errors, held, last_load };
         self.store.replace_manifests(grants);
         self.reconcile();
     }
@@ -625,6 +637,7 @@ impl Engine {
             .rows(self.next_allowlist, self.next_rules)
             .map_err(|source| EngineError::Number { identity: identity.clone(), source })?;
         self.datapath.load_allowlist(&rows)?;
+        fault::point("flip.rows");
         self.next_allowlist.0 += 1;
         self.next_rules.0 += u32::try_from(rows.rules.len()).unwrap_or(u32::MAX);
         let number = self.names.identity(identity.as_str());
@@ -636,12 +649,44 @@ impl Engine {
         let installed = Installed { compiled, rows, number, counters };
         // Records that carry its numbers must find their words after a restart too.
         self.dirty = true;
-        for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
-            self.datapath.switch(workload.id, installed.tag(workload.mode))?;
+        if let Err(error) = self.switch_all(identity, &installed) {
+            self.tables.remove(installed.rows.allowlist);
+            self.retired.push((Instant::now(), installed.rows));
+            return Err(error.into());
         }
         if let Some(old) = self.installed.insert(identity.clone(), installed) {
             self.tables.remove(old.rows.allowlist);
             self.retired.push((Instant::now(), old.rows));
+        }
+        fault::point("flip.retired");
+        Ok(())
+    }
+
+    /// Switches every workload of an identity, or none.
+    fn switch_all(
+        &mut self,
+        identity: &SpiffeId,
+        installed: &Installed,
+    ) -> Result<(), DatapathError> {
+        let of_identity: Vec<(WorkloadId, Mode)> = self
+            .workloads
+            .values()
+            .filter(|workload| workload.identity == *identity)
+            .map(|workload| (workload.id, workload.mode))
+            .collect();
+        for (index, (id, mode)) in of_identity.iter().enumerate() {
+            if let Err(error) = self.datapath.switch(*id, installed.tag(*mode)) {
+                // A row that is there is replaced in a full table too, so these go back.
+                for (id, mode) in &of_identity[..index] {
+                    let before = self
+                        .installed
+                        .get(identity)
+                        .map_or_else(|| unidentified(*mode), |old| old.tag(*mode));
+                    self.datapath.switch(*id, before)?;
+                }
+                return Err(error);
+            }
+            fault::point("flip.tag");
         }
         Ok(())
     }
@@ -723,6 +768,7 @@ impl Engine {
             populated: false,
         });
         self.reconcile();
+        fault::point("add.compiled");
         if let Err(error) = self.hold(id) {
             self.drop_workload(id);
             // What was permitted for its sake ends with it.
@@ -788,7 +834,9 @@ impl Engine {
         let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
         let tag = self.tag(workload).unwrap_or_else(|| unidentified(workload.mode));
         self.datapath.switch(id, tag)?;
+        fault::point("hold.tag");
         self.datapath.capture(&workload.cgroup, id)?;
+        fault::point("hold.captured");
         Ok(())
     }
 
@@ -805,8 +853,10 @@ impl Engine {
 
     fn drop_workload(&mut self, id: WorkloadId) {
         let Some(workload) = self.workloads.remove(&id) else { return };
-        let released =
-            self.datapath.release(workload.cgroup_id, id).and_then(|()| self.datapath.forget(id));
+        let released = self.datapath.release(workload.cgroup_id, id).and_then(|()| {
+            fault::point("remove.released");
+            self.datapath.forget(id)
+        });
         if let Err(error) = released {
             tracing::error!(%error, workload = workload.name, "a workload was not let go whole");
         }
@@ -818,6 +868,7 @@ impl Engine {
         }
         // Its last records may still be in a ring.
         self.forgotten.push((Instant::now(), id));
+        fault::point("remove.forgotten");
     }
 
     /// Forgets what was granted to a workload of `exec` when it was started.
@@ -913,6 +964,7 @@ impl Engine {
             if let Err(error) = self.datapath.drop_allowlist(&rows) {
                 tracing::error!(%error, "rows of an old allow-list stay");
             }
+            fault::point("sweep.dropped");
         }
         if let Some((since, allowlist, rules)) = self.inherited
             && since.elapsed() >= GRACE
@@ -922,6 +974,7 @@ impl Engine {
                 Ok(swept) => tracing::debug!(swept, "rows of an earlier daemon are gone"),
                 Err(error) => tracing::error!(%error, "rows of an earlier daemon stay"),
             }
+            fault::point("sweep.earlier");
         }
         self.sweep_unix_names();
         let names = Arc::clone(&self.names);
@@ -1040,7 +1093,11 @@ impl Engine {
             return None;
         }
         Some(SavedState {
-            next: (self.next_allowlist.0, self.next_rules.0, self.next_workload.0),
+            next: (
+                self.next_allowlist.0.saturating_add(NUMBERS_AHEAD),
+                self.next_rules.0,
+                self.next_workload.0.saturating_add(NUMBERS_AHEAD),
+            ),
             next_unix_name: self.unix_names.next().0,
             names: self.names.save(),
             grants: self.store.snapshot(),

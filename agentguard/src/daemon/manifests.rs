@@ -2,37 +2,42 @@
 //!
 //! Every file stands for itself: one that has an error, or contradicts what is in force, keeps
 //! saying what it last said without one, so that a slip of the pen changes nothing that is enforced
-//! and a new file takes nothing over from an old one.
+//! and a new file takes nothing over from an old one. What each last said is kept across restarts,
+//! and written down before it is in force: a restart never goes back behind it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
 use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
+use super::last_good::{self, Files, Said};
 use super::service::Shared;
 use crate::audit::record::{ManifestErrorRecord, RecordBody};
 use crate::audit::text::Text;
 use crate::identity::WorkloadDocument;
 use crate::identity::cgroup::{CgroupSource, CgroupWatch};
 use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
-use crate::manifest::{Manifest, ManifestError, ManifestSet, assemble, files, parse_paths};
+use crate::manifest::{self, Creation, ManifestError, ManifestSet, assemble, files, parse_text};
 
 /// Changes that come together are taken together.
 const SETTLE: Duration = Duration::from_millis(15);
 /// A change that no notification told of is found after this time, and so is a new cgroup.
 const RESCAN: Duration = Duration::from_secs(1);
 
-/// What each file says.
-type Files = BTreeMap<PathBuf, Vec<Manifest>>;
-
 /// What is known of the files, and of the cgroups their workloads select.
 pub struct Sources {
     sound: Files,
+    /// Whether what files said before this start is known; otherwise one with an error may be the
+    /// one that selects a workload.
+    remembers: bool,
+    /// Whether `sound` still has to be written down.
+    unsaved: bool,
     told: Vec<String>,
     cgroups: CgroupSource,
     selectors: Vec<WorkloadDocument>,
@@ -101,8 +106,15 @@ impl Writing {
 impl Sources {
     #[must_use]
     pub fn new(shared: &Shared) -> Self {
+        let last = last_good::load(shared.configuration.state_directory.as_ref());
+        let last = last.unwrap_or_else(|error| {
+            tracing::error!(%error, "what manifests said before is not known");
+            None
+        });
         Self {
-            sound: BTreeMap::new(),
+            remembers: last.is_some(),
+            unsaved: last.is_none(),
+            sound: last.unwrap_or_default(),
             told: Vec::new(),
             cgroups: super::cgroup_source(shared),
             selectors: Vec::new(),
@@ -114,19 +126,45 @@ impl Sources {
 
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
+    load_documents(shared, sources);
+    scan(shared, sources);
+}
+
+/// Reads the directory and puts in force what it says of scopes and grants.
+pub fn load_documents(shared: &Shared, sources: &mut Sources) {
     let directory = shared.configuration.manifests_directory.as_ref();
     let (files, mut errors) = read(directory, &sources.sound, &sources.writing);
     let (files, set, contradictions) = settle(files, &sources.sound);
+    sources.unsaved |= files != sources.sound;
     sources.sound = files;
     errors.extend(contradictions);
+    keep(shared, sources);
     tell(shared, sources, &errors);
+    let held = held(&sources.sound, &errors);
     let selectors = set.workloads.clone();
-    shared.engine().apply_manifests(set, errors);
+    shared.engine().apply_manifests(set, errors, held);
     if selectors != sources.selectors {
         sources.cgroups.set_selectors(selectors.clone());
         sources.selectors = selectors;
     }
-    scan(shared, sources);
+}
+
+/// Writes down what the files say, for a restart that finds one of them broken.
+fn keep(shared: &Shared, sources: &mut Sources) {
+    if !sources.unsaved {
+        return;
+    }
+    match last_good::save(shared.configuration.state_directory.as_ref(), &sources.sound) {
+        Ok(()) => sources.unsaved = false,
+        Err(error) => tracing::error!(%error, "what manifests say is in force, and not kept"),
+    }
+}
+
+/// The files with an error that are held to what they said before.
+fn held(sound: &Files, errors: &[ManifestError]) -> Vec<(PathBuf, Timestamp)> {
+    let wrong: BTreeSet<&Path> = errors.iter().map(|error| Path::new(&error.file)).collect();
+    let held = sound.iter().filter(|(path, _)| wrong.contains(path.as_path()));
+    held.map(|(path, said)| (path.clone(), said.since)).collect()
 }
 
 /// What every file of the directory says: one with an error what it last said without one.
@@ -146,17 +184,27 @@ fn read(directory: &Path, sound: &Files, writing: &Writing) -> (Files, Vec<Manif
             }
             continue;
         }
-        let (manifests, wrong) = parse_paths(std::slice::from_ref(&path));
-        if wrong.is_empty() {
-            now.insert(path, manifests);
-        } else {
-            errors.extend(wrong);
-            if let Some(last) = sound.get(&path) {
-                now.insert(path, last.clone());
+        match say(&path) {
+            Ok(said) => {
+                let same = sound.get(&path).filter(|last| **last == said).cloned();
+                now.insert(path, same.unwrap_or(said));
+            }
+            Err(wrong) => {
+                errors.extend(wrong);
+                if let Some(last) = sound.get(&path) {
+                    now.insert(path, last.clone());
+                }
             }
         }
     }
     (now, errors)
+}
+
+/// What a file says, if it has no error.
+fn say(path: &Path) -> Result<Said, Vec<ManifestError>> {
+    let text = manifest::read(path).map_err(|error| vec![error])?;
+    let (manifests, errors) = parse_text(&path.display().to_string(), &text, Creation::Unknown);
+    if errors.is_empty() { Ok(Said::new(&text, manifests, Timestamp::now())) } else { Err(errors) }
 }
 
 /// Puts files together. One that has changed and contradicts the others goes back to what it said
@@ -167,7 +215,8 @@ fn settle(mut now: Files, sound: &Files) -> (Files, ManifestSet, Vec<ManifestErr
         let has_changed = |path: &Path| now.get(path) != sound.get(path);
         let (changed, same): (Vec<_>, Vec<_>) =
             now.iter().partition(|(path, _)| has_changed(path.as_path()));
-        let manifests = same.into_iter().chain(changed).flat_map(|(_, said)| said).cloned();
+        let said = same.into_iter().chain(changed);
+        let manifests = said.flat_map(|(_, said)| said.manifests.iter().cloned());
         let (set, contradictions) = assemble(manifests.collect());
         let (refused, lasting): (Vec<_>, Vec<_>) =
             contradictions.into_iter().partition(|error| has_changed(Path::new(&error.file)));
@@ -207,7 +256,7 @@ fn tell(shared: &Shared, sources: &mut Sources, errors: &[ManifestError]) {
 }
 
 /// Takes in workloads whose cgroup has appeared, and lets go those whose selector is gone.
-fn scan(shared: &Shared, sources: &mut Sources) {
+pub fn scan(shared: &Shared, sources: &mut Sources) {
     let found = match sources.cgroups.scan() {
         Ok(found) => found,
         Err(error) => {
@@ -254,10 +303,11 @@ fn scan(shared: &Shared, sources: &mut Sources) {
 }
 
 /// Lets go the workloads of an earlier daemon that no manifest selects any more. With an error in
-/// a manifest it is not known which those are, and all stay held.
+/// a manifest of which it is not known what it said before, it is not known which those are, and
+/// all stay held.
 pub fn let_go_unselected(shared: &Shared, sources: &Sources) {
     let mut engine = shared.engine();
-    if !engine.manifests.errors.is_empty() {
+    if !sources.remembers && !engine.manifests.errors.is_empty() {
         return;
     }
     let selected: BTreeSet<PathBuf> =
@@ -356,6 +406,7 @@ pub async fn watch(shared: Arc<Shared>, sources: Sources) {
             if again {
                 load(&shared, &mut sources);
             } else {
+                keep(&shared, &mut sources);
                 scan(&shared, &mut sources);
             }
             if let Some(follow) = &mut follow {

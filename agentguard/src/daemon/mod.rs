@@ -7,6 +7,7 @@
 pub mod confine;
 pub mod doctor;
 pub mod engine;
+mod last_good;
 mod launch;
 mod lock;
 mod manifests;
@@ -30,6 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
 use jiff::Timestamp;
 use tokio::net::TcpListener;
@@ -52,6 +54,7 @@ use crate::audit::{AuditLog, OpenError, record};
 use crate::config::value::Listen;
 use crate::config::{Configuration, HostError, Require};
 use crate::datapath::{Datapath, LoadError, Options, Protection, Sizes};
+use crate::fault;
 use crate::grant::clock::{Clock, ClockError};
 use crate::identity::cgroup::CgroupSource;
 use crate::metrics::{Metrics, MetricsError};
@@ -140,6 +143,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     if let Some(tcp) = tcp {
         servers.spawn(server::serve_metrics(tcp, daemon, Limits::default(), cancel.clone()));
     }
+    fault::point("start.listening");
     shared.ready.store(true, Ordering::Release);
     tracing::info!(
         milliseconds = started.elapsed().as_millis() as u64,
@@ -202,6 +206,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         sizes: sizes(&configuration),
         settings: settings(&configuration),
     })?;
+    fault::point("start.opened");
     metrics.loaded(load.elapsed());
     if !locks.holds(pins) {
         locks.take(pins)?;
@@ -217,6 +222,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     // Before the rings are read: what was recorded while no daemon was there has its names again.
     engine.restore(saved);
+    fault::point("start.restored");
     let lines = audit.subscribe();
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
     pump_diagnostics(&mut engine, &stop);
@@ -230,22 +236,30 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         recent: recent::Recent::default(),
         started,
         ready: AtomicBool::new(false),
-        saving: Mutex::new(()),
+        saving: Mutex::new(None),
     });
     let mut sources = manifests::Sources::new(&shared);
-    manifests::load(&shared, &mut sources);
-    manifests::let_go_unselected(&shared, &sources);
+    manifests::load_documents(&shared, &mut sources);
+    fault::point("start.manifests");
     {
         let mut engine = shared.engine();
-        if engine.resume() {
-            engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+        let is_whole = engine.resume();
+        fault::point("start.resumed");
+        if is_whole {
+            let others = engine.datapath.take_over()?;
+            if others > 0 {
+                tracing::info!(others, "took over from another build of the kernel half");
+            }
         } else {
-            tracing::error!(
-                "what an earlier build of the kernel half holds stays in force as well"
-            );
+            tracing::error!("another build of the kernel half stays in force where one is");
         }
     }
+    fault::point("start.others");
+    // Only now: what is new would be unknown to an earlier build in force.
+    manifests::scan(&shared, &mut sources);
+    manifests::let_go_unselected(&shared, &sources);
     save(&shared);
+    fault::point("start.saved");
     Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
 }
 
@@ -295,7 +309,7 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
             return Ok(());
         }
         (Require::Portable, _) => {
-            let missing = Protection::missing_doors(states);
+            let missing = Protection::missing_doors(states, Layer::Portable);
             if missing.is_empty() {
                 return Ok(());
             }
@@ -313,36 +327,24 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
-    let doors = Protection::of(datapath.states(), Vec::new());
-    let portable = if Protection::missing_doors(datapath.states()).is_empty() {
-        Protection::Full
-    } else {
-        doors
+    let layer = |layer: Layer, word: record::Layer| {
+        let (protection, missing) = protection_of(&Protection::of_layer(datapath.states(), layer));
+        LayerProtection { layer: word, protection, missing }
     };
-    let (protection, missing) = protection_of(&portable);
+    let mut lsm = layer(Layer::Lsm, record::Layer::Lsm);
+    // What no door closes is what the layers together leave open.
+    lsm.missing.extend(datapath.gaps().iter().map(|gap| record::Missing {
+        what: Text::new(gap),
+        why: Text::new("open by the nature of the hooks in force"),
+    }));
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
-    let lsm = LayerProtection {
-        layer: record::Layer::Lsm,
-        protection: record::ProtectionWord::None,
-        missing: datapath
-            .gaps()
-            .iter()
-            .map(|gap| record::Missing {
-                what: Text::new(gap),
-                why: Text::new("this version has no hooks of the LSM layer"),
-            })
-            .collect(),
-    };
     audit.append(RecordBody::Start(StartRecord {
         version: Text::new(env!("CARGO_PKG_VERSION")),
         kernel: Text::new(kernel),
         adopted: datapath.adopted(),
-        protection: vec![
-            LayerProtection { layer: record::Layer::Portable, protection, missing },
-            lsm,
-        ],
+        protection: vec![layer(Layer::Portable, record::Layer::Portable), lsm],
     }));
 }
 
@@ -376,11 +378,22 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 fn save(shared: &Shared) {
-    let _saving = shared.saving.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut failure = shared.saving.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(state) = shared.engine().take_changes() else { return };
-    if let Err(error) = state::save(shared.configuration.state_directory.as_ref(), &state) {
-        tracing::error!(%error, "a restart would not know the latest changes");
-        shared.engine().mark_unsaved();
+    match state::save(shared.configuration.state_directory.as_ref(), &state) {
+        Ok(()) => {
+            if failure.take().is_some() {
+                tracing::info!("a restart would know the latest changes again");
+            }
+        }
+        Err(error) => {
+            // It is tried again at every tick, and said once.
+            if failure.is_none() {
+                tracing::error!(%error, "a restart would not know the latest changes");
+            }
+            *failure = Some(error.to_string());
+            shared.engine().mark_unsaved();
+        }
     }
 }
 

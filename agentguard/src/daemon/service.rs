@@ -30,9 +30,9 @@ use crate::api::caller::{Caller, Viewer};
 use crate::api::service::{EventFilter, Outcome, Service, ServiceError};
 use crate::api::types::{
     Confine, Confined, EventCounts, Expiry as ExpiryView, ExplainRequest, Explanation, GrantCounts,
-    GrantState, GrantView, LastDenial, Layer, LayerState, ManifestErrorView, Manifests, Mode,
-    Protection as ProtectionView, ProtectionLevel, Protocol as ProtocolView, Refreshed, Status,
-    Target, Totals, WorkloadView,
+    GrantState, GrantView, HeldManifest, LastDenial, Layer, LayerState, ManifestErrorView,
+    Manifests, Mode, Protection as ProtectionView, ProtectionLevel, Protocol as ProtocolView,
+    Refreshed, Status, Target, Totals, WorkloadView,
 };
 use crate::audit::AuditLog;
 use crate::audit::family::Family;
@@ -58,8 +58,9 @@ pub struct Shared {
     pub recent: Recent,
     pub started: Instant,
     pub ready: AtomicBool,
-    /// Held while the state is written: of two states the later must be the one that stays.
-    pub saving: Mutex<()>,
+    /// Held while the state is written: of two states the later must be the one that stays. Why the
+    /// last one was not written.
+    pub saving: Mutex<Option<String>>,
 }
 
 impl Shared {
@@ -203,6 +204,7 @@ impl Service for Daemon {
 
     async fn status(&self) -> Result<Status, ServiceError> {
         let shared = &self.0;
+        let unwritten = unwritten(shared);
         let engine = shared.engine();
         let now = Timestamp::now();
         let counts = engine.store.counts(now);
@@ -210,6 +212,7 @@ impl Service for Daemon {
         let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
         let mut gaps: Vec<String> = engine.datapath.gaps();
         gaps.extend(engine.executable_problems().iter().cloned());
+        gaps.extend(unwritten);
         let undecodable = shared.denials.undecodable();
         if undecodable > 0 {
             gaps.push(format!(
@@ -244,6 +247,7 @@ impl Service for Daemon {
                     directory: shared.configuration.manifests_directory.to_path_buf(),
                     last_load: engine.manifests.last_load,
                     errors: engine.manifests.errors.iter().map(error_view).collect(),
+                    held: engine.manifests.held.iter().map(held_view).collect(),
                 },
                 events: EventCounts {
                     decided: sum(Counters::decided),
@@ -539,6 +543,24 @@ const fn level(protection: &Protection) -> ProtectionLevel {
         Protection::Partial(_) => ProtectionLevel::Partial,
         Protection::None => ProtectionLevel::None,
     }
+}
+
+/// What is not on disk that should be, one sentence each.
+fn unwritten(shared: &Shared) -> Vec<String> {
+    let failure = shared.saving.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let state = failure.map(|why| format!("a restart would not know the latest changes: {why}"));
+    let counts = shared.audit.counts();
+    let log = counts.failing.then(|| {
+        format!(
+            "the audit log can not be written: {} records wait and {} are lost; free its disk",
+            counts.queued, counts.lost
+        )
+    });
+    state.into_iter().chain(log).collect()
+}
+
+fn held_view((file, since): &(PathBuf, Timestamp)) -> HeldManifest {
+    HeldManifest { file: file.clone(), since: *since }
 }
 
 fn error_view(error: &crate::manifest::ManifestError) -> ManifestErrorView {

@@ -155,7 +155,7 @@ fn read_manifests(configuration: &Configuration, engine: &mut Engine) {
     for error in &errors {
         tracing::error!(%error, "a manifest is not valid and left out");
     }
-    engine.apply_manifests(set, errors);
+    engine.apply_manifests(set, errors, Vec::new());
 }
 
 /// A chain of its own: two writers of one chain would break it.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::{Workload, WorkloadSource};
 use super::names::SavedNames;
+use crate::fault;
 use crate::grant::snapshot::Snapshot;
 
 /// The name of the file in the state directory.
@@ -24,7 +25,7 @@ const FILE: &str = "state.json";
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedState {
-    /// The next numbers of an allow-list, a row of rules and a workload.
+    /// Above all numbers of allow-lists, rows of rules and workloads that were given out.
     #[serde(default)]
     pub next: (u32, u32, u32),
     /// The next number of a unix socket's name.
@@ -182,15 +183,28 @@ pub fn load(directory: &Path) -> Result<SavedState, StateError> {
 /// When it can not be written; the old one stays.
 pub fn save(directory: &Path, state: &SavedState) -> Result<(), StateError> {
     let path = directory.join(FILE);
-    let write = || -> io::Result<()> {
-        let new = directory.join(format!("{FILE}.new"));
-        let mut file =
-            File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(state)?)?;
-        file.sync_all()?;
-        fs::rename(&new, &path)
-    };
-    write().map_err(|source| StateError::Write { path: path.clone(), source })
+    fault::point("save.begun");
+    let written = serde_json::to_vec(state)
+        .map_err(io::Error::from)
+        .and_then(|text| replace(&path, &text, || fault::point("save.written")));
+    fault::point("save.renamed");
+    written.map_err(|source| StateError::Write { path, source })
+}
+
+/// Writes a file for root alone, whole or not at all.
+pub(super) fn replace(path: &Path, text: &[u8], is_written: impl FnOnce()) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let mut file =
+        File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let written = file.write_all(text).and_then(|()| file.sync_all());
+    if let Err(error) = written {
+        // Half a file is of no use, and takes room where there is none.
+        let _there_is_none = fs::remove_file(&new);
+        return Err(error);
+    }
+    is_written();
+    fs::rename(&new, path)
 }
 
 /// Removes the file.
@@ -199,7 +213,12 @@ pub fn save(directory: &Path, state: &SavedState) -> Result<(), StateError> {
 ///
 /// When it is there and stays.
 pub fn remove(directory: &Path) -> io::Result<bool> {
-    match fs::remove_file(directory.join(FILE)) {
+    remove_file(&directory.join(FILE))
+}
+
+/// Removes a file that may be there; whether it was.
+pub(super) fn remove_file(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),

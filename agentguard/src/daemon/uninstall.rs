@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::engine::remove_cgroup;
 use super::lock::Locks;
-use super::{DaemonError, require_root, state};
+use super::{DaemonError, last_good, require_root, state};
 use crate::cli::backend::UninstallReport;
 use crate::config::Configuration;
 
@@ -41,7 +41,9 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
     if supervisors > 0 {
         report.removed.push(format!("what {supervisors} killed runs of exec left"));
     }
-    match state::remove(directory) {
+    let removed = last_good::remove(directory)
+        .and_then(|manifests| Ok(state::remove(directory)? || manifests));
+    match removed {
         Ok(true) => report.removed.push(format!("the state in {}", directory.display())),
         Ok(false) => {}
         Err(error) => report.left.push(format!("the state in {}: {error}", directory.display())),

@@ -27,6 +27,7 @@ use aya::maps::CgroupStorage;
 
 use super::events::Rings;
 use super::load::{CgroupProgram, Datapath, LoadError};
+use super::pins::Pins;
 use crate::allowlist::compile::Rows;
 
 /// The datapath did not take a change; nothing of it is in force.
@@ -70,40 +71,34 @@ pub(super) struct Tables {
     counters: PerCpuArray<MapData, Counters>,
     settings: Array<MapData, Settings>,
     attachments: CgroupStorage<MapData, Attachment>,
-    directory: PathBuf,
 }
 
 impl Tables {
-    pub(super) fn open(directory: &Path) -> Result<Self, LoadError> {
-        fn open<T>(directory: &Path, name: &str) -> Result<T, LoadError>
-        where
-            T: TryFrom<Map, Error = MapError>,
-        {
-            let error = |error: MapError| LoadError::part(name, error);
-            let data = MapData::from_pin(directory.join(name)).map_err(error)?;
-            T::try_from(Map::from_map_data(data).map_err(error)?).map_err(error)
-        }
+    pub(super) fn open(pins: &Pins) -> Result<Self, LoadError> {
         Ok(Self {
-            workloads: open(directory, "WORKLOADS")?,
-            cgroups: open(directory, "CGROUPS")?,
-            moved: open(directory, "MOVED")?,
-            destinations: open(directory, "DESTINATIONS")?,
-            rules: open(directory, "RULES")?,
-            executables: open(directory, "EXECUTABLES")?,
-            unix_sockets: open(directory, "UNIX_SOCKETS")?,
-            unix_names: open(directory, "UNIX_NAMES")?,
-            counters: open(directory, "COUNTERS")?,
-            settings: open(directory, "SETTINGS")?,
-            attachments: open(directory, "ATTACHMENTS")?,
-            directory: directory.to_owned(),
+            workloads: open(pins, "WORKLOADS")?,
+            cgroups: open(pins, "CGROUPS")?,
+            moved: open(pins, "MOVED")?,
+            destinations: open(pins, "DESTINATIONS")?,
+            rules: open(pins, "RULES")?,
+            executables: open(pins, "EXECUTABLES")?,
+            unix_sockets: open(pins, "UNIX_SOCKETS")?,
+            unix_names: open(pins, "UNIX_NAMES")?,
+            counters: open(pins, "COUNTERS")?,
+            settings: open(pins, "SETTINGS")?,
+            attachments: open(pins, "ATTACHMENTS")?,
         })
     }
+}
 
-    fn ring(&self, name: &str) -> Result<RingBuf<MapData>, LoadError> {
-        let error = |error: MapError| LoadError::part(name, error);
-        let data = MapData::from_pin(self.directory.join(name)).map_err(error)?;
-        Map::from_map_data(data).and_then(RingBuf::try_from).map_err(error)
-    }
+/// A pinned table, as the kind of table it is.
+fn open<T>(pins: &Pins, name: &str) -> Result<T, LoadError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let error = |error: MapError| LoadError::part(name, error);
+    let data = MapData::from_pin(pins.map(name)).map_err(error)?;
+    T::try_from(Map::from_map_data(data).map_err(error)?).map_err(error)
 }
 
 /// What the kernel knows of processes of workloads; a handle of its own for whoever reads records.
@@ -124,9 +119,7 @@ impl Datapath {
     ///
     /// When the table can not be opened.
     pub fn processes(&self) -> Result<Processes, LoadError> {
-        let error = |error: MapError| LoadError::part("PROCESSES", error);
-        let data = MapData::from_pin(self.tables.directory.join("PROCESSES")).map_err(error)?;
-        Map::from_map_data(data).and_then(HashMap::try_from).map(Processes).map_err(error)
+        open(&self.pins, "PROCESSES").map(Processes)
     }
 
     /// The rings of records; to be read by one reader.
@@ -135,7 +128,8 @@ impl Datapath {
     ///
     /// When a ring can not be mapped.
     pub fn rings(&self) -> Result<Rings, LoadError> {
-        Ok(Rings::new(self.tables.ring("DENIED")?, self.tables.ring("ALLOWED")?))
+        let ring = |name| -> Result<RingBuf<MapData>, LoadError> { open(&self.pins, name) };
+        Ok(Rings::new(ring("DENIED")?, ring("ALLOWED")?))
     }
 
     /// Changes what can be changed while programs run.
@@ -454,7 +448,7 @@ impl Datapath {
     ///
     /// When a pin can not be removed.
     pub fn prune(&self, alive: impl Fn(CgroupId) -> bool) -> Result<usize, DatapathError> {
-        let directory = self.pins.join("links");
+        let directory = self.pins.links();
         let error = |source| DatapathError::Unpin { path: directory.clone(), source };
         let mut pruned = 0;
         for entry in fs::read_dir(&directory).map_err(error)? {
@@ -470,7 +464,7 @@ impl Datapath {
     }
 
     fn link(&self, cgroup: CgroupId, program: &str) -> PathBuf {
-        self.pins.join("links").join(format!("{}-{program}", cgroup.0))
+        self.pins.cgroup_link(cgroup.0, program)
     }
 
     fn attach(&mut self, path: &Path, attachment: Attachment) -> Result<(), DatapathError> {

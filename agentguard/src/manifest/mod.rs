@@ -28,7 +28,7 @@ use jiff::Timestamp;
 pub use error::{ManifestError, ManifestWarning, Position};
 use reader::{Places, Problems, Value};
 pub use set::{ManifestSet, assemble};
-pub use source::{CheckReport, Counts, check, files, parse_paths};
+pub use source::{CheckReport, Counts, check, files, parse_paths, read};
 pub use tree::{MAX_DEPTH, MAX_DOCUMENT_BYTES, MAX_FILE_BYTES};
 pub use warning::warnings;
 

@@ -84,11 +84,20 @@ pub fn check(paths: &[PathBuf], now: Timestamp) -> CheckReport {
 }
 
 fn parse_file(path: &Path) -> (Vec<Manifest>, Vec<ManifestError>) {
-    let name = path.display().to_string();
-    match read_bounded(path) {
-        Ok(bytes) => parse_text(&name, &bytes, Creation::Unknown),
-        Err(error) => (Vec::new(), vec![unreadable(path, &error)]),
+    match read(path) {
+        Ok(bytes) => parse_text(&path.display().to_string(), &bytes, Creation::Unknown),
+        Err(error) => (Vec::new(), vec![error]),
     }
+}
+
+/// The bytes of a file, to be given to [`parse_text`].
+///
+/// # Errors
+///
+/// When it can not be read, or is no file.
+#[expect(clippy::result_large_err, reason = "made once for a file, and shown at once")]
+pub fn read(path: &Path) -> Result<Vec<u8>, ManifestError> {
+    read_bounded(path).map_err(|error| unreadable(path, &error))
 }
 
 /// Reads one byte more than allowed at most, so that the parser can tell that it is too much.
