@@ -19,5 +19,7 @@ mod leaving;
 mod lsm;
 #[path = "datapath/object.rs"]
 mod object;
+#[path = "datapath/unix_sockets.rs"]
+mod unix_sockets;
 #[path = "datapath/worker.rs"]
 mod worker;

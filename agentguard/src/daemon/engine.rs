@@ -1098,7 +1098,7 @@ impl Engine {
                 self.next_rules.0,
                 self.next_workload.0.saturating_add(NUMBERS_AHEAD),
             ),
-            next_unix_name: self.unix_names.next().0,
+            next_unix_name: self.unix_names.next().0.saturating_add(NUMBERS_AHEAD),
             names: self.names.save(),
             grants: self.store.snapshot(),
             counter_rows: self

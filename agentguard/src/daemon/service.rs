@@ -38,7 +38,7 @@ use crate::audit::AuditLog;
 use crate::audit::family::Family;
 use crate::audit::record::BoundName;
 use crate::config::Configuration;
-use crate::datapath::{Datapath, Door, DoorState, Protection};
+use crate::datapath::{Datapath, DoorState, Protection};
 use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::manifest::{Creation, Manifest, parse_text};
@@ -434,12 +434,9 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         .collect();
     let metrics = &shared.metrics;
     metrics.set_verdicts(&rows);
-    let protection = match engine.datapath.protection() {
-        Protection::Full => metrics::Protection::Full,
-        Protection::Partial(_) => metrics::Protection::Partial,
-        Protection::None => metrics::Protection::None,
-    };
-    let layers = event::Layer::ALL.map(|layer| (layer, layer_protection(&engine.datapath, layer)));
+    let protection = kept(&engine.datapath.protection());
+    let states = engine.datapath.states();
+    let layers = event::Layer::ALL.map(|layer| (layer, kept(&Protection::of_layer(states, layer))));
     for (layer, protection) in layers {
         metrics.set_protection(layer, protection);
     }
@@ -513,27 +510,18 @@ pub fn protection_view(datapath: &Datapath) -> ProtectionView {
         let remedy = reason.as_ref().map(|_| {
             format!("without it nothing closes this door: {}; see agentguard doctor", door.closes)
         });
-        let layer = layer_of(door).as_str().to_owned();
+        let layer = door.layer.as_str().to_owned();
         Layer { layer, hook: door.hook.to_owned(), state, reason, remedy }
     });
     ProtectionView { level: level(&datapath.protection()), layers: layers.collect() }
 }
 
-/// The layer of a door: the kernel names hooks of the LSM after it.
-pub(super) fn layer_of(door: &Door) -> event::Layer {
-    if door.hook.starts_with("lsm/") { event::Layer::Lsm } else { event::Layer::Portable }
-}
-
-/// How many of the doors of a layer are closed.
-fn layer_protection(datapath: &Datapath, layer: event::Layer) -> metrics::Protection {
-    let doors = datapath.states().iter().filter(|(door, _)| layer_of(door) == layer);
-    let (all, active) = doors.fold((0, 0), |(all, active), (_, state)| {
-        (all + 1, active + usize::from(matches!(state, DoorState::Active)))
-    });
-    match active {
-        0 => metrics::Protection::None,
-        active if active == all => metrics::Protection::Full,
-        _ => metrics::Protection::Partial,
+/// The words of metrics for how much is kept.
+const fn kept(protection: &Protection) -> metrics::Protection {
+    match protection {
+        Protection::Full => metrics::Protection::Full,
+        Protection::Partial(_) => metrics::Protection::Partial,
+        Protection::None => metrics::Protection::None,
     }
 }
 

@@ -184,9 +184,10 @@ impl Datapath {
     pub fn drop_allowlist(&mut self, rows: &Rows) -> Result<(), DatapathError> {
         let tables = &mut self.tables;
         let mut result = Ok(());
-        let mut keep = |outcome: Result<(), MapError>, table| match outcome {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(source) => result = Err(DatapathError::Table { table, source }),
+        let mut keep = |outcome: Result<(), MapError>, table| {
+            if let Err(source) = absent_is_fine(outcome) {
+                result = Err(DatapathError::Table { table, source });
+            }
         };
         for (prefix, key, _) in &rows.destinations {
             keep(tables.destinations.remove(&Key::new(*prefix, *key)), "DESTINATIONS");
@@ -592,6 +593,10 @@ where
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
     match removed {
         Err(MapError::KeyNotFound) => Ok(()),
+        // What removing a row that is not there comes to in most kinds of tables.
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(())
+        }
         other => other,
     }
 }
