@@ -12,7 +12,7 @@ use std::{
 
 use agentguard::fault;
 use agentguard_tests::{
-    Cgroup, Sink, SmallDisk, World,
+    Cgroup, Running, Sink, SmallDisk, World,
     daemon::{Daemon, Prober, Reachable, grant, identity, scope, scope_of, workload},
     run,
     traffic::{Expected, Kind, Report, Target, Traffic, assert_reconciles, assert_right},
@@ -230,7 +230,10 @@ fn a_stopped_daemon() {
     let since = scene.daemon.records().len();
     let given = scene.grant_briefly();
     signal(scene.daemon.pid(), Signal::SIGSTOP);
+    let mut asked = Running::start(&mut scene.daemon.command(["status"]));
     scene.holds_without_a_daemon(given);
+    let answer = asked.wait(PATIENCE).expect("nobody waits for ever");
+    assert!(answer.stderr.contains("does not answer"), "{answer:?}");
     signal(scene.daemon.pid(), Signal::SIGCONT);
     scene.is_told(since);
 }
