@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MsFlags, mount, umount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// A small tmpfs of a test's own; dropped, it is unmounted.
 #[derive(Debug)]
@@ -59,7 +59,8 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        if let Err(error) = umount(&self.0) {
+        // Also where a daemon of a test that failed still has files open there.
+        if let Err(error) = umount2(&self.0, MntFlags::MNT_DETACH) {
             eprintln!("{} stays mounted: {error}", self.0.display());
         }
     }
