@@ -15,6 +15,8 @@ mod fixture;
 mod generations;
 #[path = "datapath/leaving.rs"]
 mod leaving;
+#[path = "datapath/lsm.rs"]
+mod lsm;
 #[path = "datapath/object.rs"]
 mod object;
 #[path = "datapath/worker.rs"]

@@ -5,9 +5,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::WorkloadId;
 
-/// Raised with every change to a shared record or to the meaning of one. State pinned under
-/// another version is never read.
-pub const VERSION: u32 = 1;
+/// Raised with every change to a record of the tables that user space writes (tags, allow-lists,
+/// settings) and of the cache of verdicts, or to the meaning of one. Tables of another version are
+/// never read: a daemon makes and fills its own beside them, and lets go of the old ones last.
+pub const VERSION: u32 = 2;
+
+/// Raised with every change to a record that the kernel half itself keeps (membership of cgroups
+/// and tasks, attachments, sockets, counters) or writes for user space (events), or to the meaning
+/// of one. It goes from build to build and cannot be made anew while anything runs, so a daemon
+/// refuses to begin beside one of another version.
+pub const STATE_VERSION: u32 = 1;
 
 /// Byte offsets in structures of the running kernel, from its BTF.
 #[repr(C)]
@@ -17,6 +24,7 @@ pub const VERSION: u32 = 1;
 pub struct KernelOffsets {
     pub bprm_file: u32,
     pub bprm_filename: u32,
+    pub bprm_interpreter: u32,
     pub file_inode: u32,
     pub inode_number: u32,
     pub inode_super_block: u32,
@@ -38,6 +46,38 @@ pub struct KernelOffsets {
     pub cgroup_root: u32,
     pub cgroup_root_hierarchy: u32,
     pub kernfs_node_id: u32,
+    pub sock_family: u32,
+    pub sock_protocol: u32,
+    pub sock_num: u32,
+    pub sock_dport: u32,
+    pub sock_daddr: u32,
+    pub sock_v6_daddr: u32,
+    /// `sk_cgrp_data`, whose first word is the socket's cgroup (or, before 5.15, marked in its
+    /// lowest bits where it is something else).
+    pub sock_cgroup: u32,
+    pub socket_sk: u32,
+    pub msghdr_name: u32,
+    pub msghdr_namelen: u32,
+    pub unix_address: u32,
+    pub unix_dentry: u32,
+    pub unix_address_length: u32,
+    pub unix_address_name: u32,
+    pub dentry_inode: u32,
+    pub dentry_parent: u32,
+    pub dentry_name: u32,
+    pub dentry_name_length: u32,
+}
+
+/// What is in force beside the portable layer, decided once when the object is loaded; to the
+/// verifier a constant.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout,
+)]
+pub struct Achieved {
+    /// Not zero: exec is judged before the point of no return (`bprm_check_security`), and the
+    /// tracepoint behind it only keeps what it knows of the process.
+    pub exec_by_lsm: u32,
 }
 
 /// The entry of a cgroup: which workload its processes are.

@@ -3,7 +3,8 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId, WorkloadId,
+    Address, AllowlistId, FileId, GrantId, IdentityId, Mode, RuleSetId, ScopeId, UnixNameId,
+    UnixSocket, WorkloadId,
 };
 
 /// `expires_at` of a permission that does not end. The upper half of the numbers is not used, so
@@ -318,4 +319,90 @@ pub struct ExecutableEntry {
     /// [`FileId::generation`] when it was granted; zero where the file system could not tell.
     pub generation: u32,
     pub reserved: u32,
+}
+
+/// Which unix socket an allow-list permits to connect and send to.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct UnixSocketKey {
+    pub directory: u64,
+    pub device: u32,
+    pub name: UnixNameId,
+    pub allowlist: AllowlistId,
+    pub reserved: u32,
+}
+
+impl UnixSocketKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(allowlist: AllowlistId, socket: &UnixSocket) -> Self {
+        let UnixSocket { directory, device, name } = *socket;
+        Self { directory, device, name, allowlist, reserved: 0 }
+    }
+}
+
+/// The longest name of a unix socket (`UNIX_PATH_MAX` of the kernel), in bytes.
+pub const UNIX_NAME_BYTES: usize = 108;
+
+/// A name of a unix socket that some scope mentions, as the key of its number: the last part of
+/// a path, or an abstract name without its leading NUL.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct UnixName {
+    /// Zero for a path, one for an abstract name: the same bytes are two names.
+    is_abstract: u16,
+    length: u16,
+    /// Zero beyond `length`.
+    bytes: [u8; UNIX_NAME_BYTES],
+}
+
+impl UnixName {
+    /// The key of a path's last part.
+    ///
+    /// `None`: no socket can have that name.
+    #[must_use]
+    pub fn path(name: &[u8]) -> Option<Self> {
+        Self::new(0, name)
+    }
+
+    /// The key of an abstract name, given without its leading NUL.
+    ///
+    /// `None`: no socket can have that name.
+    #[must_use]
+    pub fn abstract_name(name: &[u8]) -> Option<Self> {
+        Self::new(1, name).filter(|_| name.len() < UNIX_NAME_BYTES)
+    }
+
+    fn new(is_abstract: u16, name: &[u8]) -> Option<Self> {
+        let mut bytes = [0; UNIX_NAME_BYTES];
+        bytes.get_mut(..name.len())?.copy_from_slice(name);
+        let length = u16::try_from(name.len()).ok()?;
+        (length > 0).then_some(Self { is_abstract, length, bytes })
+    }
 }

@@ -4,10 +4,13 @@
 //! `explain` and the fake datapath over ordinary collections. It allocates nothing, and its loops
 //! are bounded for the verifier.
 
+use crate::allowlist::Permission;
 use crate::allowlist::{
     DestinationEntry, ExecutableEntry, ROWS_PER_SET, RULES_PER_ROW, RuleRow, Tag,
 };
-use crate::request::{Destination, Endpoint, FileId, Mover, Naming, Request};
+use crate::request::{
+    Destination, Endpoint, FileId, Mover, Naming, Peer, Request, UnixSocket, family,
+};
 use crate::verdict::{Decision, Reason, Verdict};
 use crate::{Address, AllowlistId, RuleSetId};
 
@@ -32,6 +35,9 @@ pub trait Tables {
 
     /// The permission to run a file, found by device and inode.
     fn executable(&self, allowlist: AllowlistId, file: &FileId) -> Option<ExecutableEntry>;
+
+    /// The permission to connect and send to a unix socket.
+    fn unix_socket(&self, allowlist: AllowlistId, socket: &UnixSocket) -> Option<Permission>;
 }
 
 /// Decides `request` of a workload with `tag` at `now` (nanoseconds of boot time).
@@ -47,6 +53,11 @@ pub fn decide<T: Tables>(tables: &T, tag: &Tag, request: &Request, now: u64) -> 
         | Request::Packet(_)
         | Request::Reply(_)
         | Request::Bind(_)
+        | Request::Listen(_)
+        | Request::Accept(_)
+        | Request::Socket { .. }
+        | Request::UnixConnect(..)
+        | Request::UnixSend(..)
         | Request::Exec(..) => {}
     }
     if !tag.identity.is_some() {
@@ -58,13 +69,20 @@ pub fn decide<T: Tables>(tables: &T, tag: &Tag, request: &Request, now: u64) -> 
         | Request::Packet(destination) => decide_destination(tables, tag, &destination, now),
         // The kernel chooses a port nobody could have been told: that is how clients bind.
         Request::Bind(Endpoint { port: 0, .. }) => Decision::ALLOW,
-        Request::Bind(endpoint) | Request::Reply(endpoint) => {
+        Request::Bind(endpoint)
+        | Request::Reply(endpoint)
+        | Request::Listen(endpoint)
+        | Request::Accept(endpoint) => {
             if !tag.listening.is_some() {
                 return Decision::deny(Reason::NotGranted);
             }
             decide_rules(tables, tag.listening, endpoint.protocol, endpoint.port, now)
         }
         Request::Exec(file, naming) => decide_executable(tables, tag, &file, naming, now),
+        Request::Socket { family, protocol } => decide_family(family, protocol),
+        Request::UnixConnect(socket, peer) | Request::UnixSend(socket, peer) => {
+            decide_unix_socket(tables, tag, &socket, peer, now)
+        }
         Request::Malformed | Request::Leave(_) | Request::RawSocket { .. } => {
             Decision::deny(Reason::Malformed)
         }
@@ -107,10 +125,7 @@ fn decide_rules<T: Tables>(
     let Some(row) = tables.rules(found.row()) else {
         return Decision::deny(Reason::MissingTable);
     };
-    let permission = row.rules[found.place()].permission;
-    let verdict =
-        if permission.expires_at > now { Verdict::Allow } else { Verdict::Deny(Reason::Expired) };
-    Decision { verdict, permission }
+    decide_permission(row.rules[found.place()].permission, now)
 }
 
 /// Which rule of a set answers for a port: its row, and its place in the row in the lowest bits.
@@ -185,10 +200,45 @@ fn decide_executable<T: Tables>(
     if entry.generation != 0 && entry.generation != file.generation {
         return Decision::deny(Reason::ReplacedFile);
     }
-    let verdict = if entry.permission.expires_at > now {
-        Verdict::Allow
-    } else {
-        Verdict::Deny(Reason::Expired)
-    };
-    Decision { verdict, permission: entry.permission }
+    decide_permission(entry.permission, now)
+}
+
+#[inline(always)]
+fn decide_permission(permission: Permission, now: u64) -> Decision {
+    let verdict =
+        if permission.expires_at > now { Verdict::Allow } else { Verdict::Deny(Reason::Expired) };
+    Decision { verdict, permission }
+}
+
+/// What an IP socket or a unix socket may do is asked when it does it; of all other families only
+/// what a resolver needs is there for the asking.
+#[inline(always)]
+fn decide_family(family: u16, protocol: u16) -> Decision {
+    match (family, protocol) {
+        (family::UNIX | family::INET | family::INET6, _)
+        | (family::NETLINK, family::NETLINK_ROUTE) => Decision::ALLOW,
+        (_, _) => Decision::deny(Reason::SocketFamily),
+    }
+}
+
+#[inline(always)]
+fn decide_unix_socket<T: Tables>(
+    tables: &T,
+    tag: &Tag,
+    socket: &UnixSocket,
+    peer: Peer,
+    now: u64,
+) -> Decision {
+    match peer {
+        // Among themselves the processes of a workload have pipes and shared memory as well.
+        Peer::Own | Peer::Unnamed => return Decision::ALLOW,
+        Peer::Other => {}
+    }
+    if !socket.name.is_some() {
+        return Decision::deny(Reason::NotGranted);
+    }
+    match tables.unix_socket(tag.allowlist, socket) {
+        Some(permission) => decide_permission(permission, now),
+        None => Decision::deny(Reason::NotGranted),
+    }
 }

@@ -2,7 +2,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Address, AllowlistId, FileId, GrantId, IdentityId, ScopeId, WorkloadId};
+use crate::{
+    Address, AllowlistId, FileId, GrantId, IdentityId, ScopeId, UnixNameId, UnixSocket, WorkloadId,
+};
 
 /// Where in the kernel a request was met. The codes are part of the ABI.
 #[repr(u8)]
@@ -19,13 +21,43 @@ pub enum Hook {
     Exec = 8,
     /// A task that leaves its workload's cgroup, by a move or by being born elsewhere.
     Leave = 9,
+    BprmCheck = 10,
+    SocketCreate = 11,
+    SocketConnect = 12,
+    SocketSendmsg = 13,
+    SocketListen = 14,
+    SocketAccept = 15,
+    UnixStreamConnect = 16,
+    UnixMaySend = 17,
+}
+
+/// A layer of hooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Layer {
+    /// What every supported kernel has.
+    Portable,
+    /// What is added where the BPF LSM is active.
+    Lsm,
+}
+
+impl Layer {
+    pub const ALL: [Self; 2] = [Self::Portable, Self::Lsm];
+
+    /// The word used in status, records and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Lsm => "lsm",
+        }
+    }
 }
 
 impl Hook {
-    /// Room for hooks in the counters; a power of two, so that the verifier sees a mask.
-    pub const SLOTS: usize = 16;
+    /// Room for hooks in the counters.
+    pub const SLOTS: usize = 24;
 
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 18] = [
         Self::Connect4,
         Self::Connect6,
         Self::Sendmsg4,
@@ -36,6 +68,14 @@ impl Hook {
         Self::Egress,
         Self::Exec,
         Self::Leave,
+        Self::BprmCheck,
+        Self::SocketCreate,
+        Self::SocketConnect,
+        Self::SocketSendmsg,
+        Self::SocketListen,
+        Self::SocketAccept,
+        Self::UnixStreamConnect,
+        Self::UnixMaySend,
     ];
 
     /// The word used in records and metrics: the kernel's own name of the hook.
@@ -52,6 +92,39 @@ impl Hook {
             Self::Egress => "cgroup_skb/egress",
             Self::Exec => "tp_btf/sched_process_exec",
             Self::Leave => "tp_btf/cgroup_attach_task",
+            Self::BprmCheck => "lsm/bprm_check_security",
+            Self::SocketCreate => "lsm/socket_create",
+            Self::SocketConnect => "lsm/socket_connect",
+            Self::SocketSendmsg => "lsm/socket_sendmsg",
+            Self::SocketListen => "lsm/socket_listen",
+            Self::SocketAccept => "lsm/socket_accept",
+            Self::UnixStreamConnect => "lsm/unix_stream_connect",
+            Self::UnixMaySend => "lsm/unix_may_send",
+        }
+    }
+
+    /// The layer this hook is of.
+    #[must_use]
+    pub const fn layer(self) -> Layer {
+        match self {
+            Self::Connect4
+            | Self::Connect6
+            | Self::Sendmsg4
+            | Self::Sendmsg6
+            | Self::Bind4
+            | Self::Bind6
+            | Self::SockCreate
+            | Self::Egress
+            | Self::Exec
+            | Self::Leave => Layer::Portable,
+            Self::BprmCheck
+            | Self::SocketCreate
+            | Self::SocketConnect
+            | Self::SocketSendmsg
+            | Self::SocketListen
+            | Self::SocketAccept
+            | Self::UnixStreamConnect
+            | Self::UnixMaySend => Layer::Lsm,
         }
     }
 }
@@ -81,10 +154,15 @@ pub enum RequestKind {
     Exec = 7,
     Leave = 8,
     Malformed = 9,
+    Listen = 10,
+    Accept = 11,
+    Socket = 12,
+    UnixConnect = 13,
+    UnixSend = 14,
 }
 
 impl RequestKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::Connect,
         Self::Send,
         Self::Packet,
@@ -94,6 +172,11 @@ impl RequestKind {
         Self::Exec,
         Self::Leave,
         Self::Malformed,
+        Self::Listen,
+        Self::Accept,
+        Self::Socket,
+        Self::UnixConnect,
+        Self::UnixSend,
     ];
 
     /// The word used in records.
@@ -109,6 +192,11 @@ impl RequestKind {
             Self::Exec => "exec",
             Self::Leave => "leave",
             Self::Malformed => "malformed",
+            Self::Listen => "listen",
+            Self::Accept => "accept",
+            Self::Socket => "socket",
+            Self::UnixConnect => "unix_connect",
+            Self::UnixSend => "unix_send",
         }
     }
 }
@@ -134,11 +222,12 @@ impl TryFrom<u8> for RequestKind {
 pub struct RequestKey {
     pub workload: WorkloadId,
     pub allowlist: AllowlistId,
-    /// Network: the address. Exec: the [`FileId`]. Leave: the cgroup, in the first two words, low
-    /// word first. Otherwise zero.
+    /// Network: the address. Exec: the [`FileId`]. Unix: the [`UnixSocket`]. Socket: family and
+    /// protocol. Leave: the cgroup, in the first two words, low word first. Otherwise zero.
     pub target: [u32; 4],
     /// Host byte order.
     pub port: u16,
+    /// The IP protocol. Unix: whose the socket at the other end is.
     pub protocol: u8,
     /// Which requests share a verdict: see [`Class`].
     pub class: u8,
@@ -157,6 +246,12 @@ pub enum Class {
     Exec = 3,
     /// What has no target.
     Other = 4,
+    /// Listen and accept: both ask for a local port that others come to.
+    Serving = 5,
+    /// Connect and send to a unix socket.
+    Unix = 6,
+    /// A socket of a family.
+    Family = 7,
 }
 
 /// Longest path kept of an executable, in bytes, with its terminating NUL.
@@ -189,7 +284,10 @@ pub struct Event {
     pub kind: u8,
     /// Whether the caller is not the task that asked: the packet left in another's context.
     pub detached: u8,
-    pub reserved: [u8; 3],
+    /// Unix: how many bytes of the path are the name the server bound, as the kernel keeps it;
+    /// the first byte of an abstract one is NUL.
+    pub name_length: u8,
+    pub reserved: [u8; 2],
 }
 
 impl Event {
@@ -203,6 +301,19 @@ impl Event {
     #[must_use]
     pub const fn file(&self) -> FileId {
         RequestKey::file_of(&self.key.target)
+    }
+
+    /// The target of a connect or send to a unix socket.
+    #[must_use]
+    pub const fn unix_socket(&self) -> UnixSocket {
+        RequestKey::unix_socket_of(&self.key.target)
+    }
+
+    /// Family and protocol of a socket.
+    #[must_use]
+    pub const fn socket(&self) -> (u16, u16) {
+        let [family, protocol, ..] = self.key.target;
+        (family as u16, protocol as u16)
     }
 }
 
@@ -221,14 +332,32 @@ impl RequestKey {
         let [low, high, device, generation] = *words;
         FileId { inode: (high as u64) << 32 | low as u64, device, generation }
     }
+
+    /// The words of a [`UnixSocket`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn unix_socket_words(socket: &UnixSocket) -> [u32; 4] {
+        let UnixSocket { directory, device, name } = *socket;
+        [directory as u32, (directory >> 32) as u32, device, name.0]
+    }
+
+    /// The [`UnixSocket`] of such words.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unix_socket_of(words: &[u32; 4]) -> UnixSocket {
+        let [low, high, device, name] = *words;
+        let directory = (high as u64) << 32 | low as u64;
+        UnixSocket { directory, device, name: UnixNameId(name) }
+    }
 }
 
-/// The record of an exec: an [`Event`] and the path as the caller named it.
+/// The record of an exec or of a unix socket: an [`Event`] and a path.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes, KnownLayout)]
-pub struct ExecEvent {
+pub struct PathEvent {
     pub event: Event,
-    /// NUL-terminated; cut at [`PATH_BYTES`].
+    /// Exec: the path as the caller named it, NUL-terminated, cut at [`PATH_BYTES`]. Unix: see
+    /// [`Event::name_length`].
     pub path: [u8; PATH_BYTES],
 }
 

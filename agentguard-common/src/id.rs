@@ -54,6 +54,11 @@ number!(
     GrantId
 );
 
+number!(
+    /// One name of a unix socket that some scope mentions.
+    UnixNameId
+);
+
 /// A cgroup of the v2 hierarchy, as `bpf_get_current_cgroup_id` and the inode of its directory
 /// number it.
 #[repr(transparent)]

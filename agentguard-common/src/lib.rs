@@ -26,8 +26,11 @@ pub mod verdict;
 pub use address::Address;
 pub use allowlist::{Permission, Tag};
 pub use decide::{Tables, decide};
-pub use id::{AllowlistId, CgroupId, GrantId, IdentityId, RuleSetId, ScopeId, WorkloadId};
+pub use event::Layer;
+pub use id::{
+    AllowlistId, CgroupId, GrantId, IdentityId, RuleSetId, ScopeId, UnixNameId, WorkloadId,
+};
 pub use mode::Mode;
 pub use protocol::Protocol;
-pub use request::{Destination, Endpoint, FileId, Mover, Naming, Request};
+pub use request::{Destination, Endpoint, FileId, Mover, Naming, Peer, Request, UnixSocket};
 pub use verdict::{Action, Decision, Reason, Verdict};

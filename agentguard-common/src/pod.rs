@@ -1,12 +1,13 @@
 //! The shared records as aya's plain old data.
 
-use crate::abi::{Attachment, KernelOffsets, Membership, Moved, Settings};
+use crate::abi::{Achieved, Attachment, KernelOffsets, Membership, Moved, Settings};
 use crate::allowlist::{
-    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
+    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, Permission, RuleRow, Tag,
+    UnixName, UnixSocketKey,
 };
 use crate::event::{Process, RequestKey};
 use crate::stats::Counters;
-use crate::{CgroupId, RuleSetId, WorkloadId};
+use crate::{CgroupId, RuleSetId, UnixNameId, WorkloadId};
 
 macro_rules! pod {
     ($($record:ty),+ $(,)?) => {
@@ -19,6 +20,7 @@ macro_rules! pod {
 }
 
 pod!(
+    Achieved,
     Attachment,
     CgroupId,
     Counters,
@@ -29,11 +31,15 @@ pod!(
     KernelOffsets,
     Membership,
     Moved,
+    Permission,
     Process,
     RequestKey,
     RuleRow,
     RuleSetId,
     Settings,
     Tag,
+    UnixName,
+    UnixNameId,
+    UnixSocketKey,
     WorkloadId,
 );

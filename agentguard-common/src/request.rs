@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::Address;
+use crate::{Address, UnixNameId};
 
 /// IP protocol numbers the hooks meet (IANA; `IPPROTO_MPTCP` is Linux's own).
 pub mod ip {
@@ -73,6 +73,46 @@ pub struct FileId {
     pub generation: u32,
 }
 
+/// A unix socket as its server bound it: by a name in a directory, or by an abstract name.
+///
+/// The directory and not the socket's own file, since a server makes that anew at each start.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+)]
+pub struct UnixSocket {
+    /// The inode of the directory; zero for an abstract name. Where no scope mentions the name:
+    /// something that tells this socket from others.
+    pub directory: u64,
+    /// `super_block.s_dev` of the directory, as in [`FileId::device`]; zero for an abstract name.
+    pub device: u32,
+    /// [`UnixNameId::NONE`]: no scope mentions the name.
+    pub name: UnixNameId,
+}
+
+/// Whose the socket at the other end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// The workload's own: made by one of its processes.
+    Own,
+    /// One that never had a name (`socketpair(2)`): a channel that whoever made it handed over.
+    Unnamed,
+    /// Somebody else's: of the host, or of another workload.
+    Other,
+}
+
 /// Whether the file that will run has a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Naming {
@@ -105,10 +145,34 @@ pub enum Request {
     Bind(Endpoint),
     /// Open a raw IP socket.
     RawSocket { protocol: u8 },
+    /// Let others connect to a socket.
+    Listen(Endpoint),
+    /// Take a connection that somebody else made.
+    Accept(Endpoint),
+    /// Make a socket of a family other than IP's.
+    Socket { family: u16, protocol: u16 },
+    /// Connect a unix socket.
+    UnixConnect(UnixSocket, Peer),
+    /// Send a datagram to a unix socket.
+    UnixSend(UnixSocket, Peer),
     /// Run a file.
     Exec(FileId, Naming),
     /// Be moved to, or be born in, a cgroup outside the workload.
     Leave(Mover),
     /// Something the hook could not read.
     Malformed,
+}
+
+/// Families of sockets that need no permission of their own (`AF_*` of the kernel's ABI).
+pub mod family {
+    /// Judged by whom they connect to.
+    pub const UNIX: u16 = 1;
+    /// Judged by where they go.
+    pub const INET: u16 = 2;
+    /// Judged by where they go.
+    pub const INET6: u16 = 10;
+    /// Only with [`NETLINK_ROUTE`], which resolvers read addresses and routes with.
+    pub const NETLINK: u16 = 16;
+    /// Its changes ask for `CAP_NET_ADMIN` in the network's own user namespace.
+    pub const NETLINK_ROUTE: u16 = 0;
 }

@@ -30,10 +30,12 @@ pub enum Reason {
     LeftWorkload = 12,
     /// The kernel's tables do not hold what the tag points to.
     MissingTable = 13,
+    /// A family of sockets that no scope can grant.
+    SocketFamily = 14,
 }
 
 impl Reason {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::NotGranted,
         Self::PortNotGranted,
         Self::Excepted,
@@ -46,6 +48,7 @@ impl Reason {
         Self::ReplacedFile,
         Self::LeftWorkload,
         Self::MissingTable,
+        Self::SocketFamily,
     ];
 
     /// The word used in records and metrics.
@@ -64,6 +67,7 @@ impl Reason {
             Self::ReplacedFile => "replaced_file",
             Self::LeftWorkload => "left_workload",
             Self::MissingTable => "missing_table",
+            Self::SocketFamily => "socket_family",
         }
     }
 }
@@ -136,6 +140,7 @@ impl TryFrom<u8> for Verdict {
             11 => Ok(Self::Deny(Reason::ReplacedFile)),
             12 => Ok(Self::Deny(Reason::LeftWorkload)),
             13 => Ok(Self::Deny(Reason::MissingTable)),
+            14 => Ok(Self::Deny(Reason::SocketFamily)),
             _ => Err(UnknownVerdict(code)),
         }
     }

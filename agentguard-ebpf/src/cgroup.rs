@@ -3,8 +3,6 @@
 
 use agentguard_common::event::Hook;
 use agentguard_common::{Action, CgroupId, Mover, WorkloadId};
-use aya_ebpf::bindings::task_struct;
-use aya_ebpf::helpers::generated::bpf_get_current_task_btf;
 use aya_ebpf::programs::BtfTracePointContext;
 
 use crate::diagnostics::{self, Full};
@@ -44,18 +42,11 @@ pub(crate) fn rmdir(ctx: &BtfTracePointContext) -> i32 {
     0
 }
 
-/// The workload of a task by descent: its own, or its process's. The threads of a process that ran
-/// before its cgroup was captured are not tied themselves.
+/// The workload of the task at this address by descent: its own, or its process's. The threads of
+/// a process that ran before its cgroup was captured are not tied themselves.
 #[inline(always)]
-pub(crate) fn by_descent(task: Task) -> Option<WorkloadId> {
-    // SAFETY: tasks here are tracepoint arguments or the calling task, and so are their leaders.
-    unsafe { maps::task(task.0).or_else(|| maps::task(task.leader().0)) }
-}
-
-/// The workload of a task: by descent, or by the cgroup it is in.
-#[inline(always)]
-fn workload_of(task: Task) -> Option<WorkloadId> {
-    by_descent(task).or_else(|| maps::member(task.cgroup()))
+pub(crate) fn by_descent(task: u64) -> Option<WorkloadId> {
+    maps::task(task).or_else(|| maps::task(kernel::leader_of(task)))
 }
 
 /// A child belongs where its parent belongs. One that is born in a foreign cgroup
@@ -64,9 +55,9 @@ fn workload_of(task: Task) -> Option<WorkloadId> {
 pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
-    let Some(workload) = workload_of(parent) else { return 0 };
-    // SAFETY: an argument of the tracepoint.
-    if !unsafe { maps::tie(child.0, workload) } {
+    let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
+    let Some(workload) = workload else { return 0 };
+    if !maps::tie(child.address(), workload) {
         return without_room(Full::Tasks, child, child.cgroup(), workload);
     }
     if child.tgid() == parent.tgid() {
@@ -100,12 +91,11 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     }
     let task = Task(ctx.arg(2));
     let destination = maps::member(cgroup.id());
-    let origin = by_descent(task);
+    let origin = by_descent(task.address());
     match (origin, destination) {
         (None, None) => {}
         (None, Some(workload)) => {
-            // SAFETY: an argument of the tracepoint.
-            if !unsafe { maps::tie(task.0, workload) } {
+            if !maps::tie(task.address(), workload) {
                 without_room(Full::Tasks, task, cgroup.id(), workload);
             }
         }
@@ -122,9 +112,9 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
 /// Whether the calling process, which moves another or itself, is a workload's.
 #[inline(always)]
 fn mover() -> Mover {
-    // SAFETY: a helper without arguments; the verifier trusts the task it returns.
-    let current: *mut task_struct = unsafe { bpf_get_current_task_btf() };
-    match workload_of(Task(current)) {
+    let workload =
+        by_descent(kernel::current_task()).or_else(|| maps::member(kernel::current_cgroup()));
+    match workload {
         Some(_workload) => Mover::Workload,
         None => Mover::Host,
     }
@@ -171,10 +161,11 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
     Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 }
 }
 
-/// Forgets a process with its last thread, which need not be the one it began with.
+/// Forgets a task, and a process with its last thread, which need not be the one it began with.
 #[inline(always)]
 pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
+    maps::untie(task.address());
     if task.is_last_thread() {
         maps::unfollow(task.tgid());
     }

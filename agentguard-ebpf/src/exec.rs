@@ -1,9 +1,10 @@
-//! `execve(2)`, at the point where the new program is in place and has not run yet.
+//! `execve(2)`: before the point of no return where the BPF LSM is active, else at the point where
+//! the new program is in place and has not run yet.
 
-use agentguard_common::Action;
 use agentguard_common::event::{Hook, PATH_BYTES};
+use agentguard_common::{Action, WorkloadId};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
-use aya_ebpf::programs::BtfTracePointContext;
+use aya_ebpf::programs::{BtfTracePointContext, LsmContext};
 
 use crate::cgroup;
 use crate::judge::{Execs, Inquiry, judge_from};
@@ -15,33 +16,47 @@ use crate::record::Origin;
 #[inline(always)]
 pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let task = Task(ctx.arg(0));
-    let current = kernel::current_cgroup();
-    let by_descent = cgroup::by_descent(task);
-    // A thread that was not the leader takes the leader's place when it runs a program, and may
-    // not be tied itself.
-    let by_move = || maps::moved(task.tgid()).map(|moved| moved.workload);
-    let Some(workload) = maps::member(current).or(by_descent).or_else(by_move) else {
-        return Action::Pass;
-    };
+    let address = task.address();
+    let by_descent = cgroup::by_descent(address);
+    let Some(workload) = caller(by_descent) else { return Action::Pass };
     if by_descent.is_none() {
-        // SAFETY: an argument of the tracepoint. Without memory the cgroup's tag still holds.
-        let _tied = unsafe { maps::tie(task.0, workload) };
+        // Without room the cgroup's own tag still holds it.
+        let _tied = maps::tie(address, workload);
     }
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
+    if kernel::exec_is_judged_by_lsm() {
+        return Action::Pass;
+    }
     let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
     judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
 }
 
+/// Argument of the LSM hook: `struct linux_binprm`. It is asked about the file that was named and
+/// then, where that is a script, about each interpreter in turn; all of it must be granted.
+#[inline(always)]
+pub(crate) fn check(ctx: &LsmContext) -> Action {
+    let Some(workload) = caller(cgroup::by_descent(kernel::current_task())) else {
+        return Action::Pass;
+    };
+    let program = Program(ctx.arg(0));
+    let (file, naming) = program.file();
+    let inquiry = Inquiry::exec(Hook::BprmCheck, &file, naming);
+    judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.interpreter() }, 0)
+}
+
+/// The workload of the calling task. A thread that was not the leader takes the leader's place when
+/// it runs a program, and may not be tied itself.
+#[inline(always)]
+fn caller(by_descent: Option<WorkloadId>) -> Option<WorkloadId> {
+    let by_move = || maps::moved(kernel::current_tgid()).map(|moved| moved.workload);
+    maps::member(kernel::current_cgroup()).or(by_descent).or_else(by_move)
+}
+
 /// Keeps the process for the records of its descendants.
 #[inline(always)]
-fn remember(
-    task: Task,
-    workload: agentguard_common::WorkloadId,
-    program: &Program,
-    file: agentguard_common::FileId,
-) {
+fn remember(task: Task, workload: WorkloadId, program: &Program, file: agentguard_common::FileId) {
     let tgid = task.tgid();
     if maps::process(tgid).is_none() {
         maps::remember_new(tgid);

@@ -3,8 +3,8 @@
 use agentguard_common::event::{Class, Hook, RequestKey, RequestKind};
 use agentguard_common::stats::OTHER;
 use agentguard_common::{
-    Action, Address, CgroupId, Decision, Destination, Endpoint, FileId, Mode, Mover, Naming,
-    Permission, Reason, Request, Tag, Verdict, WorkloadId, decide,
+    Action, Address, CgroupId, Decision, Destination, Endpoint, FileId, Mode, Mover, Naming, Peer,
+    Permission, Reason, Request, Tag, UnixSocket, Verdict, WorkloadId, decide,
 };
 
 use crate::maps::{self, CachedVerdict, KernelTables};
@@ -39,6 +39,9 @@ pub(crate) struct Destinations;
 pub(crate) struct Locals;
 pub(crate) struct Execs;
 pub(crate) struct Others;
+pub(crate) struct Servers;
+pub(crate) struct Families;
+pub(crate) struct UnixSockets;
 
 impl Classed for Destinations {
     const CLASS: Class = Class::Destination;
@@ -52,11 +55,23 @@ impl Classed for Execs {
 impl Classed for Others {
     const CLASS: Class = Class::Other;
 }
+impl Classed for Servers {
+    const CLASS: Class = Class::Serving;
+}
+impl Classed for Families {
+    const CLASS: Class = Class::Family;
+}
+impl Classed for UnixSockets {
+    const CLASS: Class = Class::Unix;
+}
 
 /// [`Inquiry::port`] of an exec of a file that has no name.
 const UNNAMED: u16 = 1;
 /// [`Inquiry::protocol`] of a move that the host made.
 const BY_HOST: u8 = 1;
+/// [`Inquiry::protocol`] where the peer of a unix socket is the workload's own, or has no name.
+const OWN: u8 = 1;
+const UNNAMED_PEER: u8 = 2;
 
 impl Inquiry {
     #[inline(always)]
@@ -114,7 +129,24 @@ impl Inquiry {
     }
 
     #[inline(always)]
-    fn malformed(hook: Hook) -> Self {
+    pub(crate) fn family(hook: Hook, family: u16, protocol: u16) -> Self {
+        let target = [family.into(), protocol.into(), 0, 0];
+        Self { target, ..Self::new(hook, RequestKind::Socket) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn unix(hook: Hook, kind: RequestKind, socket: &UnixSocket, peer: Peer) -> Self {
+        let protocol = match peer {
+            Peer::Other => 0,
+            Peer::Own => OWN,
+            Peer::Unnamed => UNNAMED_PEER,
+        };
+        let target = RequestKey::unix_socket_words(socket);
+        Self { protocol, target, ..Self::new(hook, kind) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn malformed(hook: Hook) -> Self {
         Self::new(hook, RequestKind::Malformed)
     }
 
@@ -137,6 +169,23 @@ impl Inquiry {
             Class::Exec => {
                 let naming = if self.port == UNNAMED { Naming::Unnamed } else { Naming::Named };
                 Request::Exec(RequestKey::file_of(&self.target), naming)
+            }
+            Class::Serving if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,
+            Class::Serving => {
+                Request::Listen(Endpoint { protocol: self.protocol, port: self.port })
+            }
+            Class::Family => {
+                let [family, protocol, ..] = self.target;
+                Request::Socket { family: family as u16, protocol: protocol as u16 }
+            }
+            Class::Unix if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,
+            Class::Unix => {
+                let peer = match self.protocol {
+                    OWN => Peer::Own,
+                    UNNAMED_PEER => Peer::Unnamed,
+                    _ => Peer::Other,
+                };
+                Request::UnixConnect(RequestKey::unix_socket_of(&self.target), peer)
             }
             Class::Other if self.kind as u8 == RequestKind::RawSocket as u8 => {
                 Request::RawSocket { protocol: self.protocol }
@@ -165,9 +214,12 @@ impl Inquiry {
             // What has no target must not be taken for something else that has none.
             reserved: match C::CLASS {
                 Class::Other => self.kind as u32,
-                Class::Destination | Class::Local | Class::Exec => {
-                    u32::from(self.kind as u8 == RequestKind::Malformed as u8)
-                }
+                Class::Destination
+                | Class::Local
+                | Class::Exec
+                | Class::Serving
+                | Class::Family
+                | Class::Unix => u32::from(self.kind as u8 == RequestKind::Malformed as u8),
             },
         }
     }

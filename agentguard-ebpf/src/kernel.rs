@@ -1,12 +1,12 @@
 //! Kernel memory: fields of BTF pointers, at the offsets of the running kernel, and the helpers
 //! that act on tasks.
 
-use agentguard_common::abi::{KernelOffsets, kfunc};
+use agentguard_common::abi::{Achieved, KernelOffsets, kfunc};
 use agentguard_common::{CgroupId, FileId, Naming};
 use aya_ebpf::bindings::task_struct;
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_jiffies64, bpf_ktime_get_boot_ns,
-    bpf_send_signal,
+    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_current_task, bpf_jiffies64,
+    bpf_ktime_get_boot_ns, bpf_probe_read_kernel, bpf_send_signal,
 };
 
 /// Filled in by user space before the object is loaded; to the verifier a constant.
@@ -14,6 +14,7 @@ use aya_ebpf::helpers::generated::{
 static OFFSETS: KernelOffsets = KernelOffsets {
     bprm_file: 0,
     bprm_filename: 0,
+    bprm_interpreter: 0,
     file_inode: 0,
     inode_number: 0,
     inode_super_block: 0,
@@ -35,7 +36,36 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     cgroup_root: 0,
     cgroup_root_hierarchy: 0,
     kernfs_node_id: 0,
+    sock_family: 0,
+    sock_protocol: 0,
+    sock_num: 0,
+    sock_dport: 0,
+    sock_daddr: 0,
+    sock_v6_daddr: 0,
+    sock_cgroup: 0,
+    socket_sk: 0,
+    msghdr_name: 0,
+    msghdr_namelen: 0,
+    unix_address: 0,
+    unix_dentry: 0,
+    unix_address_length: 0,
+    unix_address_name: 0,
+    dentry_inode: 0,
+    dentry_parent: 0,
+    dentry_name: 0,
+    dentry_name_length: 0,
 };
+
+/// As [`OFFSETS`]: which layers are in force beside this one.
+#[unsafe(no_mangle)]
+static ACHIEVED: Achieved = Achieved { exec_by_lsm: 0 };
+
+/// Whether exec is judged by the LSM layer, before the point of no return.
+#[inline(always)]
+pub(crate) fn exec_is_judged_by_lsm() -> bool {
+    // SAFETY: a global that is never written once the object is loaded.
+    unsafe { core::ptr::read_volatile(&raw const ACHIEVED.exec_by_lsm) != 0 }
+}
 
 const SIGKILL: u32 = 9;
 /// `PIDTYPE_TGID` of the kernel: the signal is for the whole process.
@@ -55,6 +85,56 @@ macro_rules! field {
 }
 
 type Pointer = *const core::ffi::c_void;
+
+/// Reads a field of the structure at an address, for structures that the verifier does not follow
+/// pointers of. `None`: there is nothing to be read.
+macro_rules! probe {
+    ($address:expr, $offset:ident as $type:ty) => {{
+        // SAFETY: a global that is never written once the object is loaded.
+        let offset = unsafe { core::ptr::read_volatile(&raw const OFFSETS.$offset) };
+        $crate::kernel::read_at::<$type>($address + u64::from(offset))
+    }};
+}
+
+/// Reads kernel memory. `None`: nothing is there.
+#[inline(always)]
+pub(crate) fn read_at<T: Copy>(address: u64) -> Option<T> {
+    let mut value = core::mem::MaybeUninit::<T>::uninit();
+    // SAFETY: the helper writes all of `value`, whether it can read the address or not.
+    let status = unsafe {
+        bpf_probe_read_kernel(
+            value.as_mut_ptr().cast(),
+            size_of::<T>() as u32,
+            address as *const core::ffi::c_void,
+        )
+    };
+    // SAFETY: as above.
+    if status == 0 { Some(unsafe { value.assume_init() }) } else { None }
+}
+
+/// The address in a pointer the verifier follows, as a plain number: it lets no such pointer be a
+/// key.
+#[inline(always)]
+pub(crate) fn address_of<T>(pointer: *const T) -> u64 {
+    let held = pointer;
+    read_at(&raw const held as u64).unwrap_or(0)
+}
+
+/// The workload's cgroup a socket belongs to, by which the kernel chooses whose hooks its calls
+/// and packets meet: an id, or zero if it has none.
+#[inline(always)]
+pub(crate) fn cgroup_of_socket(sock: u64) -> CgroupId {
+    let Some(cgroup) = probe!(sock, sock_cgroup as u64) else { return CgroupId(0) };
+    // Before 5.15 marked in the lowest bits where it is a class or priority of cgroup v1.
+    if cgroup & 3 != 0 {
+        return CgroupId(0);
+    }
+    let id = || {
+        let node = probe!(cgroup, cgroup_kernfs_node as u64)?;
+        probe!(node, kernfs_node_id as u64)
+    };
+    CgroupId(id().unwrap_or(0))
+}
 
 /// A cgroup of any hierarchy.
 #[derive(Clone, Copy)]
@@ -105,6 +185,12 @@ impl Cgroup {
 pub(crate) struct Task(pub(crate) *mut task_struct);
 
 impl Task {
+    /// Where the task's structure is: what it is known by.
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        address_of(self.0)
+    }
+
     #[inline(always)]
     pub(crate) fn tgid(self) -> u32 {
         // SAFETY: tasks come from tracepoint arguments only.
@@ -143,13 +229,6 @@ impl Task {
             let parent: Pointer = field!(self.0, task_real_parent as Pointer);
             field!(parent, task_tgid as u32)
         }
-    }
-
-    /// The thread that stands for the task's process.
-    #[inline(always)]
-    pub(crate) fn leader(self) -> Self {
-        // SAFETY: tasks come from tracepoint arguments only, and every task has a leader.
-        unsafe { Self(field!(self.0, task_group_leader as *mut task_struct)) }
     }
 
     /// The task's cgroup in the v2 hierarchy.
@@ -214,6 +293,128 @@ impl Program {
         // SAFETY: as for `file`.
         unsafe { field!(self.0, bprm_filename as *const u8) }
     }
+
+    /// The path of what is looked at now: the caller's, then that of each interpreter in turn.
+    #[inline(always)]
+    pub(crate) fn interpreter(self) -> *const u8 {
+        // SAFETY: as for `file`.
+        unsafe { field!(self.0, bprm_interpreter as *const u8) }
+    }
+}
+
+/// An IP or unix socket that an LSM hook was given, by its address.
+#[derive(Clone, Copy)]
+pub(crate) struct Sock(pub(crate) u64);
+
+impl Sock {
+    /// Of a `struct socket`. `None`: it has no protocol's side (yet).
+    #[inline(always)]
+    pub(crate) fn of_socket(socket: u64) -> Option<Self> {
+        probe!(socket, socket_sk as u64).filter(|sock| *sock != 0).map(Self)
+    }
+
+    #[inline(always)]
+    pub(crate) fn family(self) -> u16 {
+        probe!(self.0, sock_family as u16).unwrap_or(0)
+    }
+
+    /// The protocol as the socket was made with, before [`ip::canonical`].
+    ///
+    /// [`ip::canonical`]: agentguard_common::request::ip::canonical
+    #[inline(always)]
+    pub(crate) fn protocol(self) -> u16 {
+        probe!(self.0, sock_protocol as u16).unwrap_or(0)
+    }
+
+    /// The local port, host byte order.
+    #[inline(always)]
+    pub(crate) fn local_port(self) -> u16 {
+        probe!(self.0, sock_num as u16).unwrap_or(0)
+    }
+
+    /// The peer's port, network byte order.
+    #[inline(always)]
+    pub(crate) fn peer_port(self) -> u16 {
+        probe!(self.0, sock_dport as u16).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    pub(crate) fn peer_v4(self) -> Option<u32> {
+        probe!(self.0, sock_daddr as u32)
+    }
+
+    #[inline(always)]
+    pub(crate) fn peer_v6(self) -> Option<[u32; 4]> {
+        probe!(self.0, sock_v6_daddr as [u32; 4])
+    }
+
+    /// The cgroup of the process that made it.
+    #[inline(always)]
+    pub(crate) fn cgroup(self) -> CgroupId {
+        cgroup_of_socket(self.0)
+    }
+}
+
+/// The address that comes with a message.
+#[inline(always)]
+pub(crate) fn message_address(message: u64) -> Option<(u64, u32)> {
+    let address = probe!(message, msghdr_name as u64)?;
+    let length = probe!(message, msghdr_namelen as u32)?;
+    (address != 0 && length != 0).then_some((address, length))
+}
+
+/// What a unix socket was bound to.
+#[derive(Clone, Copy)]
+pub(crate) struct UnixAddress {
+    /// Where `sun_path` is.
+    pub(crate) name: u64,
+    /// Bytes of it.
+    pub(crate) length: u32,
+    /// The directory entry that the bind made; zero for an abstract name.
+    pub(crate) entry: u64,
+}
+
+impl UnixAddress {
+    /// `None`: the socket has no name.
+    #[inline(always)]
+    pub(crate) fn of(sock: Sock) -> Option<Self> {
+        let address = probe!(sock.0, unix_address as u64).filter(|address| *address != 0)?;
+        let length = probe!(address, unix_address_length as u32)?;
+        // `struct sockaddr_un` begins with the family.
+        let family = size_of::<u16>() as u32;
+        let entry = probe!(sock.0, unix_dentry as u64)?;
+        // SAFETY: a global that is never written once the object is loaded.
+        let offset = unsafe { core::ptr::read_volatile(&raw const OFFSETS.unix_address_name) };
+        (length > family).then_some(Self {
+            name: address + u64::from(offset) + u64::from(family),
+            length: length - family,
+            entry,
+        })
+    }
+}
+
+/// The file an entry of a directory stands for: device and inode; the rest is unknown.
+#[inline(always)]
+pub(crate) fn file_of_entry(entry: u64) -> Option<FileId> {
+    let inode = probe!(entry, dentry_inode as u64).filter(|inode| *inode != 0)?;
+    let super_block = probe!(inode, inode_super_block as u64)?;
+    Some(FileId {
+        inode: probe!(inode, inode_number as u64)?,
+        device: probe!(super_block, super_block_device as u32)?,
+        generation: 0,
+    })
+}
+
+/// The directory an entry is in.
+#[inline(always)]
+pub(crate) fn parent_of_entry(entry: u64) -> Option<u64> {
+    probe!(entry, dentry_parent as u64).filter(|parent| *parent != 0)
+}
+
+/// The name of an entry: where it is, and how many bytes.
+#[inline(always)]
+pub(crate) fn name_of_entry(entry: u64) -> Option<(u64, u32)> {
+    Some((probe!(entry, dentry_name as u64)?, probe!(entry, dentry_name_length as u32)?))
 }
 
 /// Ends the calling process before it runs another instruction of user space.
@@ -243,6 +444,19 @@ pub(crate) fn jiffies() -> u64 {
 pub(crate) fn current_cgroup() -> CgroupId {
     // SAFETY: a helper without arguments.
     CgroupId(unsafe { bpf_get_current_cgroup_id() })
+}
+
+/// Where the calling task's structure is.
+#[inline(always)]
+pub(crate) fn current_task() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_get_current_task() }
+}
+
+/// Where the structure of the thread is that stands for a task's process.
+#[inline(always)]
+pub(crate) fn leader_of(task: u64) -> u64 {
+    probe!(task, task_group_leader as u64).unwrap_or(0)
 }
 
 /// The calling task's process id in the upper half, thread id in the lower.

@@ -13,15 +13,22 @@ mod diagnostics;
 mod exec;
 mod judge;
 mod kernel;
+mod lsm;
 mod maps;
 mod packet;
 mod record;
 mod sendmsg;
 mod socket;
+mod unix;
 
 use agentguard_common::Action;
-use aya_ebpf::macros::{btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr};
-use aya_ebpf::programs::{BtfTracePointContext, SkBuffContext, SockAddrContext, SockContext};
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::macros::{btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, lsm};
+use aya_ebpf::programs::{
+    BtfTracePointContext, LsmContext, SkBuffContext, SockAddrContext, SockContext,
+};
+
+use crate::maps::gates;
 
 /// What a cgroup hook returns: 1 lets the call go on, 0 ends it with `EPERM`.
 #[inline(always)]
@@ -103,6 +110,91 @@ fn cgroup_mkdir(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "cgroup_rmdir")]
 fn cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
     cgroup::rmdir(&ctx)
+}
+
+/// What an LSM hook returns: 0 lets the call go on, `-EPERM` ends it.
+#[inline(always)]
+fn answer(action: Action) -> i32 {
+    match action {
+        Action::Pass => 0,
+        Action::Refuse => -1,
+    }
+}
+
+#[lsm(hook = "bprm_check_security")]
+fn bprm_check(ctx: LsmContext) -> i32 {
+    answer(exec::check(&ctx))
+}
+
+#[lsm(hook = "socket_create")]
+fn socket_create(ctx: LsmContext) -> i32 {
+    answer(lsm::create(&ctx))
+}
+
+#[lsm(hook = "socket_connect")]
+fn socket_connect(ctx: LsmContext) -> i32 {
+    answer(lsm::connect(&ctx))
+}
+
+#[lsm(hook = "socket_sendmsg")]
+fn socket_sendmsg(ctx: LsmContext) -> i32 {
+    answer(lsm::sendmsg(&ctx))
+}
+
+#[lsm(hook = "socket_listen")]
+fn socket_listen(ctx: LsmContext) -> i32 {
+    answer(lsm::listen(&ctx))
+}
+
+#[lsm(hook = "socket_accept")]
+fn socket_accept(ctx: LsmContext) -> i32 {
+    answer(lsm::accept(&ctx))
+}
+
+#[lsm(hook = "unix_stream_connect")]
+fn unix_connect(ctx: LsmContext) -> i32 {
+    answer(unix::stream_connect(&ctx))
+}
+
+#[lsm(hook = "unix_may_send")]
+fn unix_send(ctx: LsmContext) -> i32 {
+    answer(unix::may_send(&ctx))
+}
+
+/// Shows user space that the BPF LSM calls programs, which no list of the kernel's can promise.
+#[lsm(hook = "socket_create")]
+fn lsm_probe(_ctx: LsmContext) -> i32 {
+    maps::lsm_called();
+    0
+}
+
+/// What is attached to a global hook for good; see [`maps::gates`]. Without a program behind it
+/// everything passes: nothing is held yet.
+macro_rules! gates {
+    ($($attribute:meta => $name:ident($context:ty): $gate:ident;)+) => {$(
+        #[$attribute]
+        fn $name(ctx: $context) -> i32 {
+            maps::pass_through(&gates::$gate, ctx.as_ptr());
+            0
+        }
+    )+};
+}
+
+gates! {
+    btf_tracepoint(function = "sched_process_exec") => gate_exec(BtfTracePointContext): GATE_EXEC;
+    btf_tracepoint(function = "sched_process_fork") => gate_fork(BtfTracePointContext): GATE_FORK;
+    btf_tracepoint(function = "sched_process_exit") => gate_exit(BtfTracePointContext): GATE_EXIT;
+    btf_tracepoint(function = "cgroup_attach_task") => gate_attach(BtfTracePointContext): GATE_ATTACH;
+    btf_tracepoint(function = "cgroup_mkdir") => gate_mkdir(BtfTracePointContext): GATE_MKDIR;
+    btf_tracepoint(function = "cgroup_rmdir") => gate_rmdir(BtfTracePointContext): GATE_RMDIR;
+    lsm(hook = "bprm_check_security") => gate_bprm_check(LsmContext): GATE_BPRM_CHECK;
+    lsm(hook = "socket_create") => gate_create(LsmContext): GATE_SOCKET_CREATE;
+    lsm(hook = "socket_connect") => gate_connect(LsmContext): GATE_SOCKET_CONNECT;
+    lsm(hook = "socket_sendmsg") => gate_sendmsg(LsmContext): GATE_SOCKET_SENDMSG;
+    lsm(hook = "socket_listen") => gate_listen(LsmContext): GATE_SOCKET_LISTEN;
+    lsm(hook = "socket_accept") => gate_accept(LsmContext): GATE_SOCKET_ACCEPT;
+    lsm(hook = "unix_stream_connect") => gate_unix_conn(LsmContext): GATE_UNIX_CONNECT;
+    lsm(hook = "unix_may_send") => gate_unix_send(LsmContext): GATE_UNIX_SEND;
 }
 
 /// The licence the kernel asks for before it lends its helpers.

@@ -4,22 +4,20 @@
 
 use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
-    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
+    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag, UnixName,
+    UnixSocketKey,
 };
 use agentguard_common::decide::{Found, search};
 use agentguard_common::event::{Event, Process, RequestKey};
 use agentguard_common::stats::{Counters, OTHER};
 use agentguard_common::{
-    Address, AllowlistId, CgroupId, FileId, Permission, RuleSetId, Tables, WorkloadId,
+    Address, AllowlistId, CgroupId, FileId, Permission, RuleSetId, Tables, UnixNameId, UnixSocket,
+    WorkloadId,
 };
-use aya_ebpf::bindings::{
-    BPF_ANY, BPF_LOCAL_STORAGE_GET_F_CREATE, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, task_struct,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
-use aya_ebpf::helpers::generated::{
-    bpf_get_local_storage, bpf_sk_storage_get, bpf_task_storage_get,
-};
+use aya_ebpf::helpers::generated::{bpf_get_local_storage, bpf_sk_storage_get, bpf_tail_call};
 use aya_ebpf::macros::btf_map;
 
 /// `BPF_F_NO_PREALLOC`: entries are allocated as they come, so an empty table costs nothing.
@@ -40,6 +38,10 @@ static RULES: HashMap<RuleSetId, RuleRow, 65536, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static EXECUTABLES: HashMap<ExecutableKey, ExecutableEntry, 262_144, NO_PREALLOC> = HashMap::new();
 #[btf_map]
+static UNIX_NAMES: HashMap<UnixName, UnixNameId, 8192, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static UNIX_SOCKETS: HashMap<UnixSocketKey, Permission, 65536, NO_PREALLOC> = HashMap::new();
+#[btf_map]
 static VERDICTS: LruHashMap<RequestKey, CachedVerdict, 32768> = LruHashMap::new();
 #[btf_map]
 static PROCESSES: LruHashMap<u32, Process, 8192> = LruHashMap::new();
@@ -55,8 +57,59 @@ static ALLOWED: RingBuf<Event, 4_194_304> = RingBuf::new();
 static ATTACHMENTS: CgroupStorage<Attachment> = CgroupStorage::new();
 #[btf_map]
 static SOCKETS: SocketStorage<SocketVerdict> = SocketStorage::new();
+/// By the address of a task's structure: unlike its number it is the task's from birth to end, also
+/// where a thread takes the place of its process's leader. Task storage would be the natural place,
+/// and exists from 5.11 on only.
 #[btf_map]
-static TASKS: TaskStorage<Membership> = TaskStorage::new();
+static TASKS: HashMap<u64, Membership, 262_144, NO_PREALLOC> = HashMap::new();
+/// Not zero once a process was moved, so that nobody looks for what has never been.
+#[btf_map]
+static MOVES: Array<u64, 1> = Array::new();
+/// Not zero once the BPF LSM has called a program.
+#[btf_map]
+static LSM_CALLS: Array<u64, 1> = Array::new();
+
+/// A slot for the program of a global hook that is in force.
+type Gate = ProgramArray<1>;
+
+/// The gates, one for each global hook: what is attached for good only looks here, so that one
+/// write replaces the program behind it and no request meets none or two.
+pub(crate) mod gates {
+    use super::{Gate, btf_map};
+
+    macro_rules! gates {
+        ($($name:ident),+ $(,)?) => {
+            $(
+                #[btf_map]
+                pub(crate) static $name: Gate = Gate::new();
+            )+
+        };
+    }
+
+    gates!(
+        GATE_EXEC,
+        GATE_FORK,
+        GATE_EXIT,
+        GATE_ATTACH,
+        GATE_MKDIR,
+        GATE_RMDIR,
+        GATE_BPRM_CHECK,
+        GATE_SOCKET_CREATE,
+        GATE_SOCKET_CONNECT,
+        GATE_SOCKET_SENDMSG,
+        GATE_SOCKET_LISTEN,
+        GATE_SOCKET_ACCEPT,
+        GATE_UNIX_CONNECT,
+        GATE_UNIX_SEND,
+    );
+}
+
+/// Goes on in the program that is in force behind a gate; returns only where there is none.
+#[inline(always)]
+pub(crate) fn pass_through(gate: &'static Gate, context: *mut core::ffi::c_void) {
+    // SAFETY: the context is the hook's own, and every program in the slot is of the same hook.
+    unsafe { bpf_tail_call(context, gate.as_ptr(), 0) };
+}
 
 macro_rules! local_storage {
     ($(#[$doc:meta])* $name:ident, $map_type:literal, $key:ty, $flags:expr) => {
@@ -107,10 +160,36 @@ local_storage!(
     /// `BPF_MAP_TYPE_SK_STORAGE`, cloned to accepted sockets; aya's own takes no other flags.
     SocketStorage, 24, i32, NO_PREALLOC | CLONE
 );
-local_storage!(
-    /// `BPF_MAP_TYPE_TASK_STORAGE`, for which aya has no type.
-    TaskStorage, 29, i32, NO_PREALLOC
-);
+
+/// `BPF_MAP_TYPE_PROG_ARRAY`, whose slots user space fills.
+#[repr(C)]
+pub(crate) struct ProgramArray<const N: usize> {
+    r#type: *const [i32; 3],
+    key: *const u32,
+    value: *const u32,
+    max_entries: *const [i32; N],
+    map_flags: *const [i32; 0],
+}
+
+// SAFETY: the pointers only carry types to the loader and are never followed.
+unsafe impl<const N: usize> Sync for ProgramArray<N> {}
+
+impl<const N: usize> ProgramArray<N> {
+    const fn new() -> Self {
+        Self {
+            r#type: core::ptr::null(),
+            key: core::ptr::null(),
+            value: core::ptr::null(),
+            max_entries: core::ptr::null(),
+            map_flags: core::ptr::null(),
+        }
+    }
+
+    #[inline(always)]
+    fn as_ptr(&'static self) -> *mut core::ffi::c_void {
+        core::ptr::from_ref(self).cast_mut().cast()
+    }
+}
 
 /// A verdict that was given lately, and how many like it were folded into its record.
 #[repr(C)]
@@ -201,6 +280,12 @@ impl Tables for KernelTables {
         // SAFETY: as for rules.
         unsafe { EXECUTABLES.get(ExecutableKey::new(allowlist, file)) }.copied()
     }
+
+    #[inline(always)]
+    fn unix_socket(&self, allowlist: AllowlistId, socket: &UnixSocket) -> Option<Permission> {
+        // SAFETY: as for rules.
+        unsafe { UNIX_SOCKETS.get(UnixSocketKey::new(allowlist, socket)) }.copied()
+    }
 }
 
 /// [`search`] as a global function: one that the verifier checks for itself, for all arguments, and
@@ -255,6 +340,9 @@ pub(crate) fn forget(cgroup: CgroupId) {
 /// Where a process is that the host moved out of its workload's cgroup, and whose it is.
 #[inline(always)]
 pub(crate) fn moved(tgid: u32) -> Option<&'static Moved> {
+    if MOVES.get(0).is_none_or(|ever| *ever == 0) {
+        return None;
+    }
     // SAFETY: an entry is replaced as a whole.
     unsafe { MOVED.get(tgid) }
 }
@@ -263,6 +351,7 @@ pub(crate) fn moved(tgid: u32) -> Option<&'static Moved> {
 #[inline(always)]
 pub(crate) fn follow(tgid: u32, cgroup: CgroupId, workload: WorkloadId) -> bool {
     let moved = Moved { cgroup: cgroup.0, workload, reserved: 0 };
+    let _one = MOVES.set(0, 1, BPF_ANY.into());
     MOVED.insert(tgid, moved, BPF_ANY.into()).is_ok()
 }
 
@@ -394,50 +483,43 @@ pub(crate) unsafe fn socket_or_new(socket: *mut bpf_sock) -> Option<&'static mut
     }
 }
 
-/// The workload a task belongs to by descent, wherever it is now; none once user space has forgotten
-/// the workload.
-///
-/// # Safety
-///
-/// `task` is a pointer the verifier trusts.
+/// The workload of the task at this address by descent, wherever it is now; none once user space
+/// has forgotten the workload.
 #[inline(always)]
-pub(crate) unsafe fn task(task: *mut task_struct) -> Option<WorkloadId> {
-    // SAFETY: the caller's promise; the value lives as long as the task.
-    let membership = unsafe {
-        bpf_task_storage_get(TASKS.as_ptr(), task, core::ptr::null_mut(), 0)
-            .cast::<Membership>()
-            .as_ref()
-    };
-    // SAFETY: only whether the row is there is asked.
-    membership
-        .map(|membership| membership.workload)
-        .filter(|workload| unsafe { WORKLOADS.get(workload) }.is_some())
+pub(crate) fn task(address: u64) -> Option<WorkloadId> {
+    // SAFETY: an entry is replaced as a whole; of a workload's row only whether it is there is asked.
+    unsafe {
+        TASKS
+            .get(address)
+            .map(|membership| membership.workload)
+            .filter(|workload| WORKLOADS.get(workload).is_some())
+    }
 }
 
-/// Ties a task to a workload. `false`: no memory.
-///
-/// # Safety
-///
-/// As for [`task`].
+/// Ties the task at this address to a workload. `false`: there is no room.
 #[inline(always)]
-pub(crate) unsafe fn tie(task: *mut task_struct, workload: WorkloadId) -> bool {
-    let mut membership = Membership { workload };
-    // SAFETY: the caller's promise; the kernel copies `membership`, and the value it returns
-    // lives as long as the task.
-    unsafe {
-        let tied = bpf_task_storage_get(
-            TASKS.as_ptr(),
-            task,
-            core::ptr::from_mut(&mut membership).cast(),
-            BPF_LOCAL_STORAGE_GET_F_CREATE.into(),
-        )
-        .cast::<Membership>();
-        match tied.as_mut() {
-            Some(tied) => {
-                tied.workload = workload;
-                true
-            }
-            None => false,
-        }
+pub(crate) fn tie(address: u64, workload: WorkloadId) -> bool {
+    TASKS.insert(address, Membership { workload }, BPF_ANY.into()).is_ok()
+}
+
+/// Forgets a task that ends: its address may become another's.
+#[inline(always)]
+pub(crate) fn untie(address: u64) {
+    // SAFETY: only whether the entry is there is asked: most tasks that end are nobody's.
+    if unsafe { TASKS.get(address) }.is_some() {
+        let _absent = TASKS.remove(address);
     }
+}
+
+/// The number of a unix socket's name; none if no scope mentions it.
+#[inline(always)]
+pub(crate) fn unix_name(name: &UnixName) -> UnixNameId {
+    // SAFETY: an entry never changes between its insertion and its removal.
+    unsafe { UNIX_NAMES.get(name) }.copied().unwrap_or(UnixNameId::NONE)
+}
+
+/// Tells user space that the BPF LSM calls programs.
+#[inline(always)]
+pub(crate) fn lsm_called() {
+    let _one = LSM_CALLS.set(0, 1, BPF_ANY.into());
 }

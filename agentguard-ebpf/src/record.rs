@@ -1,13 +1,14 @@
 //! Counting verdicts and writing their records.
 
+use agentguard_common::allowlist::UNIX_NAME_BYTES;
 use agentguard_common::event::{
-    COMM_BYTES, Event, ExecEvent, Hook, PATH_BYTES, RequestKey, RequestKind,
+    COMM_BYTES, Event, Hook, PATH_BYTES, PathEvent, RequestKey, RequestKind,
 };
-use agentguard_common::stats::{CELLS, Counters};
+use agentguard_common::stats::Counters;
 use agentguard_common::{Permission, Tag, Verdict};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel_str, bpf_ringbuf_reserve,
-    bpf_ringbuf_submit,
+    bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel,
+    bpf_probe_read_kernel_str, bpf_ringbuf_reserve, bpf_ringbuf_submit,
 };
 
 use crate::{kernel, maps};
@@ -31,6 +32,9 @@ pub(crate) enum Origin {
     Task { tgid: u32, pid: u32, cgroup: u64 },
     /// The calling process, which runs the file at this path (a string in kernel memory).
     Exec { path: *const u8 },
+    /// The calling process, which connects or sends to a unix socket that was bound to this name
+    /// (bytes in kernel memory, at most [`UNIX_NAME_BYTES`] of them).
+    Unix { name: u64, length: u32 },
 }
 
 /// What is to be recorded.
@@ -56,7 +60,7 @@ pub(crate) fn count(tag: &Tag, hook: Hook, code: u8, fate: Fate) {
 #[inline(always)]
 pub(crate) fn count_again(tag: &Tag, hook: Hook, code: u8) {
     let Some(counters) = maps::counters(tag.counters) else { return };
-    let cell = kernel::opaque(Counters::cell_of(hook, tag.mode(), code) as u64) as usize % CELLS;
+    let cell = kernel::opaque(Counters::cell_of(hook, tag.mode(), code) as u64) as usize;
     if let Some(cell) = counters.verdicts.get_mut(cell) {
         increment(cell);
     }
@@ -69,7 +73,7 @@ pub(crate) fn count_again(tag: &Tag, hook: Hook, code: u8) {
 #[inline(never)]
 extern "C" fn count_cell(row: u32, cell: u32, fate: u32) -> u32 {
     let Some(counters) = maps::counters(row as u16) else { return 0 };
-    if let Some(cell) = counters.verdicts.get_mut(cell as usize % CELLS) {
+    if let Some(cell) = counters.verdicts.get_mut(cell as usize) {
         increment(cell);
     }
     const LOGGED: u32 = Fate::Logged as u32;
@@ -109,8 +113,8 @@ pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origi
     match origin {
         Origin::Exec { path } => {
             // SAFETY: the ring is a map; the size is a constant.
-            let entry = unsafe { bpf_ringbuf_reserve(ring, size_of::<ExecEvent>() as u64, 0) }
-                .cast::<ExecEvent>();
+            let entry = unsafe { bpf_ringbuf_reserve(ring, size_of::<PathEvent>() as u64, 0) }
+                .cast::<PathEvent>();
             if entry.is_null() {
                 return Fate::Lost;
             }
@@ -121,6 +125,26 @@ pub(crate) fn write(record: &Record, key: &RequestKey, tag: &Tag, origin: &Origi
                 let text = (&raw mut (*entry).path).cast::<u8>();
                 text.write(0);
                 bpf_probe_read_kernel_str(text.cast(), PATH_BYTES as u32, path.cast());
+                bpf_ringbuf_submit(entry.cast(), 0);
+            }
+        }
+        Origin::Unix { name, length } => {
+            // SAFETY: as above.
+            let entry = unsafe { bpf_ringbuf_reserve(ring, size_of::<PathEvent>() as u64, 0) }
+                .cast::<PathEvent>();
+            if entry.is_null() {
+                return Fate::Lost;
+            }
+            // SAFETY: as above; the length is checked against the room in front of the copy.
+            unsafe {
+                fill(&raw mut (*entry).event, record, key, tag, origin);
+                let text = (&raw mut (*entry).path).cast::<u8>();
+                text.write(0);
+                if *length > 0 && *length <= UNIX_NAME_BYTES as u32 {
+                    // The verifier does not see through the comparison.
+                    let length = kernel::opaque((*length).into()) as u32 & (PATH_BYTES as u32 - 1);
+                    bpf_probe_read_kernel(text.cast(), length, *name as *const _);
+                }
                 bpf_ringbuf_submit(entry.cast(), 0);
             }
         }
@@ -162,13 +186,19 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
         (&raw mut (*event).kind).write(*kind as u8);
         let comm = (&raw mut (*event).comm).cast::<u64>();
         match origin {
-            Origin::Caller | Origin::Exec { .. } => {
+            Origin::Caller | Origin::Exec { .. } | Origin::Unix { .. } => {
                 let ids = kernel::current_pid_tgid();
                 (&raw mut (*event).cgroup).write(kernel::current_cgroup().0);
                 (&raw mut (*event).pid).write((ids >> 32) as u32);
                 (&raw mut (*event).tid).write(ids as u32);
                 (&raw mut (*event).uid).write(bpf_get_current_uid_gid() as u32);
-                set_detached(event, false);
+                let name_length = match origin {
+                    Origin::Unix { length, .. } => *length,
+                    Origin::Caller | Origin::Exec { .. } | Origin::Nobody | Origin::Task { .. } => {
+                        0
+                    }
+                };
+                set_ends(event, false, name_length);
                 bpf_get_current_comm(comm.cast(), COMM_BYTES as u32);
             }
             Origin::Nobody => {
@@ -176,7 +206,7 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
                 (&raw mut (*event).pid).write(0);
                 (&raw mut (*event).tid).write(0);
                 (&raw mut (*event).uid).write(u32::MAX);
-                set_detached(event, true);
+                set_ends(event, true, 0);
                 clear(comm);
             }
             Origin::Task { tgid, pid, cgroup } => {
@@ -184,23 +214,24 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
                 (&raw mut (*event).pid).write(*tgid);
                 (&raw mut (*event).tid).write(*pid);
                 (&raw mut (*event).uid).write(bpf_get_current_uid_gid() as u32);
-                set_detached(event, false);
+                set_ends(event, false, 0);
                 clear(comm);
             }
         }
     }
 }
 
-/// Writes the flag, and the bytes that are reserved behind it.
+/// Writes the last bytes: the flag, the length of a name, and what is reserved behind them.
 ///
 /// # Safety
 ///
 /// As for [`fill`].
 #[inline(always)]
-unsafe fn set_detached(event: *mut Event, detached: bool) {
+unsafe fn set_ends(event: *mut Event, detached: bool, name_length: u32) {
     // One word: by itself an odd number of bytes becomes a call of `memset`, a loop over bytes.
+    let word = u32::from(detached) | name_length << 8;
     // SAFETY: the caller's promise; the word is the last of the event.
-    unsafe { (&raw mut (*event).detached).cast::<u32>().write(u32::from(detached).to_le()) };
+    unsafe { (&raw mut (*event).detached).cast::<u32>().write(word.to_le()) };
 }
 
 /// Clears a task's name.

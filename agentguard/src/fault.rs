@@ -10,8 +10,14 @@ pub const VARIABLE: &str = "AGENTGUARD_FAULT";
 /// Every point, in the order in which a daemon passes them first.
 ///
 /// The part before the dot says what has to happen for a point to be passed: `load` the kernel half
-/// set up anew, `adopt` taken over, `upgrade` replaced by another build's.
+/// set up anew (or adopted), `takeover` replaced by another build's.
 pub const POINTS: &[&str] = &[
+    "load.directories",
+    "load.loaded",
+    "load.gate",
+    "load.pinned",
+    "load.ready",
+    "load.adopted",
     "start.opened",
     "start.restored",
     "manifests.begun",
@@ -25,6 +31,10 @@ pub const POINTS: &[&str] = &[
     "hold.captured",
     "start.manifests",
     "start.resumed",
+    "takeover.link",
+    "takeover.gate",
+    "takeover.done",
+    "takeover.removed",
     "start.others",
     "save.begun",
     "save.written",

@@ -1,5 +1,5 @@
 //! The user half.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod allowlist;
 pub mod api;

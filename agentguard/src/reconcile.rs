@@ -52,6 +52,7 @@ mod tests {
             expires_at: NEVER,
             egress: Vec::new(),
             executables: Vec::new(),
+            unix_sockets: Vec::new(),
             listening: vec![range],
         }])
         .unwrap()

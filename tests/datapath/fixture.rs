@@ -17,8 +17,8 @@ use agentguard::allowlist::{
 };
 use agentguard::datapath::{Datapath, DoorState, Options, Sizes, uninstall};
 use agentguard_common::{
-    AllowlistId, FileId, GrantId, IdentityId, Mode, Protocol, RuleSetId, ScopeId, Tag, WorkloadId,
-    abi::Settings, allowlist::NEVER, stats::Counters,
+    AllowlistId, FileId, GrantId, IdentityId, Layer as DoorLayer, Mode, Protocol, RuleSetId,
+    ScopeId, Tag, WorkloadId, abi::Settings, allowlist::NEVER, event::Hook, stats::Counters,
 };
 use agentguard_tests::{Layer, requires};
 use nix::{
@@ -40,6 +40,9 @@ pub(crate) const SMALL: Sizes = Sizes {
     destinations: 4096,
     rules: 4096,
     executables: 1024,
+    unix_names: 64,
+    unix_sockets: 64,
+    tasks: 1024,
     verdicts: 4096,
     counters: 4,
     denied_ring: 1 << 16,
@@ -70,7 +73,9 @@ impl Fixture {
         let datapath =
             Datapath::open(&Options { pin_directory: pins.clone(), sizes, settings }).unwrap();
         for (door, state) in datapath.states() {
-            assert_eq!(*state, DoorState::Active, "{}", door.hook);
+            if door.layer == DoorLayer::Portable {
+                assert_eq!(*state, DoorState::Active, "{}", door.hook);
+            }
         }
         let cgroup = root().join(&name);
         fs::create_dir(&cgroup).unwrap();
@@ -110,6 +115,23 @@ impl Fixture {
         }
         self.datapath.release(cgroup_id(&self.cgroup), WORKLOAD).unwrap();
         self.datapath.forget(WORKLOAD).unwrap();
+    }
+
+    /// Whether a door's program is in force.
+    pub(crate) fn is_active(&self, program: &str) -> bool {
+        let states = self.datapath.states().iter();
+        states
+            .filter(|(door, _)| door.program == program)
+            .any(|(_, state)| *state == DoorState::Active)
+    }
+
+    /// What a refused exec comes to on this kernel, and the hook that refuses it.
+    pub(crate) fn refused_exec(&self) -> (&'static str, Hook) {
+        if self.is_active("bprm_check") {
+            ("EPERM", Hook::BprmCheck)
+        } else {
+            ("killed", Hook::Exec)
+        }
     }
 
     pub(crate) fn counters(&self) -> Counters {
@@ -191,6 +213,7 @@ pub(crate) fn standing() -> Permit {
         expires_at: NEVER,
         egress: vec![],
         executables: vec![],
+        unix_sockets: vec![],
         listening: vec![],
     }
 }

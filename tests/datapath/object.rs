@@ -1,10 +1,10 @@
 //! The object as the build made it, without a kernel.
 
-use agentguard::datapath::{doors, object_bytes};
+use agentguard::datapath::{Door, doors, object_bytes};
 use object::{Object as _, ObjectSymbol as _};
 
 #[test]
-fn every_door_has_its_program_and_every_program_its_door() {
+fn every_door_has_its_program_and_its_gate_and_every_program_its_door() {
     let bytes = object_bytes();
     let file = object::File::parse(bytes).unwrap();
     let mut programs: Vec<&str> = file
@@ -20,7 +20,9 @@ fn every_door_has_its_program_and_every_program_its_door() {
         })
         .filter_map(|symbol| symbol.name().ok())
         .collect();
-    let mut expected: Vec<&str> = doors().iter().map(|door| door.program).collect();
+    let programs_of = |door: &Door| [Some(door.program), door.gate_program()];
+    let mut expected: Vec<&str> = doors().iter().flat_map(programs_of).flatten().collect();
+    expected.push("lsm_probe");
     programs.sort_unstable();
     expected.sort_unstable();
     assert_eq!(programs, expected);

@@ -4,7 +4,15 @@ use std::{
     env, fs,
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    os::{fd::AsRawFd as _, unix::process::ExitStatusExt as _},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _},
+        linux::net::SocketAddrExt as _,
+        unix::{
+            self,
+            net::{UnixDatagram, UnixListener, UnixStream},
+            process::ExitStatusExt as _,
+        },
+    },
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
     thread,
@@ -122,6 +130,35 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
             socket.set_reuse_address(true)?;
             socket.bind(&at.into()).map(ok)
         }
+        ["listen", at] => {
+            let at = address(at);
+            let socket = socket("tcp", at)?;
+            socket.bind(&at.into())?;
+            socket.listen(1).map(ok)
+        }
+        ["socket", family, kind, protocol] => {
+            let [family, kind, protocol] =
+                [family, kind, protocol].map(|number| number.parse::<i32>().unwrap());
+            Socket::new(family.into(), kind.into(), Some(protocol.into()))
+                .map(|_socket| "ok".to_owned())
+        }
+        ["unix-stream", name] => {
+            UnixStream::connect_addr(&unix(name)?).map(|_stream| "ok".to_owned())
+        }
+        ["unix-datagram", name] => UnixDatagram::unbound()?
+            .send_to_addr(b"datagram", &unix(name)?)
+            .map(|_length| "ok".to_owned()),
+        ["unix-own"] => own_unix_server().map(ok),
+        ["unix-pair"] => {
+            let (one, _other) = UnixDatagram::pair()?;
+            one.send(b"datagram").map(|_length| "ok".to_owned())
+        }
+        ["take", pid, descriptor] => {
+            *flow = Some(take(pid.parse().unwrap(), descriptor.parse().unwrap())?);
+            Ok("ok".to_owned())
+        }
+        ["accept"] => flow.as_ref().unwrap().accept().map(|_accepted| "ok".to_owned()),
+        ["connect-flow", to] => flow.as_ref().unwrap().connect(&address(to).into()).map(ok),
         ["raw"] => Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::ICMPV4))
             .map(|_socket| "ok".to_owned()),
         ["run", path] => {
@@ -146,6 +183,36 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
             hammer(address(permitted), address(denied), time)
         }
         _ => panic!("{words:?} is no command"),
+    }
+}
+
+/// A path, or an abstract name behind an `@`.
+fn unix(name: &str) -> io::Result<unix::net::SocketAddr> {
+    match name.strip_prefix('@') {
+        Some(name) => unix::net::SocketAddr::from_abstract_name(name),
+        None => unix::net::SocketAddr::from_pathname(name),
+    }
+}
+
+/// Serves on a name of its own, and connects there.
+fn own_unix_server() -> io::Result<()> {
+    let name = unix(&format!("@agentguard-worker-{}", process::id()))?;
+    let _server = UnixListener::bind_addr(&name)?;
+    UnixStream::connect_addr(&name).map(drop)
+}
+
+/// A copy of another process's descriptor (`pidfd_getfd(2)`).
+fn take(pid: i32, descriptor: i32) -> io::Result<Socket> {
+    // SAFETY: plain numbers; the descriptors they return are new ones of this process.
+    unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        if process < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let taken = libc::syscall(libc::SYS_pidfd_getfd, process, descriptor, 0);
+        let error = io::Error::last_os_error();
+        libc::close(process as i32);
+        if taken < 0 { Err(error) } else { Ok(Socket::from_raw_fd(taken as i32)) }
     }
 }
 

@@ -9,8 +9,9 @@ use std::{
 };
 
 use agentguard_common::{
-    Address, AllowlistId, Destination, Endpoint, FileId, GrantId, IdentityId, Mode, Naming,
-    Protocol, Reason, Request, RuleSetId, ScopeId, Tag, Verdict, allowlist::NEVER, decide,
+    Address, AllowlistId, Destination, Endpoint, FileId, GrantId, IdentityId, Mode, Naming, Peer,
+    Protocol, Reason, Request, RuleSetId, ScopeId, Tag, UnixNameId, UnixSocket, Verdict,
+    allowlist::NEVER, decide,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::{prelude::*, sample::Index, strategy::ValueTree, test_runner::TestRunner};
@@ -38,6 +39,7 @@ pub(super) fn load(compiled: &CompiledAllowlist) -> (TableSet, Tag) {
             ports: vec![PortRange { protocol: Protocol::Any, first: 0, last: u16::MAX }],
         }],
         executables: vec![FileId { inode: 1, device: 1, generation: 0 }],
+        unix_sockets: vec![UnixSocket { directory: 1, device: 1, name: UnixNameId(1) }],
         listening: vec![PortRange { protocol: Protocol::Any, first: 0, last: u16::MAX }],
     };
     let mut tables = TableSet::default();
@@ -211,6 +213,14 @@ fn any_file() -> impl Strategy<Value = FileId> {
     })
 }
 
+/// In a directory or abstract; now and then with a name that has no number.
+fn any_unix_socket() -> impl Strategy<Value = UnixSocket> {
+    let directory = prop::sample::select(vec![(0_u64, 0_u32), (1, 1), (1, 2), (2, 1)]);
+    (directory, prop::sample::select(vec![0_u32, 1, 1, 2, 2, 3])).prop_map(
+        |((directory, device), name)| UnixSocket { directory, device, name: UnixNameId(name) },
+    )
+}
+
 fn any_permit() -> impl Strategy<Value = Permit> {
     let egress =
         (prop::collection::vec(any_block(), 0..4), prop::collection::vec(any_range(), 0..4))
@@ -221,16 +231,20 @@ fn any_permit() -> impl Strategy<Value = Permit> {
         prop::sample::select(vec![0, 1, 50, 100, 100, 101, 150, NEVER, NEVER]),
         prop::collection::vec(egress, 0..3),
         prop::collection::vec(any_file(), 0..3),
+        prop::collection::vec(any_unix_socket(), 0..3),
         prop::collection::vec(any_range(), 0..3),
     )
-        .prop_map(|(scope, grant, expires_at, egress, executables, listening)| Permit {
-            scope: ScopeId(scope),
-            grant: GrantId(grant),
-            expires_at,
-            egress,
-            executables,
-            listening,
-        })
+        .prop_map(
+            |(scope, grant, expires_at, egress, executables, unix_sockets, listening)| Permit {
+                scope: ScopeId(scope),
+                grant: GrantId(grant),
+                expires_at,
+                egress,
+                executables,
+                unix_sockets,
+                listening,
+            },
+        )
 }
 
 /// Several permits, some of which give the same as another under another grant.
@@ -293,8 +307,10 @@ fn target(cidrs: &[IpNet], drawn: &AnyTarget) -> Address {
 #[derive(Clone, Debug)]
 enum AnyRequest {
     Destination { target: AnyTarget, protocol: u8, port: u16, kind: u8 },
-    Endpoint { protocol: u8, port: u16, reply: bool },
+    Endpoint { protocol: u8, port: u16, kind: u8 },
     Exec(FileId, bool),
+    Unix { socket: UnixSocket, peer: Peer, send: bool },
+    Socket { family: u16, protocol: u16 },
 }
 
 fn any_request() -> impl Strategy<Value = AnyRequest> {
@@ -306,12 +322,25 @@ fn any_request() -> impl Strategy<Value = AnyRequest> {
                 target, protocol, port, kind,
             }
         ),
-        2 => (protocol(), any_port(), any::<bool>()).prop_map(
-            |(protocol, port, reply)| AnyRequest::Endpoint { protocol, port, reply }
+        3 => (protocol(), any_port(), 0_u8..4).prop_map(
+            |(protocol, port, kind)| AnyRequest::Endpoint { protocol, port, kind }
         ),
         1 => (any_file(), prop::bool::weighted(0.9))
             .prop_map(|(file, named)| AnyRequest::Exec(file, named)),
+        2 => (any_unix_socket(), any_peer(), any::<bool>())
+            .prop_map(|(socket, peer, send)| AnyRequest::Unix { socket, peer, send }),
+        1 => (any_family(), prop::sample::select(vec![0_u16, 0, 1, 6, 9]))
+            .prop_map(|(family, protocol)| AnyRequest::Socket { family, protocol }),
     ]
+}
+
+fn any_peer() -> impl Strategy<Value = Peer> {
+    prop::sample::select(vec![Peer::Other, Peer::Other, Peer::Other, Peer::Own, Peer::Unnamed])
+}
+
+/// Those that need no permission, those beside them in number, and others that exist.
+fn any_family() -> impl Strategy<Value = u16> {
+    prop::sample::select(vec![0_u16, 1, 2, 3, 9, 10, 11, 15, 16, 16, 17, 38, 40, 44, u16::MAX])
 }
 
 fn request(cidrs: &[IpNet], drawn: &AnyRequest) -> Request {
@@ -325,9 +354,19 @@ fn request(cidrs: &[IpNet], drawn: &AnyRequest) -> Request {
                 _ => Request::Packet(destination),
             }
         }
-        AnyRequest::Endpoint { protocol, port, reply } => {
+        AnyRequest::Endpoint { protocol, port, kind } => {
             let endpoint = Endpoint { protocol: *protocol, port: *port };
-            if *reply { Request::Reply(endpoint) } else { Request::Bind(endpoint) }
+            match kind {
+                0 => Request::Reply(endpoint),
+                1 => Request::Bind(endpoint),
+                2 => Request::Listen(endpoint),
+                _ => Request::Accept(endpoint),
+            }
+        }
+        AnyRequest::Unix { socket, peer, send: false } => Request::UnixConnect(*socket, *peer),
+        AnyRequest::Unix { socket, peer, send: true } => Request::UnixSend(*socket, *peer),
+        AnyRequest::Socket { family, protocol } => {
+            Request::Socket { family: *family, protocol: *protocol }
         }
         AnyRequest::Exec(file, named) => {
             Request::Exec(*file, if *named { Naming::Named } else { Naming::Unnamed })

@@ -13,10 +13,10 @@ use std::{
 };
 
 use agentguard_common::{
-    AllowlistId, FileId, Permission, Protocol, RuleSetId, ScopeId,
+    AllowlistId, FileId, Permission, Protocol, RuleSetId, ScopeId, UnixSocket,
     allowlist::{
         DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, MAX_RULES, NEVER,
-        RULES_PER_ROW, Rule, RuleRow,
+        RULES_PER_ROW, Rule, RuleRow, UnixSocketKey,
     },
 };
 
@@ -34,6 +34,8 @@ pub struct CompiledAllowlist {
     rule_sets: Vec<Vec<Rule>>,
     /// Sorted by device and inode, of which each has one.
     executables: Vec<(FileId, Permission)>,
+    /// Sorted, each once.
+    unix_sockets: Vec<(UnixSocket, Permission)>,
     listening: Option<SetIndex>,
 }
 
@@ -79,6 +81,7 @@ pub struct Rows {
     /// Numbered consecutively.
     pub rules: Vec<(RuleSetId, RuleRow)>,
     pub executables: Vec<(ExecutableKey, ExecutableEntry)>,
+    pub unix_sockets: Vec<(UnixSocketKey, Permission)>,
     /// What [`Tag::listening`](agentguard_common::Tag::listening) must be.
     pub listening: RuleSetId,
 }
@@ -132,6 +135,12 @@ impl CompiledAllowlist {
         &self.executables
     }
 
+    /// The unix sockets that may be connected and sent to, sorted.
+    #[must_use]
+    pub fn unix_sockets(&self) -> &[(UnixSocket, Permission)] {
+        &self.unix_sockets
+    }
+
     /// The rules for listening; `None` where nothing permits any.
     #[must_use]
     pub const fn listening(&self) -> Option<SetIndex> {
@@ -142,13 +151,18 @@ impl CompiledAllowlist {
     /// here ends. The tables need no change then; they only hold what is over from then on.
     #[must_use]
     pub fn next_expiry(&self, now: u64) -> Option<u64> {
-        let rules = self.rule_sets.iter().flatten().map(|rule| rule.permission);
-        let executables = self.executables.iter().map(|(_, permission)| *permission);
-        rules
-            .chain(executables)
+        self.permissions()
             .map(|permission| permission.expires_at)
             .filter(|expires_at| *expires_at > now && *expires_at != NEVER)
             .min()
+    }
+
+    /// Every permission there is here, some of them more than once.
+    pub fn permissions(&self) -> impl Iterator<Item = Permission> {
+        let rules = self.rule_sets.iter().flatten().map(|rule| rule.permission);
+        let executables = self.executables.iter().map(|(_, permission)| *permission);
+        let unix_sockets = self.unix_sockets.iter().map(|(_, permission)| *permission);
+        rules.chain(executables).chain(unix_sockets)
     }
 
     /// How many rule rows [`Self::rows`] numbers.
@@ -194,8 +208,13 @@ impl CompiledAllowlist {
                 (ExecutableKey::new(id, file), entry)
             })
             .collect();
+        let unix_sockets = self
+            .unix_sockets
+            .iter()
+            .map(|(socket, permission)| (UnixSocketKey::new(id, socket), *permission))
+            .collect();
         let listening = self.listening.map_or(RuleSetId::NONE, |set| starts[set.0]);
-        Ok(Rows { allowlist: id, destinations, rules, executables, listening })
+        Ok(Rows { allowlist: id, destinations, rules, executables, unix_sockets, listening })
     }
 
     /// The first row of every set, and all rows.
@@ -257,8 +276,11 @@ fn compile_counted(permits: &[Permit]) -> Result<(CompiledAllowlist, usize), Com
 
     let listening = compile_listening(permits, &mut sets)?;
     let executables = compile_executables(permits);
+    let unix_sockets = compile_unix_sockets(permits);
     let rule_sets = sets.list;
-    Ok((CompiledAllowlist { destinations, rule_sets, executables, listening }, steps))
+    let compiled =
+        CompiledAllowlist { destinations, rule_sets, executables, unix_sockets, listening };
+    Ok((compiled, steps))
 }
 
 fn compile_listening(
@@ -293,6 +315,20 @@ fn compile_executables(permits: &[Permit]) -> Vec<(FileId, Permission)> {
         }
     }
     executables.into_values().collect()
+}
+
+fn compile_unix_sockets(permits: &[Permit]) -> Vec<(UnixSocket, Permission)> {
+    let mut sockets: BTreeMap<UnixSocket, Permission> = BTreeMap::new();
+    for permit in permits {
+        let permission = permit.permission();
+        for socket in permit.unix_sockets.iter().filter(|socket| socket.name.is_some()) {
+            let held = sockets.entry(*socket).or_insert(permission);
+            if precedence(&permission) < precedence(held) {
+                *held = permission;
+            }
+        }
+    }
+    sockets.into_iter().collect()
 }
 
 /// The blocks of all permits in canonical form.
@@ -630,8 +666,8 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use agentguard_common::{
-        Address, Decision, Destination, Endpoint, GrantId, Naming, Reason, Request, Verdict,
-        allowlist::ROWS_PER_SET, decide,
+        Address, Decision, Destination, Endpoint, GrantId, Naming, Peer, Reason, Request,
+        UnixNameId, Verdict, allowlist::ROWS_PER_SET, decide,
     };
 
     use super::*;
@@ -657,8 +693,13 @@ mod tests {
             expires_at,
             egress: vec![],
             executables: vec![],
+            unix_sockets: vec![],
             listening: vec![],
         }
+    }
+
+    fn socket(name: u32) -> UnixSocket {
+        UnixSocket { directory: 7, device: 8, name: UnixNameId(name) }
     }
 
     fn egress(number: u32, blocks: Vec<Block>, ports: Vec<PortRange>) -> Permit {
@@ -834,6 +875,82 @@ mod tests {
     }
 
     #[test]
+    fn nobody_is_served_on_a_port_that_was_not_granted_not_even_on_one_the_kernel_chose() {
+        let permits = [Permit { listening: vec![tcp(8000, 8999)], ..permit(1, NEVER) }];
+        for request in [Request::Listen, Request::Accept] {
+            let verdict = |permits, port| {
+                let endpoint = Endpoint { protocol: 6, port };
+                ask(permits, &request(endpoint)).verdict
+            };
+            assert_eq!(verdict(&permits, 8000), Verdict::Allow);
+            for port in [0, 9000] {
+                assert_eq!(verdict(&permits, port), Verdict::Deny(Reason::PortNotGranted));
+            }
+            assert_eq!(verdict(&[], 0), Verdict::Deny(Reason::NotGranted));
+        }
+    }
+
+    #[test]
+    fn a_unix_socket_is_its_directory_and_its_name() {
+        let abstract_name = UnixSocket { name: UnixNameId(3), ..UnixSocket::default() };
+        let permits = [Permit { unix_sockets: vec![socket(1), abstract_name], ..permit(1, NEVER) }];
+        for request in [Request::UnixConnect, Request::UnixSend] {
+            let ask = |socket, peer| ask(&permits, &request(socket, peer)).verdict;
+            let denied = Verdict::Deny(Reason::NotGranted);
+            assert_eq!(ask(socket(1), Peer::Other), Verdict::Allow);
+            assert_eq!(ask(abstract_name, Peer::Other), Verdict::Allow);
+            for stranger in [
+                socket(2),
+                socket(3),
+                UnixSocket { directory: 9, ..socket(1) },
+                UnixSocket { device: 9, ..socket(1) },
+                UnixSocket { name: UnixNameId(1), ..UnixSocket::default() },
+                UnixSocket::default(),
+            ] {
+                assert_eq!(ask(stranger, Peer::Other), denied, "{stranger:?}");
+                assert_eq!(ask(stranger, Peer::Own), Verdict::Allow);
+                assert_eq!(ask(stranger, Peer::Unnamed), Verdict::Allow);
+            }
+        }
+    }
+
+    #[test]
+    fn a_unix_socket_whose_name_has_no_number_is_never_permitted() {
+        let permits = [Permit { unix_sockets: vec![socket(0)], ..permit(1, NEVER) }];
+        assert_eq!(compile(&permits).unwrap().unix_sockets(), []);
+        let verdict = ask(&permits, &Request::UnixConnect(socket(0), Peer::Other)).verdict;
+        assert_eq!(verdict, Verdict::Deny(Reason::NotGranted));
+    }
+
+    #[test]
+    fn of_the_grants_of_a_unix_socket_the_one_that_lasts_longest_answers() {
+        let with = |number, expires_at| Permit {
+            unix_sockets: vec![socket(1)],
+            ..permit(number, expires_at)
+        };
+        let ask = |permits: &[Permit]| {
+            let decision = ask(permits, &Request::UnixConnect(socket(1), Peer::Other));
+            (decision.verdict, decision.permission.grant)
+        };
+        let (over, lasts) = (with(1, NOW), with(2, NOW + 1));
+        let expired = (Verdict::Deny(Reason::Expired), GrantId(1));
+        assert_eq!(ask(std::slice::from_ref(&over)), expired);
+        assert_eq!(ask(&[over.clone(), lasts.clone()]), (Verdict::Allow, GrantId(2)));
+        assert_eq!(ask(&[lasts, over]), (Verdict::Allow, GrantId(2)));
+    }
+
+    #[test]
+    fn families_are_granted_to_nobody() {
+        let verdict = |family, protocol| ask(&[], &Request::Socket { family, protocol }).verdict;
+        for (family, protocol) in [(1, 0), (2, 6), (10, 17), (16, 0)] {
+            assert_eq!(verdict(family, protocol), Verdict::Allow, "{family}");
+        }
+        for (family, protocol) in [(16, 9), (17, 0), (38, 0), (40, 0), (44, 0), (u16::MAX, 0)] {
+            assert_eq!(verdict(family, protocol), Verdict::Deny(Reason::SocketFamily), "{family}");
+        }
+    }
+
+    #[test]
     fn a_file_runs_only_in_the_generation_that_was_granted() {
         let file = |inode, generation| FileId { inode, device: 3, generation };
         let permits = [Permit { executables: vec![file(1, 7), file(2, 0)], ..permit(1, NEVER) }];
@@ -911,10 +1028,12 @@ mod tests {
                 ..permit(3, 400)
             },
             permit(4, 250),
+            Permit { unix_sockets: vec![socket(1)], ..permit(5, 350) },
         ];
         let next = |permits: &[Permit], now| compile(permits).unwrap().next_expiry(now);
         assert_eq!(next(&permits, 0), Some(200));
         assert_eq!(next(&permits, 200), Some(300));
+        assert_eq!(next(&permits, 300), Some(350));
         assert_eq!(next(&permits, 399), Some(400));
         assert_eq!(next(&permits, 400), None);
         permits[0].expires_at = NEVER;

@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 
-use agentguard_common::{FileId, GrantId, Permission, Protocol, ScopeId};
+use agentguard_common::{FileId, GrantId, Permission, Protocol, ScopeId, UnixSocket};
 use ipnet::IpNet;
 
 #[cfg(test)]
@@ -27,7 +27,10 @@ pub struct Permit {
     pub egress: Vec<EgressPermit>,
     /// The files that may run.
     pub executables: Vec<FileId>,
-    /// Where the workload may bind, listen and answer.
+    /// The unix sockets that may be connected and sent to. One without a name's number permits
+    /// nothing.
+    pub unix_sockets: Vec<UnixSocket>,
+    /// Where the workload may bind, listen, accept and answer.
     pub listening: Vec<PortRange>,
 }
 

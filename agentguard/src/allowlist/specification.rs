@@ -4,8 +4,8 @@
 //! tables are compiled. Every decision looks at every permit.
 
 use agentguard_common::{
-    Address, Decision, Destination, Endpoint, FileId, Mover, Naming, Permission, Reason, Request,
-    Verdict,
+    Address, Decision, Destination, Endpoint, FileId, Mover, Naming, Peer, Permission, Reason,
+    Request, UnixSocket, Verdict, request::family,
 };
 use ipnet::IpNet;
 
@@ -32,7 +32,14 @@ impl Specification {
             | Request::Send(destination)
             | Request::Packet(destination) => self.destination(&destination, now),
             Request::Bind(Endpoint { port: 0, .. }) => Decision::ALLOW,
-            Request::Bind(endpoint) | Request::Reply(endpoint) => self.listening(endpoint, now),
+            Request::Bind(endpoint)
+            | Request::Reply(endpoint)
+            | Request::Listen(endpoint)
+            | Request::Accept(endpoint) => self.listening(endpoint, now),
+            Request::Socket { family, protocol } => socket(family, protocol),
+            Request::UnixConnect(socket, peer) | Request::UnixSend(socket, peer) => {
+                self.unix_socket(&socket, peer, now)
+            }
             Request::RawSocket { .. } => Decision::deny(Reason::RawSocket),
             Request::Exec(_, Naming::Unnamed) => Decision::deny(Reason::UnnamedFile),
             Request::Exec(file, Naming::Named) => self.executable(&file, now),
@@ -113,6 +120,37 @@ impl Specification {
             }
             Some((permission, _)) => answer(vec![*permission], now),
         }
+    }
+
+    /// A workload's own sockets are its own affair, and one without a name was handed to it. Any
+    /// other is permitted by a permit that names its directory and name, if the name has a number:
+    /// a socket without one is mentioned by no scope, whatever else it looks like.
+    fn unix_socket(&self, socket: &UnixSocket, peer: Peer, now: u64) -> Decision {
+        match peer {
+            Peer::Own | Peer::Unnamed => return Decision::ALLOW,
+            Peer::Other => {}
+        }
+        let permissions: Vec<Permission> = self
+            .permits
+            .iter()
+            .filter(|permit| socket.name.is_some() && permit.unix_sockets.contains(socket))
+            .map(Permit::permission)
+            .collect();
+        if permissions.is_empty() {
+            return Decision::deny(Reason::NotGranted);
+        }
+        answer(permissions, now)
+    }
+}
+
+/// Sockets whose every use is asked for again need no permission, nor does reading routes.
+fn socket(family: u16, protocol: u16) -> Decision {
+    let is_judged_later = [family::UNIX, family::INET, family::INET6].contains(&family);
+    let reads_routes = (family, protocol) == (family::NETLINK, family::NETLINK_ROUTE);
+    if is_judged_later || reads_routes {
+        Decision::ALLOW
+    } else {
+        Decision::deny(Reason::SocketFamily)
     }
 }
 

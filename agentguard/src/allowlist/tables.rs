@@ -6,8 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use agentguard_common::{
-    Address, AllowlistId, FileId, RuleSetId, Tables,
-    allowlist::{DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow},
+    Address, AllowlistId, FileId, Permission, RuleSetId, Tables, UnixSocket,
+    allowlist::{
+        DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, UnixSocketKey,
+    },
 };
 
 use super::{compile::Rows, prefix::Prefix};
@@ -18,6 +20,7 @@ pub struct TableSet {
     allowlists: BTreeMap<AllowlistId, Loaded>,
     rules: BTreeMap<RuleSetId, RuleRow>,
     executables: BTreeMap<ExecutableKey, ExecutableEntry>,
+    unix_sockets: BTreeMap<UnixSocketKey, Permission>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +30,7 @@ struct Loaded {
     /// What goes when the allow-list goes.
     rules: BTreeSet<RuleSetId>,
     executables: BTreeSet<ExecutableKey>,
+    unix_sockets: BTreeSet<UnixSocketKey>,
 }
 
 /// Why rows were not loaded; nothing of them was.
@@ -50,7 +54,7 @@ impl TableSet {
     ///
     /// A number that is in use, or a key that can not be one.
     pub fn load(&mut self, rows: Rows) -> Result<(), LoadError> {
-        let Rows { allowlist, destinations, rules, executables, listening: _ } = rows;
+        let Rows { allowlist, destinations, rules, executables, unix_sockets, listening: _ } = rows;
         if self.allowlists.contains_key(&allowlist) {
             return Err(LoadError::AllowlistInUse(allowlist));
         }
@@ -69,13 +73,15 @@ impl TableSet {
         }
         loaded.rules.extend(rules.iter().map(|(id, _)| *id));
         loaded.executables.extend(executables.iter().map(|(key, _)| *key));
+        loaded.unix_sockets.extend(unix_sockets.iter().map(|(key, _)| *key));
         self.allowlists.insert(allowlist, loaded);
         self.rules.extend(rules);
         self.executables.extend(executables);
+        self.unix_sockets.extend(unix_sockets);
         Ok(())
     }
 
-    /// Removes an allow-list with its rules and executables; whether it was there.
+    /// Removes an allow-list with all that came with it; whether it was there.
     pub fn remove(&mut self, allowlist: AllowlistId) -> bool {
         let Some(loaded) = self.allowlists.remove(&allowlist) else { return false };
         for row in &loaded.rules {
@@ -83,6 +89,9 @@ impl TableSet {
         }
         for key in &loaded.executables {
             self.executables.remove(key);
+        }
+        for key in &loaded.unix_sockets {
+            self.unix_sockets.remove(key);
         }
         true
     }
@@ -116,11 +125,17 @@ impl Tables for TableSet {
     fn executable(&self, allowlist: AllowlistId, file: &FileId) -> Option<ExecutableEntry> {
         self.executables.get(&ExecutableKey::new(allowlist, file)).copied()
     }
+
+    fn unix_socket(&self, allowlist: AllowlistId, socket: &UnixSocket) -> Option<Permission> {
+        self.unix_sockets.get(&UnixSocketKey::new(allowlist, socket)).copied()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
+
+    use agentguard_common::UnixNameId;
 
     use super::*;
 
@@ -146,8 +161,19 @@ mod tests {
                 })
                 .collect(),
             executables: vec![],
+            unix_sockets: vec![],
             listening: RuleSetId::NONE,
         }
+    }
+
+    fn socket(name: u32) -> UnixSocket {
+        UnixSocket { directory: 7, device: 8, name: UnixNameId(name) }
+    }
+
+    fn with_socket(mut rows: Rows, name: u32) -> Rows {
+        let key = UnixSocketKey::new(rows.allowlist, &socket(name));
+        rows.unix_sockets.push((key, Permission { expires_at: 9, ..Permission::NONE }));
+        rows
     }
 
     fn found(tables: &TableSet, allowlist: u32, address: &str) -> Option<u32> {
@@ -198,9 +224,12 @@ mod tests {
     #[test]
     fn an_allow_list_goes_with_everything_that_came_with_it() {
         let mut tables = TableSet::default();
-        tables.load(rows(1, &[("10.0.0.0/8", 1)], &[1, 2])).unwrap();
+        tables.load(with_socket(rows(1, &[("10.0.0.0/8", 1)], &[1, 2]), 1)).unwrap();
         let one = tables.clone();
-        tables.load(rows(2, &[("10.0.0.0/8", 3)], &[3])).unwrap();
+        tables.load(with_socket(rows(2, &[("10.0.0.0/8", 3)], &[3]), 1)).unwrap();
+        assert!(tables.unix_socket(AllowlistId(2), &socket(1)).is_some());
+        assert_eq!(tables.unix_socket(AllowlistId(2), &socket(2)), None);
+        assert_eq!(tables.unix_socket(AllowlistId(3), &socket(1)), None);
         assert!(tables.remove(AllowlistId(2)));
         assert!(!tables.remove(AllowlistId(2)));
         assert_eq!(tables, one);

@@ -21,6 +21,12 @@ pub fn remedies(viewer: &Viewer, explanation: &Explanation) -> Vec<String> {
                 .into(),
         ];
     };
+    if let Target::Socket { family, .. } = &explanation.target {
+        return vec![format!(
+            "no scope can grant a socket of family {family}; have what needs one run outside of \
+             the workload"
+        )];
+    }
     let mut remedies: Vec<String> = Vec::new();
     for scope in &explanation.permitting_scopes {
         match viewer {
@@ -58,7 +64,19 @@ fn permission(target: &Target) -> String {
             };
             format!("`egress: [{{to: [{{{to}}}], ports: [{}]}}]`", ports(*port, *protocol))
         }
-        Target::Bind { port, protocol } => format!("`listen: [{}]`", ports(*port, *protocol)),
+        Target::Bind { port, protocol } | Target::Listen { port, protocol } => {
+            format!("`listen: [{}]`", ports(*port, *protocol))
+        }
+        Target::Unix { path } if path.is_absolute() => {
+            format!("`unixSockets: [{{path: {}}}]`", json(&path.to_string_lossy()))
+        }
+        // Bound by a path relative to where its server ran; the rest of it is known there only.
+        Target::Unix { path } => format!(
+            "`unixSockets: [{{path: …}}]` with the whole path of {}",
+            json(&path.to_string_lossy())
+        ),
+        Target::Abstract { name } => format!("`unixSockets: [{{abstract: {}}}]`", json(name)),
+        Target::Socket { family, .. } => format!("nothing, since {family} can not be granted,"),
         Target::Exec { path } => {
             format!("`exec: [{{path: {}}}]`", json(&path.to_string_lossy()))
         }
@@ -92,6 +110,7 @@ pub fn quote(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::api::types::Mode;
+    use crate::audit::family::Family;
 
     fn denied(target: Target, permitting_scopes: &[&str]) -> Explanation {
         Explanation {
@@ -143,6 +162,30 @@ mod tests {
             ),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_unix_socket_is_granted_by_what_its_server_bound_and_a_family_never() {
+        let remedy = |target| remedies(&Viewer::Everything, &denied(target, &[])).remove(0);
+        for (target, text) in [
+            (
+                Target::Unix { path: "/run/docker.sock".into() },
+                "add `unixSockets: [{path: \"/run/docker.sock\"}]` to the spec",
+            ),
+            (Target::Unix { path: "a.sock".into() }, "with the whole path of \"a.sock\""),
+            (Target::Abstract { name: "a\"b".into() }, r#"[{abstract: "a\"b"}]`"#),
+            (
+                Target::Listen { port: 80, protocol: Protocol::Tcp },
+                "`listen: [{protocol: TCP, port: 80}]`",
+            ),
+            (
+                Target::Socket { family: Family(40), protocol: 0 },
+                "no scope can grant a socket of family AF_VSOCK;",
+            ),
+        ] {
+            let remedy = remedy(target);
+            assert!(remedy.contains(text), "{remedy}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::audit::family::Family;
 use crate::audit::record::Inherited;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -412,6 +413,28 @@ pub enum Target {
     },
     /// Binding a socket to a local port.
     Bind { port: u16, protocol: Protocol },
+    /// Letting others connect to a local port.
+    Listen { port: u16, protocol: Protocol },
+    /// Connecting, or sending, to somebody else's unix socket at a path.
+    Unix {
+        /// Absolute, as the one who serves it sees it.
+        #[schema(value_type = String)]
+        path: PathBuf,
+    },
+    /// Connecting, or sending, to somebody else's unix socket with an abstract name.
+    Abstract {
+        /// Without the leading NUL.
+        name: String,
+    },
+    /// Making a socket of a family other than IP's.
+    Socket {
+        /// As `AF_VSOCK`, or as `AF/40`.
+        #[schema(value_type = String)]
+        family: Family,
+        /// The protocol within the family.
+        #[serde(default)]
+        protocol: u16,
+    },
     /// Running a file.
     Exec {
         /// Absolute, as the workload sees it.
@@ -432,6 +455,13 @@ impl fmt::Display for Target {
                 write_endpoint(f, host, *port, *protocol)
             }
             Self::Bind { port, protocol } => write!(f, "bind to {port}/{protocol}"),
+            Self::Listen { port, protocol } => write!(f, "listening on {port}/{protocol}"),
+            Self::Unix { path } => write!(f, "connect to the unix socket {}", path.display()),
+            Self::Abstract { name } => write!(f, "connect to the abstract unix socket {name}"),
+            Self::Socket { family, protocol: 0 } => write!(f, "socket of family {family}"),
+            Self::Socket { family, protocol } => {
+                write!(f, "socket of family {family}, protocol {protocol}")
+            }
             Self::Exec { path } => write!(f, "exec of {}", path.display()),
         }
     }

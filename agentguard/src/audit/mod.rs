@@ -10,6 +10,7 @@
 //! Must not know how a verdict comes about, who reads the log, or how it is configured.
 
 pub mod chain;
+pub mod family;
 pub mod record;
 mod sink;
 pub mod text;

@@ -15,6 +15,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::chain::{Hash, nanoseconds};
+use super::family::Family;
 use super::text::Text;
 
 /// One line of the audit log.
@@ -201,6 +202,15 @@ pub enum Layer {
     Lsm,
 }
 
+impl From<event::Layer> for Layer {
+    fn from(layer: event::Layer) -> Self {
+        match layer {
+            event::Layer::Portable => Self::Portable,
+            event::Layer::Lsm => Self::Lsm,
+        }
+    }
+}
+
 /// The cgroup subtree whose processes act as one agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Workload {
@@ -333,6 +343,21 @@ pub enum Request {
         /// Its IP protocol.
         protocol: IpProtocol,
     },
+    /// Let others connect to a socket.
+    Listen(Endpoint),
+    /// Take a connection that somebody else made.
+    Accept(Endpoint),
+    /// Make a socket of a family other than IP's.
+    Socket {
+        /// Its family.
+        family: Family,
+        /// Its protocol within the family.
+        protocol: u16,
+    },
+    /// Connect a unix socket.
+    UnixConnect(UnixSocket),
+    /// Send a datagram to a unix socket.
+    UnixSend(UnixSocket),
     /// Run a file.
     Exec {
         /// The path as the caller gave it; null where the hook does not see it. The file, not the
@@ -348,7 +373,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// What the kernel recorded; `path` is the one of an exec, up to its NUL.
+    /// What the kernel recorded; `path` is the one of an exec, up to its NUL, or the name of a unix
+    /// socket (see [`BoundName::of`]).
     ///
     /// # Errors
     /// When the record is of a kind that this version does not know.
@@ -364,6 +390,14 @@ impl Request {
             RequestKind::Reply => Self::Reply(endpoint),
             RequestKind::Bind => Self::Bind(endpoint),
             RequestKind::RawSocket => Self::RawSocket { protocol },
+            RequestKind::Listen => Self::Listen(endpoint),
+            RequestKind::Accept => Self::Accept(endpoint),
+            RequestKind::Socket => {
+                let (family, protocol) = event.socket();
+                Self::Socket { family: Family(family), protocol }
+            }
+            RequestKind::UnixConnect => Self::UnixConnect(UnixSocket::of(event, path)),
+            RequestKind::UnixSend => Self::UnixSend(UnixSocket::of(event, path)),
             RequestKind::Exec => {
                 let file = event.file();
                 Self::Exec {
@@ -399,6 +433,68 @@ pub struct Endpoint {
     pub protocol: IpProtocol,
     /// Zero lets the kernel choose.
     pub port: u16,
+}
+
+/// A unix socket at the other end, by the name that its server bound.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct UnixSocket {
+    /// The path that it was bound by, in the mounts of who bound it; null where it has none.
+    pub path: Option<Text>,
+    /// Its abstract name, without the leading NUL; null where it has none.
+    #[serde(rename = "abstract")]
+    pub abstract_name: Option<Text>,
+    /// Whose it is; null where that is not known.
+    pub peer: Option<Peer>,
+}
+
+/// Whose the socket at the other end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Peer {
+    /// The workload's own: made by one of its processes.
+    Own,
+    /// One that never had a name, handed over by whoever made it.
+    Unnamed,
+    /// Somebody else's.
+    Other,
+}
+
+impl UnixSocket {
+    fn of(event: &Event, path: Option<&[u8]>) -> Self {
+        let (path, abstract_name) = match BoundName::of(event, path.unwrap_or_default()) {
+            BoundName::Path(path) => (Some(Text::new(path)), None),
+            BoundName::Abstract(name) => (None, Some(Text::new(name))),
+            BoundName::None => (None, None),
+        };
+        let peer = [
+            (agentguard_common::Peer::Own, Peer::Own),
+            (agentguard_common::Peer::Unnamed, Peer::Unnamed),
+            (agentguard_common::Peer::Other, Peer::Other),
+        ];
+        let peer = peer.into_iter().find(|(peer, _)| *peer as u8 == event.key.protocol);
+        Self { path, abstract_name, peer: peer.map(|(_, word)| word) }
+    }
+}
+
+/// The name that a server bound its unix socket by, as it gave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BoundName {
+    Path(Vec<u8>),
+    /// Without its leading NUL; it may have others.
+    Abstract(Vec<u8>),
+    None,
+}
+
+impl BoundName {
+    /// The name in the record of a unix socket.
+    #[must_use]
+    pub fn of(event: &Event, path: &[u8]) -> Self {
+        match path.get(..usize::from(event.name_length)) {
+            None | Some([]) => Self::None,
+            Some([0, name @ ..]) => Self::Abstract(name.to_vec()),
+            Some(path) => Self::Path(until_nul(path).to_vec()),
+        }
+    }
 }
 
 /// A file as the kernel resolved it.

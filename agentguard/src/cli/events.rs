@@ -136,6 +136,13 @@ fn target(request: &Value) -> String {
     if let Some(path) = text("path") {
         return path.to_owned();
     }
+    if let Some(name) = text("abstract") {
+        // As `ss` and /proc/net/unix show the leading NUL.
+        return format!("@{name}");
+    }
+    if let Some(family) = text("family") {
+        return family.to_owned();
+    }
     let port = source["port"].as_u64().filter(|port| *port > 0);
     let mut shown = match (text("address").or_else(|| text("host")), port) {
         (Some(host), Some(port)) if host.contains(':') => format!("[{host}]:{port}"),
@@ -167,6 +174,13 @@ mod tests {
             ),
             (json!({"address": "192.0.2.7", "protocol": "ICMP", "port": 0}), "192.0.2.7/ICMP"),
             (json!({"target": {"path": "/usr/bin/git"}}), "/usr/bin/git"),
+            (
+                json!({"action": "unix_connect", "path": "/run/a", "abstract": null, "peer": "other"}),
+                "/run/a",
+            ),
+            (json!({"action": "unix_send", "path": null, "abstract": "a", "peer": "other"}), "@a"),
+            (json!({"action": "unix_connect", "path": null, "abstract": null}), "-"),
+            (json!({"action": "socket", "family": "AF_VSOCK", "protocol": 0}), "AF_VSOCK"),
             (json!({"action": "leave"}), "-"),
             (json!(null), "-"),
         ] {

@@ -33,6 +33,18 @@ pub(super) struct Arguments {
     #[arg(long, group = "target", requires = "workload", value_name = "PORT/PROTO")]
     #[arg(value_parser = parse_bind)]
     bind: Option<Target>,
+    /// Letting others connect to a local port, as `8080/TCP`
+    #[arg(long, group = "target", requires = "workload", value_name = "PORT/PROTO")]
+    #[arg(value_parser = parse_listen)]
+    listen: Option<Target>,
+    /// Connecting to somebody else's unix socket at a path, as its server sees it
+    #[arg(long, group = "target", requires = "workload", value_name = "PATH")]
+    #[arg(value_parser = parse_unix)]
+    unix: Option<Target>,
+    /// Connecting to somebody else's unix socket with an abstract name
+    #[arg(long = "abstract", group = "target", requires = "workload", value_name = "NAME")]
+    #[arg(value_parser = parse_abstract)]
+    abstract_name: Option<Target>,
     /// Running a file, as the workload sees it
     #[arg(long, group = "target", requires = "workload", value_name = "PATH")]
     #[arg(value_parser = parse_exec)]
@@ -40,7 +52,15 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, context: Context<'_, '_>) -> Result {
-    let targets = [&arguments.connect, &arguments.send, &arguments.bind, &arguments.exec];
+    let targets = [
+        &arguments.connect,
+        &arguments.send,
+        &arguments.bind,
+        &arguments.listen,
+        &arguments.unix,
+        &arguments.abstract_name,
+        &arguments.exec,
+    ];
     let target = targets.into_iter().flatten().next();
     let (Some(target), Some(workload)) = (target, &arguments.workload) else {
         let last = context.client.explain_last(arguments.workload.as_deref())?;
@@ -121,6 +141,27 @@ fn parse_send(text: &str) -> std::result::Result<Target, String> {
 fn parse_bind(text: &str) -> std::result::Result<Target, String> {
     let (port, protocol) = split_protocol(text)?;
     Ok(Target::Bind { port: parse_port(port)?, protocol })
+}
+
+fn parse_listen(text: &str) -> std::result::Result<Target, String> {
+    let (port, protocol) = split_protocol(text)?;
+    Ok(Target::Listen { port: parse_port(port)?, protocol })
+}
+
+fn parse_unix(text: &str) -> std::result::Result<Target, String> {
+    let path = PathBuf::from(text);
+    match (path.is_absolute(), path.file_name()) {
+        (true, Some(_)) => Ok(Target::Unix { path }),
+        (true, None) => Err("is a directory; name the socket".into()),
+        (false, _) => Err("is not absolute; name the socket as its server sees it".into()),
+    }
+}
+
+fn parse_abstract(text: &str) -> std::result::Result<Target, String> {
+    if text.is_empty() {
+        return Err("is empty; write the name without its leading NUL (or `@`)".into());
+    }
+    Ok(Target::Abstract { name: text.to_owned() })
 }
 
 fn parse_exec(text: &str) -> std::result::Result<Target, String> {

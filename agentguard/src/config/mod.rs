@@ -144,6 +144,12 @@ pub struct Maps {
     pub rules: Capacity,
     /// Files that may be run, of all allow-lists.
     pub executables: Capacity,
+    /// Unix sockets that may be connected to, of all allow-lists.
+    pub unix_sockets: Capacity,
+    /// Names of unix sockets that scopes mention.
+    pub unix_names: Capacity,
+    /// Processes of workloads, by descent.
+    pub tasks: Capacity,
     /// Verdicts that are remembered; the oldest make room.
     pub verdict_cache: Capacity,
 }
@@ -314,6 +320,9 @@ impl Default for Maps {
             destinations: Capacity::KIB_64,
             rules: Capacity::KIB_16,
             executables: Capacity::KIB_64,
+            unix_sockets: Capacity::KIB_64,
+            unix_names: Capacity::KIB_8,
+            tasks: Capacity::KIB_256,
             verdict_cache: Capacity::KIB_64,
         }
     }

@@ -52,12 +52,15 @@ datapath:
   denied_ring_bytes: 4096
   events_ring_bytes: 8192
   aggregation_window: 500ms
-  maps: {workloads: 1, cgroups: 2, destinations: 3, rules: 4, executables: 5, verdict_cache: 6}
+  maps:
+    {workloads: 1, cgroups: 2, destinations: 3, rules: 4, executables: 5, verdict_cache: 6,
+    unix_sockets: 7, unix_names: 8, tasks: 9}
 "#;
     let configuration = parse(text).unwrap();
     assert_eq!(configuration.metrics.listen, Listen::Off);
     assert_eq!(configuration.audit.options().output, audit::Output::Stdout);
     assert_eq!(configuration.datapath.maps.verdict_cache.get(), 6);
+    assert_eq!(configuration.datapath.maps.tasks.get(), 9);
     assert_eq!(configuration.datapath.aggregation_window.get().as_millis(), 500);
     assert_eq!(configuration.node_name().unwrap().as_str(), "edge-7");
     assert_eq!(configuration.find_cgroup_root().unwrap(), Path::new("/sys/fs/cgroup/unified"));

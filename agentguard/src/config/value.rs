@@ -424,8 +424,10 @@ impl Capacity {
 
     pub const KIB_1: Self = Self(1 << 10);
     pub const KIB_4: Self = Self(4 << 10);
+    pub const KIB_8: Self = Self(8 << 10);
     pub const KIB_16: Self = Self(16 << 10);
     pub const KIB_64: Self = Self(64 << 10);
+    pub const KIB_256: Self = Self(256 << 10);
 
     fn new(entries: u32) -> Result<Self, ValueError> {
         if (Self::MIN..=Self::MAX).contains(&entries) {

@@ -12,16 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agentguard_common::allowlist::NEVER;
+use agentguard_common::allowlist::{NEVER, UnixName};
 use agentguard_common::stats::{Counters, OTHER};
 use agentguard_common::{
     AllowlistId, CgroupId, FileId, GrantId as GrantNumber, IdentityId, Mode, RuleSetId, ScopeId,
-    Tag, WorkloadId,
+    Tag, UnixNameId, UnixSocket, WorkloadId,
 };
 use jiff::{SignedDuration, Timestamp};
 
 use super::names::{Names, WorkloadName};
 use super::state::{SavedState, SavedWorkload};
+use super::unix_names::UnixNames;
 use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
 use crate::allowlist::tables::TableSet;
 use crate::allowlist::{Block, EgressPermit, Permit, PortRange};
@@ -42,11 +43,18 @@ use crate::identity::SpiffeId;
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
 use crate::scope::executables::{Admission, Pinned, Resolver};
-use crate::scope::{Catalogue, Destination, ScopeDocument};
+use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
+use crate::scope::{Catalogue, Destination, ScopeDocument, UnixSocket as SocketAddress};
 
 /// How long an allow-list that no tag leads to stays, so that a program that read the tag before
 /// the switch still finds it. Programs run for microseconds.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a name of unix sockets that no scope mentions keeps its number.
+const NAME_GRACE: Duration = Duration::from_secs(60);
+/// How often the directories of unix sockets are looked at.
+const LOOK: Duration = Duration::from_secs(2);
+/// How many of them at a time.
+const LOOKED_AT: usize = 256;
 /// How long the end of a grant stays a reason of its own.
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
 /// How long a grant that was given at run time is shown after its end.
@@ -185,6 +193,10 @@ pub struct Engine {
     installed: BTreeMap<SpiffeId, Installed>,
     tables: TableSet,
     executables: Pinned,
+    socket_directories: SocketDirectories,
+    /// When they were last looked at.
+    looked: Instant,
+    unix_names: UnixNames,
     mounts: Resolver,
     executable_problems: Vec<String>,
     audit: AuditLog,
@@ -223,6 +235,7 @@ impl Engine {
         let (allowlist, rules, workload) = datapath.highest();
         let next_allowlist = AllowlistId(allowlist.0 + 1);
         let next_rules = RuleSetId(rules.0 + 1);
+        let unix_names = UnixNames::adopt(datapath.unix_names(), datapath.highest_unix_name());
         let inherited = datapath.adopted().then(|| (Instant::now(), next_allowlist, next_rules));
         Self {
             datapath,
@@ -234,6 +247,9 @@ impl Engine {
             installed: BTreeMap::new(),
             tables: TableSet::default(),
             executables: Pinned::default(),
+            socket_directories: SocketDirectories::default(),
+            looked: Instant::now(),
+            unix_names,
             mounts: Resolver::new(PathBuf::from("/")),
             executable_problems: Vec::new(),
             audit,
@@ -283,7 +299,8 @@ impl Engine {
         &self.cgroups.exec_parent
     }
 
-    /// Files that manifests name and that can not be granted, one sentence each.
+    /// What manifests name and can not be granted, files and directories of unix sockets among it,
+    /// one sentence each.
     #[must_use]
     pub fn executable_problems(&self) -> &[String] {
         &self.executable_problems
@@ -298,10 +315,10 @@ impl Engine {
     /// Entries of all allow-lists in force.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        let entries = self
-            .installed
-            .values()
-            .map(|installed| installed.rows.destinations.len() + installed.rows.executables.len());
+        let entries = self.installed.values().map(|installed| {
+            let Rows { destinations, executables, unix_sockets, .. } = &installed.rows;
+            destinations.len() + executables.len() + unix_sockets.len()
+        });
         entries.sum::<usize>() as u64
     }
 
@@ -347,13 +364,13 @@ impl Engine {
         let started = Instant::now();
         let mut failed = false;
         let now = Timestamp::now();
+        self.unsettled = false;
         let wanted = self.compile_all(now);
         let in_force = self
             .installed
             .iter()
             .map(|(identity, installed)| (identity.clone(), &installed.compiled))
             .collect();
-        self.unsettled = false;
         for step in reconcile::plan(&in_force, wanted) {
             let done = match step {
                 Step::Switch { identity, allowlist } => {
@@ -396,6 +413,7 @@ impl Engine {
             self.workloads.values().map(|workload| workload.identity.clone()).collect();
         let mut wanted = BTreeMap::new();
         let mut problems = BTreeSet::new();
+        self.name_unix_sockets(&mut problems);
         for identity in identities {
             let permits = self.permits(&identity, now, &mut problems);
             match compile(&permits) {
@@ -457,15 +475,7 @@ impl Engine {
                     ));
                     continue;
                 };
-                let executables = self.resolve(&scope, problems);
-                permits.push(Permit {
-                    scope: self.names.scope(scope.scope.as_str()),
-                    grant: number,
-                    expires_at,
-                    egress: egress(&scope),
-                    executables,
-                    listening: scope.listen.iter().map(port_range).collect(),
-                });
+                permits.push(self.permit(&scope, number, expires_at, problems));
             }
         }
         let launched = self
@@ -478,9 +488,28 @@ impl Engine {
             expires_at: NEVER,
             egress: Vec::new(),
             executables: workload.launch.clone(),
+            unix_sockets: Vec::new(),
             listening: Vec::new(),
         }));
         permits
+    }
+
+    fn permit(
+        &mut self,
+        scope: &ScopeDocument,
+        grant: GrantNumber,
+        expires_at: u64,
+        problems: &mut BTreeSet<String>,
+    ) -> Permit {
+        Permit {
+            scope: self.names.scope(scope.scope.as_str()),
+            grant,
+            expires_at,
+            egress: egress(scope),
+            executables: self.resolve(scope, problems),
+            unix_sockets: self.resolve_unix_sockets(scope, problems),
+            listening: scope.listen.iter().map(port_range).collect(),
+        }
     }
 
     /// What each scope of the catalogue permits, for as long as anybody asks.
@@ -488,14 +517,7 @@ impl Engine {
     pub fn scope_permits(&mut self) -> Vec<(String, Permit)> {
         let scopes: Vec<ScopeDocument> = self.manifests.catalogue.iter().cloned().collect();
         let permits = scopes.iter().map(|scope| {
-            let permit = Permit {
-                scope: self.names.scope(scope.scope.as_str()),
-                grant: GrantNumber::NONE,
-                expires_at: NEVER,
-                egress: egress(scope),
-                executables: self.resolve(scope, &mut BTreeSet::new()),
-                listening: scope.listen.iter().map(port_range).collect(),
-            };
+            let permit = self.permit(scope, GrantNumber::NONE, NEVER, &mut BTreeSet::new());
             (scope.scope.to_string(), permit)
         });
         permits.collect()
@@ -521,9 +543,86 @@ impl Engine {
         }
     }
 
-    /// Looks at every granted file again and takes what is there now.
+    fn resolve_unix_sockets(
+        &mut self,
+        scope: &ScopeDocument,
+        problems: &mut BTreeSet<String>,
+    ) -> Vec<UnixSocket> {
+        // Most scopes have none, and looking them up begins with reading all mounts.
+        if scope.unix_sockets.is_empty() {
+            return Vec::new();
+        }
+        let paths: Vec<PathBuf> = scope.unix_sockets.iter().filter_map(path_of).collect();
+        let sockets = paths.iter().map(PathBuf::as_path);
+        let directories = match self.socket_directories.resolve(&self.mounts, sockets) {
+            Ok((directories, told)) => {
+                let told = told.iter();
+                problems.extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
+                directories
+            }
+            Err(error) => {
+                problems.insert(format!("scope {}: {error}", scope.scope));
+                BTreeMap::new()
+            }
+        };
+        let granted = scope.unix_sockets.iter().filter_map(|socket| {
+            // One without a number was told of when it did not get one.
+            let name = self.unix_names.number(&name_of(socket)?)?;
+            match path_of(socket) {
+                None => Some(UnixSocket { directory: 0, device: 0, name }),
+                Some(path) => directories.get(path.as_path()).map(|directory| UnixSocket {
+                    directory: directory.inode,
+                    device: directory.device,
+                    name,
+                }),
+            }
+        });
+        granted.collect()
+    }
+
+    /// Gives every name of a unix socket that scopes mention its number, in the kernel too: no row
+    /// may use a number before.
+    fn name_unix_sockets(&mut self, problems: &mut BTreeSet<String>) {
+        let scopes = self.manifests.catalogue.iter();
+        let mentioned = scopes.flat_map(|scope| &scope.unix_sockets).filter_map(name_of).collect();
+        for name in self.unix_names.mention(&mentioned) {
+            match self.datapath.name_unix_socket(&name, self.unix_names.next()) {
+                Ok(()) => {
+                    self.unix_names.named(name);
+                    self.dirty = true;
+                }
+                Err(error) => {
+                    problems.insert(format!("unix sockets are not granted: {error}"));
+                    // Names that are swept may make room.
+                    self.unsettled = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// What the kernel takes the unix socket for that a server binds by `name` in `directory`.
+    #[must_use]
+    pub fn unix_socket(&self, directory: Option<DirectoryId>, name: &[u8]) -> UnixSocket {
+        let name = UnixName::path(name).and_then(|name| self.unix_names.number(&name));
+        UnixSocket {
+            directory: directory.map_or(0, |directory| directory.inode),
+            device: directory.map_or(0, |directory| directory.device),
+            name: name.unwrap_or(UnixNameId::NONE),
+        }
+    }
+
+    /// What the kernel takes the unix socket with an abstract name for.
+    #[must_use]
+    pub fn abstract_unix_socket(&self, name: &[u8]) -> UnixSocket {
+        let number = UnixName::abstract_name(name).and_then(|name| self.unix_names.number(&name));
+        UnixSocket { name: number.unwrap_or(UnixNameId::NONE), ..UnixSocket::default() }
+    }
+
+    /// Looks at every granted file and directory again and takes what is there now.
     pub fn refresh_executables(&mut self) -> usize {
         self.executables.refresh();
+        self.socket_directories.refresh();
         self.reconcile();
         self.installed.values().map(|installed| installed.rows.executables.len()).sum()
     }
@@ -802,9 +901,21 @@ impl Engine {
         self.end_empty_workloads();
         // Before anything new is written: a full table may have room again.
         self.sweep();
-        if is_due || self.unsettled {
+        if self.have_directories_changed() || is_due || self.unsettled {
             self.reconcile();
         }
+    }
+
+    /// Whether a directory of unix sockets came, went or was replaced, as far as it was its turn.
+    fn have_directories_changed(&mut self) -> bool {
+        if self.looked.elapsed() < LOOK {
+            return false;
+        }
+        self.looked = Instant::now();
+        self.socket_directories.have_changed(&self.mounts, LOOKED_AT).unwrap_or_else(|error| {
+            tracing::error!(%error, "the directories of unix sockets can not be looked at");
+            false
+        })
     }
 
     fn follow_moved(&mut self) {
@@ -871,6 +982,7 @@ impl Engine {
             }
             fault::point("sweep.earlier");
         }
+        self.sweep_unix_names();
         let names = Arc::clone(&self.names);
         self.forgotten.retain(|(since, id)| {
             let keep = since.elapsed() < GRACE * 10;
@@ -891,6 +1003,27 @@ impl Engine {
         };
         if let Err(error) = self.datapath.prune(needed) {
             tracing::debug!(%error, "pins of cgroups that are gone stay");
+        }
+    }
+
+    /// Forgets names of unix sockets that no scope has mentioned for a while and no row uses.
+    fn sweep_unix_names(&mut self) {
+        let over = self.unix_names.unmentioned(NAME_GRACE);
+        if over.is_empty() || self.inherited.is_some() {
+            return;
+        }
+        let installed = self.installed.values().map(|installed| &installed.rows);
+        let rows = installed.chain(self.retired.iter().map(|(_, rows)| rows));
+        let used: BTreeSet<UnixNameId> =
+            rows.flat_map(|rows| &rows.unix_sockets).map(|(key, _)| key.name).collect();
+        for (name, number) in over {
+            if used.contains(&number) {
+                continue;
+            }
+            match self.datapath.forget_unix_name(&name) {
+                Ok(()) => self.unix_names.forget(&name),
+                Err(error) => tracing::error!(%error, "the name of a unix socket stays"),
+            }
         }
     }
 
@@ -971,6 +1104,7 @@ impl Engine {
                 self.next_rules.0,
                 self.next_workload.0.saturating_add(NUMBERS_AHEAD),
             ),
+            next_unix_name: self.unix_names.next().0,
             names: self.names.save(),
             grants: self.store.snapshot(),
             counter_rows: self
@@ -987,6 +1121,7 @@ impl Engine {
     pub fn restore(&mut self, saved: SavedState) {
         let SavedState {
             next: (allowlist, rules, workload),
+            next_unix_name,
             names: _,
             grants,
             counter_rows,
@@ -996,6 +1131,7 @@ impl Engine {
         self.next_allowlist = self.next_allowlist.max(AllowlistId(allowlist));
         self.next_rules = self.next_rules.max(RuleSetId(rules));
         self.next_workload = self.next_workload.max(WorkloadId(workload));
+        self.unix_names.begin_at(UnixNameId(next_unix_name));
         if let Some(inherited) = &mut self.inherited {
             (inherited.1, inherited.2) = (self.next_allowlist, self.next_rules);
         }
@@ -1061,9 +1197,7 @@ impl Engine {
 
 /// The grants and scopes that an allow-list rests on.
 fn permissions(allowlist: &CompiledAllowlist) -> BTreeSet<(GrantNumber, ScopeId)> {
-    let rules = allowlist.rule_sets().iter().flatten().map(|rule| rule.permission);
-    let files = allowlist.executables().iter().map(|(_, permission)| *permission);
-    rules.chain(files).map(|permission| (permission.grant, permission.scope)).collect()
+    allowlist.permissions().map(|permission| (permission.grant, permission.scope)).collect()
 }
 
 /// Where a grant is in its life, as last recorded.
@@ -1122,6 +1256,22 @@ fn egress(scope: &ScopeDocument) -> Vec<EgressPermit> {
             ports: rule.ports.iter().map(port_range).collect(),
         })
         .collect()
+}
+
+/// The path of a socket that has one.
+fn path_of(socket: &SocketAddress) -> Option<PathBuf> {
+    match socket {
+        SocketAddress::Path(path) => Some(PathBuf::from(path.to_string())),
+        SocketAddress::Abstract(_) => None,
+    }
+}
+
+/// The name of a socket, as the kernel finds its number. Manifests have none that is too long.
+fn name_of(socket: &SocketAddress) -> Option<UnixName> {
+    match socket {
+        SocketAddress::Path(path) => UnixName::path(path.names().last()?.as_bytes()),
+        SocketAddress::Abstract(name) => UnixName::abstract_name(name.as_bytes()),
+    }
 }
 
 fn port_range(range: &crate::scope::PortRange) -> PortRange {

@@ -126,6 +126,12 @@ impl Sources {
 
 /// Reads the directory and puts what it says in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
+    load_documents(shared, sources);
+    scan(shared, sources);
+}
+
+/// Reads the directory and puts in force what it says of scopes and grants.
+pub fn load_documents(shared: &Shared, sources: &mut Sources) {
     let directory = shared.configuration.manifests_directory.as_ref();
     let (files, mut errors) = read(directory, &sources.sound, &sources.writing);
     let (files, set, contradictions) = settle(files, &sources.sound);
@@ -141,7 +147,6 @@ pub fn load(shared: &Shared, sources: &mut Sources) {
         sources.cgroups.set_selectors(selectors.clone());
         sources.selectors = selectors;
     }
-    scan(shared, sources);
 }
 
 /// Writes down what the files say, for a restart that finds one of them broken.
@@ -251,7 +256,7 @@ fn tell(shared: &Shared, sources: &mut Sources, errors: &[ManifestError]) {
 }
 
 /// Takes in workloads whose cgroup has appeared, and lets go those whose selector is gone.
-fn scan(shared: &Shared, sources: &mut Sources) {
+pub fn scan(shared: &Shared, sources: &mut Sources) {
     let found = match sources.cgroups.scan() {
         Ok(found) => found,
         Err(error) => {

@@ -18,6 +18,7 @@ mod service;
 mod standalone;
 mod state;
 mod uninstall;
+mod unix_names;
 mod witness;
 
 use std::fs;
@@ -30,6 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
 use jiff::Timestamp;
 use tokio::net::TcpListener;
@@ -238,22 +240,25 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         saving: Mutex::new(None),
     });
     let mut sources = manifests::Sources::new(&shared);
-    manifests::load(&shared, &mut sources);
+    manifests::load_documents(&shared, &mut sources);
     fault::point("start.manifests");
-    manifests::let_go_unselected(&shared, &sources);
     {
         let mut engine = shared.engine();
         let is_whole = engine.resume();
         fault::point("start.resumed");
         if is_whole {
-            engine.datapath.remove_others(shared.configuration.pin_directory.as_ref())?;
+            let others = engine.datapath.take_over()?;
+            if others > 0 {
+                tracing::info!(others, "took over from another build of the kernel half");
+            }
         } else {
-            tracing::error!(
-                "what an earlier build of the kernel half holds stays in force as well"
-            );
+            tracing::error!("another build of the kernel half stays in force where one is");
         }
     }
     fault::point("start.others");
+    // Only now: what is new would be unknown to an earlier build in force.
+    manifests::scan(&shared, &mut sources);
+    manifests::let_go_unselected(&shared, &sources);
     save(&shared);
     fault::point("start.saved");
     Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
@@ -305,7 +310,7 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
             return Ok(());
         }
         (Require::Portable, _) => {
-            let missing = Protection::missing_doors(states);
+            let missing = Protection::missing_doors(states, Layer::Portable);
             if missing.is_empty() {
                 return Ok(());
             }
@@ -323,36 +328,24 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
-    let doors = Protection::of(datapath.states(), Vec::new());
-    let portable = if Protection::missing_doors(datapath.states()).is_empty() {
-        Protection::Full
-    } else {
-        doors
+    let layer = |layer: Layer, word: record::Layer| {
+        let (protection, missing) = protection_of(&Protection::of_layer(datapath.states(), layer));
+        LayerProtection { layer: word, protection, missing }
     };
-    let (protection, missing) = protection_of(&portable);
+    let mut lsm = layer(Layer::Lsm, record::Layer::Lsm);
+    // What no door closes is what the layers together leave open.
+    lsm.missing.extend(datapath.gaps().iter().map(|gap| record::Missing {
+        what: Text::new(gap),
+        why: Text::new("open by the nature of the hooks in force"),
+    }));
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
-    let lsm = LayerProtection {
-        layer: record::Layer::Lsm,
-        protection: record::ProtectionWord::None,
-        missing: datapath
-            .gaps()
-            .iter()
-            .map(|gap| record::Missing {
-                what: Text::new(gap),
-                why: Text::new("this version has no hooks of the LSM layer"),
-            })
-            .collect(),
-    };
     audit.append(RecordBody::Start(StartRecord {
         version: Text::new(env!("CARGO_PKG_VERSION")),
         kernel: Text::new(kernel),
         adopted: datapath.adopted(),
-        protection: vec![
-            LayerProtection { layer: record::Layer::Portable, protection, missing },
-            lsm,
-        ],
+        protection: vec![layer(Layer::Portable, record::Layer::Portable), lsm],
     }));
 }
 
@@ -444,6 +437,9 @@ pub(crate) fn sizes(configuration: &Configuration) -> Sizes {
         destinations: maps.destinations.get(),
         rules: maps.rules.get(),
         executables: maps.executables.get(),
+        unix_sockets: maps.unix_sockets.get(),
+        unix_names: maps.unix_names.get(),
+        tasks: maps.tasks.get(),
         verdicts: maps.verdict_cache.get(),
         counters: configuration.metrics.max_identities.get() + 1,
         denied_ring: datapath.denied_ring_bytes.get(),

@@ -1,17 +1,19 @@
 //! The daemon's verbs, as the control API calls them.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, ToSocketAddrs as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use agentguard_common::event::{Event, RequestKind};
+use agentguard_common::event::{self, Event, Hook, RequestKind};
 use agentguard_common::request::ip;
 use agentguard_common::stats::Counters;
 use agentguard_common::{
-    Action, Address, Decision, Destination, Endpoint, FileId, Naming, Permission, Protocol, Reason,
-    Request, Verdict, decide,
+    Action, Address, Decision, Destination, Endpoint, FileId, Mode as RequestMode, Naming, Peer,
+    Permission, Protocol, Reason, Request, Verdict, decide,
 };
 use jiff::Timestamp;
 use tokio::sync::broadcast;
@@ -33,12 +35,17 @@ use crate::api::types::{
     Refreshed, Status, Target, Totals, WorkloadView,
 };
 use crate::audit::AuditLog;
+use crate::audit::family::Family;
+use crate::audit::record::BoundName;
 use crate::config::Configuration;
-use crate::datapath::{Datapath, DoorState, Protection};
+use crate::datapath::{Datapath, Door, DoorState, Protection};
 use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::manifest::{Creation, Manifest, parse_text};
 use crate::metrics::{self, Metrics, VerdictRow};
+use crate::scope::executables::Resolver;
+use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
+use crate::scope::{ScopeDocument, UnixSocket as SocketAddress};
 
 /// What all parts of the daemon share.
 pub struct Shared {
@@ -310,10 +317,11 @@ impl Service for Daemon {
 
     async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ServiceError> {
         let target = request.target.clone();
-        let resolved = tokio::task::spawn_blocking(move || resolve(&target))
+        let asked = tokio::task::spawn_blocking(move || resolve(&target))
             .await
             .map_err(|error| internal(&error))??;
         let mut engine = self.0.engine();
+        let resolved = asked.request(&engine);
         let workload = find(&engine, &request.workload)?.clone();
         let decision = match engine.tag(&workload) {
             Some(tag) => decide(engine.tables(), &tag, &resolved, now()),
@@ -324,7 +332,8 @@ impl Service for Daemon {
             identity: Some(workload.identity.as_str()),
             mode: workload.mode,
         };
-        Ok(explanation(&mut engine, whose, request.target.clone(), &resolved, &decision))
+        let hook = answering(&engine.datapath, &resolved);
+        Ok(explanation(&mut engine, whose, request.target.clone(), &resolved, &decision, hook))
     }
 
     async fn last_denial(
@@ -430,13 +439,15 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         Protection::Partial(_) => metrics::Protection::Partial,
         Protection::None => metrics::Protection::None,
     };
-    let portable = if Protection::is_portable_complete(engine.datapath.states()) {
-        metrics::Protection::Full
-    } else {
-        protection
-    };
-    metrics.set_protection(metrics::Layer::Portable, portable);
-    metrics.set_protection(metrics::Layer::Lsm, metrics::Protection::None);
+    let layers = event::Layer::ALL.map(|layer| (layer, layer_protection(&engine.datapath, layer)));
+    for (layer, protection) in layers {
+        metrics.set_protection(layer, protection);
+    }
+    let mut identities: BTreeMap<&str, u64> = BTreeMap::new();
+    for workload in engine.workloads() {
+        *identities.entry(workload.identity.as_str()).or_default() += 1;
+    }
+    metrics.set_workload_protection(&layers, &identities);
     let workloads: Vec<_> = agentguard_common::Mode::ALL
         .into_iter()
         .map(|mode| {
@@ -502,9 +513,28 @@ pub fn protection_view(datapath: &Datapath) -> ProtectionView {
         let remedy = reason.as_ref().map(|_| {
             format!("without it nothing closes this door: {}; see agentguard doctor", door.closes)
         });
-        Layer { layer: "portable".to_owned(), hook: door.hook.to_owned(), state, reason, remedy }
+        let layer = layer_of(door).as_str().to_owned();
+        Layer { layer, hook: door.hook.to_owned(), state, reason, remedy }
     });
     ProtectionView { level: level(&datapath.protection()), layers: layers.collect() }
+}
+
+/// The layer of a door: the kernel names hooks of the LSM after it.
+pub(super) fn layer_of(door: &Door) -> event::Layer {
+    if door.hook.starts_with("lsm/") { event::Layer::Lsm } else { event::Layer::Portable }
+}
+
+/// How many of the doors of a layer are closed.
+fn layer_protection(datapath: &Datapath, layer: event::Layer) -> metrics::Protection {
+    let doors = datapath.states().iter().filter(|(door, _)| layer_of(door) == layer);
+    let (all, active) = doors.fold((0, 0), |(all, active), (_, state)| {
+        (all + 1, active + usize::from(matches!(state, DoorState::Active)))
+    });
+    match active {
+        0 => metrics::Protection::None,
+        active if active == all => metrics::Protection::Full,
+        _ => metrics::Protection::Partial,
+    }
 }
 
 const fn level(protection: &Protection) -> ProtectionLevel {
@@ -605,8 +635,30 @@ const fn expiry_view(expiry: Expiry) -> ExpiryView {
     }
 }
 
+/// What a target stands for, before the names of unix sockets have their numbers.
+enum Asked {
+    Request(Request),
+    Unix { directory: Option<DirectoryId>, name: Vec<u8> },
+    Abstract { name: Vec<u8> },
+}
+
+impl Asked {
+    /// Of a unix socket it is asked as of somebody else's: the workload's own are its own affair.
+    fn request(self, engine: &Engine) -> Request {
+        match self {
+            Self::Request(request) => request,
+            Self::Unix { directory, name } => {
+                Request::UnixConnect(engine.unix_socket(directory, &name), Peer::Other)
+            }
+            Self::Abstract { name } => {
+                Request::UnixConnect(engine.abstract_unix_socket(&name), Peer::Other)
+            }
+        }
+    }
+}
+
 /// The request that a target stands for.
-fn resolve(target: &Target) -> Result<Request, ServiceError> {
+fn resolve(target: &Target) -> Result<Asked, ServiceError> {
     let invalid = |error: String| ServiceError::Invalid(vec![error]);
     let destination = |host: &str, port: u16, protocol: ProtocolView| {
         let address = match host.parse::<IpAddr>() {
@@ -623,7 +675,7 @@ fn resolve(target: &Target) -> Result<Request, ServiceError> {
         let address = Address::from(address);
         Ok(Destination { address, protocol: number(protocol), port })
     };
-    Ok(match target {
+    Ok(Asked::Request(match target {
         Target::Connect { host, port, protocol } => {
             Request::Connect(destination(host, *port, *protocol)?)
         }
@@ -632,6 +684,26 @@ fn resolve(target: &Target) -> Result<Request, ServiceError> {
         }
         Target::Bind { port, protocol } => {
             Request::Bind(Endpoint { protocol: number(*protocol), port: *port })
+        }
+        Target::Listen { port, protocol } => {
+            Request::Listen(Endpoint { protocol: number(*protocol), port: *port })
+        }
+        Target::Socket { family: Family(family), protocol } => {
+            Request::Socket { family: *family, protocol: *protocol }
+        }
+        Target::Unix { path } => {
+            let name = path.file_name().filter(|_| path.is_absolute()).ok_or_else(|| {
+                invalid(format!(
+                    "target.path: {} is no absolute path of a socket; write one",
+                    path.display()
+                ))
+            })?;
+            let directory = SocketDirectories::at_present(&Resolver::new("/".into()), path)
+                .map_err(|error| internal(&error))?;
+            return Ok(Asked::Unix { directory, name: name.as_bytes().to_vec() });
+        }
+        Target::Abstract { name } => {
+            return Ok(Asked::Abstract { name: name.as_bytes().to_vec() });
         }
         Target::Exec { path } => {
             let file = file_id(path).map_err(|error| {
@@ -642,7 +714,7 @@ fn resolve(target: &Target) -> Result<Request, ServiceError> {
             })?;
             Request::Exec(file, Naming::Named)
         }
-    })
+    }))
 }
 
 const fn number(protocol: ProtocolView) -> u8 {
@@ -679,12 +751,38 @@ fn target_of(denial: &Denial) -> Option<(Target, Request)> {
         RequestKind::Bind | RequestKind::Reply => {
             (Target::Bind { port, protocol: protocol? }, Request::Bind(endpoint))
         }
+        RequestKind::Listen | RequestKind::Accept => {
+            (Target::Listen { port, protocol: protocol? }, Request::Listen(endpoint))
+        }
+        RequestKind::Socket => {
+            let (family, protocol) = event.socket();
+            let target = Target::Socket { family: Family(family), protocol };
+            (target, Request::Socket { family, protocol })
+        }
+        RequestKind::UnixConnect => {
+            let request = Request::UnixConnect(event.unix_socket(), Peer::Other);
+            (bound_by(&denial.socket)?, request)
+        }
+        RequestKind::UnixSend => {
+            let request = Request::UnixSend(event.unix_socket(), Peer::Other);
+            (bound_by(&denial.socket)?, request)
+        }
         RequestKind::Exec => {
             let path = denial.path.clone()?;
             (Target::Exec { path }, Request::Exec(event.file(), Naming::Named))
         }
         RequestKind::RawSocket | RequestKind::Leave | RequestKind::Malformed => return None,
     })
+}
+
+/// The target of the name that a server bound. What is no text is shown as near to it as can be.
+fn bound_by(name: &BoundName) -> Option<Target> {
+    let text = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
+    match name {
+        BoundName::Path(path) => Some(Target::Unix { path: text(path).into() }),
+        BoundName::Abstract(name) => Some(Target::Abstract { name: text(name) }),
+        BoundName::None => None,
+    }
 }
 
 fn last_denial(engine: &mut Engine, denial: &Denial) -> Option<LastDenial> {
@@ -695,13 +793,14 @@ fn last_denial(engine: &mut Engine, denial: &Denial) -> Option<LastDenial> {
         mode: agentguard_common::Mode::try_from(denial.event.mode).ok()?,
     };
     let verdict = Verdict::try_from(denial.event.verdict).ok()?;
+    let hook = Hook::try_from(denial.event.hook).ok();
     let Event { scope, grant, .. } = denial.event;
     let decision = Decision { verdict, permission: Permission { expires_at: 0, scope, grant } };
     Some(LastDenial {
         time: denial.time,
         pid: denial.event.pid,
         executable: denial.executable.clone(),
-        explanation: explanation(engine, whose, target, &request, &decision),
+        explanation: explanation(engine, whose, target, &request, &decision, hook),
     })
 }
 
@@ -719,6 +818,7 @@ fn explanation(
     target: Target,
     request: &Request,
     decision: &Decision,
+    hook: Option<Hook>,
 ) -> Explanation {
     let Decision { verdict, permission } = *decision;
     let scope = engine.names.scope_word(permission.scope);
@@ -727,22 +827,22 @@ fn explanation(
         .as_ref()
         .and_then(|grant| engine.store.get(&grant.parse().ok()?))
         .map(|stored| expiry_view(stored.document.expiry));
-    let refused = verdict.action(whose.mode) == Action::Refuse;
-    let because = because(verdict, scope.as_deref(), grant.as_deref(), whose.identity, refused);
+    let fate = Fate::of(verdict, whose.mode, hook.is_some());
+    let because = because(verdict, scope.as_deref(), grant.as_deref(), whose.identity, fate);
     let permitting_scopes = match verdict {
-        Verdict::Deny(_) => permitting_scopes(engine, request),
+        Verdict::Deny(_) => permitting_scopes(engine, &target, request),
         Verdict::Allow | Verdict::Unmanaged => Vec::new(),
     };
     Explanation {
         workload: whose.name.to_owned(),
         identity: whose.identity.map(str::to_owned),
-        hook: Some(hook_of(&target, request).to_owned()),
-        layer: Some("portable".to_owned()),
+        hook: hook.map(|hook| hook.as_str().to_owned()),
+        layer: hook.map(|hook| hook.layer().as_str().to_owned()),
         target,
         verdict: verdict.into(),
         reason: verdict.reason().map(|reason| reason.as_str().to_owned()),
         mode: whose.mode.into(),
-        refused,
+        refused: fate == Fate::Refused,
         scope,
         grant,
         expires_at,
@@ -752,18 +852,40 @@ fn explanation(
     }
 }
 
+/// What is done about a denial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Refused,
+    /// In audit mode.
+    LetThrough,
+    /// No hook of this kernel meets it.
+    Unmet,
+}
+
+impl Fate {
+    fn of(verdict: Verdict, mode: RequestMode, is_met: bool) -> Self {
+        match verdict.action(mode) {
+            Action::Refuse if is_met => Self::Refused,
+            Action::Refuse => Self::Unmet,
+            Action::Pass => Self::LetThrough,
+        }
+    }
+}
+
 fn because(
     verdict: Verdict,
     scope: Option<&str>,
     grant: Option<&str>,
     identity: Option<&str>,
-    refused: bool,
+    fate: Fate,
 ) -> String {
     let identity = identity.unwrap_or("this workload");
+    let needs_none = scope.is_none() && grant.is_none();
     let scope = scope.unwrap_or("no scope");
     let grant = grant.unwrap_or("no grant");
     let reason = match verdict {
         Verdict::Unmanaged => return "the process is no workload's".to_owned(),
+        Verdict::Allow if needs_none => return "it needs no permission".to_owned(),
         Verdict::Allow => {
             return format!("scope {scope} permits it, granted to {identity} by {grant}");
         }
@@ -791,34 +913,66 @@ fn because(
         Reason::ReplacedFile => "the file was replaced since it was granted".to_owned(),
         Reason::LeftWorkload => "the process left its workload's cgroup".to_owned(),
         Reason::MissingTable => "the kernel's tables do not hold what the tag points to".to_owned(),
+        Reason::SocketFamily => "sockets of this family are not granted to anybody".to_owned(),
     };
-    if refused { why } else { format!("{why}; in audit mode it is let through") }
-}
-
-fn hook_of(target: &Target, request: &Request) -> &'static str {
-    let v4 = match request {
-        Request::Connect(destination)
-        | Request::Send(destination)
-        | Request::Packet(destination) => destination.address.ip().is_ipv4(),
-        Request::Reply(_)
-        | Request::Bind(_)
-        | Request::RawSocket { .. }
-        | Request::Exec(..)
-        | Request::Leave(_)
-        | Request::Malformed => true,
-    };
-    match (target, v4) {
-        (Target::Connect { .. }, true) => "cgroup/connect4",
-        (Target::Connect { .. }, false) => "cgroup/connect6",
-        (Target::Send { .. }, true) => "cgroup/sendmsg4",
-        (Target::Send { .. }, false) => "cgroup/sendmsg6",
-        (Target::Bind { .. }, _) => "cgroup/bind4",
-        (Target::Exec { .. }, _) => "tp_btf/sched_process_exec",
+    match fate {
+        Fate::Refused => why,
+        Fate::LetThrough => format!("{why}; in audit mode it is let through"),
+        Fate::Unmet => format!("{why}; no hook of this kernel meets it, so it is let through"),
     }
 }
 
+/// The hook that answers a request on this kernel; of two the one that answers first.
+fn answering(datapath: &Datapath, request: &Request) -> Option<Hook> {
+    let v4_or_v6 = |destination: &Destination, v4, v6| {
+        vec![if destination.address.ip().is_ipv4() { v4 } else { v6 }]
+    };
+    let hooks = match request {
+        Request::Connect(destination) => v4_or_v6(destination, Hook::Connect4, Hook::Connect6),
+        Request::Send(destination) => v4_or_v6(destination, Hook::Sendmsg4, Hook::Sendmsg6),
+        Request::Packet(_) | Request::Reply(_) => vec![Hook::Egress],
+        Request::Bind(_) => vec![Hook::Bind4],
+        Request::RawSocket { .. } => vec![Hook::SockCreate],
+        Request::Listen(_) => vec![Hook::SocketListen],
+        Request::Accept(_) => vec![Hook::SocketAccept],
+        Request::Socket { .. } => vec![Hook::SocketCreate],
+        Request::UnixConnect(..) => vec![Hook::UnixStreamConnect],
+        Request::UnixSend(..) => vec![Hook::UnixMaySend],
+        Request::Exec(..) => vec![Hook::BprmCheck, Hook::Exec],
+        Request::Leave(_) => vec![Hook::Leave],
+        Request::Malformed => Vec::new(),
+    };
+    let is_active = |hook: &Hook| {
+        let mut states = datapath.states().iter();
+        states.any(|(door, state)| door.hook == hook.as_str() && matches!(state, DoorState::Active))
+    };
+    hooks.into_iter().find(is_active)
+}
+
 /// Scopes of the catalogue that would permit a request, by the naive reading of each.
-fn permitting_scopes(engine: &mut Engine, request: &Request) -> Vec<String> {
+fn permitting_scopes(engine: &mut Engine, target: &Target, request: &Request) -> Vec<String> {
+    if let Request::UnixConnect(socket, _) | Request::UnixSend(socket, _) = request
+        && !socket.name.is_some()
+    {
+        // No scope mentioned it then; one that does by now is known by what it says.
+        let address = match target {
+            Target::Unix { path } => {
+                path.to_str().and_then(|path| SocketAddress::at_path(path).ok())
+            }
+            Target::Abstract { name } => SocketAddress::abstract_name(name).ok(),
+            Target::Connect { .. }
+            | Target::Send { .. }
+            | Target::Bind { .. }
+            | Target::Listen { .. }
+            | Target::Socket { .. }
+            | Target::Exec { .. } => None,
+        };
+        let names_it = |scope: &&ScopeDocument| {
+            address.as_ref().is_some_and(|address| scope.unix_sockets.contains(address))
+        };
+        let scopes = engine.manifests.catalogue.iter().filter(names_it);
+        return scopes.map(|scope| scope.scope.to_string()).collect();
+    }
     let permits =
         |permit: Permit| Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow;
     engine
@@ -836,11 +990,11 @@ pub fn describe_denials(engine: &Engine, denials: &Denials) -> Vec<String> {
     let described = all.iter().filter_map(|denial| {
         let mode = agentguard_common::Mode::try_from(denial.event.mode).ok()?;
         let verdict = Verdict::try_from(denial.event.verdict).ok()?;
-        let refused = verdict.action(mode) == Action::Refuse;
+        let fate = Fate::of(verdict, mode, true);
         let scope = engine.names.scope_word(denial.event.scope);
         let grant = engine.names.grant_word(denial.event.grant);
         let identity = denial.identity.as_deref();
-        let why = because(verdict, scope.as_deref(), grant.as_deref(), identity, refused);
+        let why = because(verdict, scope.as_deref(), grant.as_deref(), identity, fate);
         let what = match target_of(denial) {
             Some((target, _)) => target.to_string(),
             None => RequestKind::try_from(denial.event.kind).ok()?.as_str().to_owned(),

@@ -28,6 +28,9 @@ pub struct SavedState {
     /// Above all numbers of allow-lists, rows of rules and workloads that were given out.
     #[serde(default)]
     pub next: (u32, u32, u32),
+    /// The next number of a unix socket's name.
+    #[serde(default)]
+    pub next_unix_name: u32,
     pub names: SavedNames,
     pub grants: Snapshot,
     /// Rows of counters by identity.

@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use agentguard_common::event::{Event, Hook, Process as KnownProcess};
+use agentguard_common::event::{Event, Hook, Process as KnownProcess, RequestKind};
 use agentguard_common::{Mode, Verdict};
 use jiff::Timestamp;
 
 use super::names::Names;
 use crate::audit::record::{
-    Ancestor, Layer, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
+    Ancestor, BoundName, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
     Workload,
 };
 use crate::audit::{AuditLog, text::Text};
@@ -38,6 +38,8 @@ pub struct Denial {
     pub event: Event,
     /// The path of an exec, as the caller named it.
     pub path: Option<PathBuf>,
+    /// The name of a unix socket, as its server bound it.
+    pub socket: BoundName,
     pub executable: Option<PathBuf>,
     /// What the workload was then; it may be gone now.
     pub workload: String,
@@ -128,15 +130,16 @@ impl Witness {
         if told.outcome.reason().is_none() {
             return;
         }
-        let path = match record {
-            KernelRecord::Request(_) => None,
-            KernelRecord::Exec(exec) => path_of(&exec.path),
+        let path = exec_path(record).and_then(path_of);
+        let socket = match record {
+            KernelRecord::Request(_) => BoundName::None,
+            KernelRecord::Path(record) => BoundName::of(&record.event, &record.path),
         };
         let executable = told.process.executable.as_ref().map(|text| text.as_str().into());
         let workload = told.workload.name.as_str().to_owned();
         let identity = told.workload.identity.as_ref().map(|text| text.as_str().to_owned());
         let event = *record.event();
-        self.denials.keep(Denial { time, event, path, executable, workload, identity });
+        self.denials.keep(Denial { time, event, path, socket, executable, workload, identity });
     }
 
     /// The record in words.
@@ -144,7 +147,7 @@ impl Witness {
         let event = record.event();
         let path = match record {
             KernelRecord::Request(_) => None,
-            KernelRecord::Exec(exec) => Some(exec.path.as_slice()),
+            KernelRecord::Path(record) => Some(record.path.as_slice()),
         };
         let verdict = Verdict::try_from(event.verdict)
             .map_err(|unknown| format!("it has the unknown verdict {}", unknown.0))?;
@@ -166,14 +169,14 @@ impl Witness {
                 container: None,
                 pod: None,
             },
-            process: self.process(event, path),
+            process: self.process(event, exec_path(record)),
             request,
             outcome: Outcome::new(verdict, mode),
             scope: self.names.scope_word(event.scope).map(Text::new),
             grant: self.names.grant_word(event.grant).map(Text::new),
             allowlist_generation: u64::from(event.key.allowlist.0),
             hook: Word(hook),
-            layer: Layer::Portable,
+            layer: hook.layer().into(),
             folded: event.folded,
         })
     }
@@ -218,6 +221,16 @@ impl Witness {
             return Some(Text::new(path.as_os_str().as_bytes()));
         }
         known.map(|known| until_nul(&known.path)).filter(|path| !path.is_empty()).map(Text::new)
+    }
+}
+
+/// The path of an exec, as the caller named it.
+fn exec_path(record: &KernelRecord) -> Option<&[u8]> {
+    match record {
+        KernelRecord::Path(record) if record.event.kind == RequestKind::Exec as u8 => {
+            Some(&record.path)
+        }
+        KernelRecord::Path(_) | KernelRecord::Request(_) => None,
     }
 }
 

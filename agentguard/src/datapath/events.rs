@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
-use agentguard_common::event::{Event, ExecEvent};
+use agentguard_common::event::{Event, PathEvent};
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
@@ -14,10 +14,10 @@ use zerocopy::FromBytes as _;
 /// A record of the kernel.
 #[derive(Clone, Debug)]
 pub enum KernelRecord {
-    /// Of anything but an exec.
+    /// Of what needs no path.
     Request(Event),
-    /// Of an exec, with the path as the caller named it.
-    Exec(Box<ExecEvent>),
+    /// Of an exec, with the path as the caller named it, or of a unix socket, with its name.
+    Path(Box<PathEvent>),
 }
 
 impl KernelRecord {
@@ -26,7 +26,7 @@ impl KernelRecord {
     pub const fn event(&self) -> &Event {
         match self {
             Self::Request(event) => event,
-            Self::Exec(exec) => &exec.event,
+            Self::Path(record) => &record.event,
         }
     }
 }
@@ -38,7 +38,7 @@ pub struct UnknownRecord {
     pub length: usize,
 }
 
-/// Reads a record; exec records are known by their length.
+/// Reads a record; those with a path are known by their length.
 ///
 /// # Errors
 ///
@@ -47,9 +47,9 @@ pub fn decode(bytes: &[u8]) -> Result<KernelRecord, UnknownRecord> {
     let unknown = || UnknownRecord { length: bytes.len() };
     if bytes.len() == size_of::<Event>() {
         Event::read_from_bytes(bytes).map(KernelRecord::Request).map_err(|_size| unknown())
-    } else if bytes.len() == size_of::<ExecEvent>() {
-        ExecEvent::read_from_bytes(bytes)
-            .map(|exec| KernelRecord::Exec(Box::new(exec)))
+    } else if bytes.len() == size_of::<PathEvent>() {
+        PathEvent::read_from_bytes(bytes)
+            .map(|record| KernelRecord::Path(Box::new(record)))
             .map_err(|_size| unknown())
     } else {
         Err(unknown())

@@ -113,6 +113,7 @@ mod tests {
                 ports: vec![PortRange { protocol: Protocol::Tcp, first: 443, last: 443 }],
             }],
             executables: vec![],
+            unix_sockets: vec![],
             listening: vec![],
         };
         compile(&[permit]).unwrap().rows(AllowlistId(allowlist), RuleSetId(first_row)).unwrap()

@@ -60,6 +60,7 @@ impl Kernel {
         Ok(KernelOffsets {
             bprm_file: at("linux_binprm", &["file"])?,
             bprm_filename: at("linux_binprm", &["filename"])?,
+            bprm_interpreter: at("linux_binprm", &["interp"])?,
             file_inode: at("file", &["f_inode"])?,
             inode_number: at("inode", &["i_ino"])?,
             inode_super_block: at("inode", &["i_sb"])?,
@@ -83,6 +84,24 @@ impl Kernel {
             cgroup_root: at("cgroup", &["root"])?,
             cgroup_root_hierarchy: at("cgroup_root", &["hierarchy_id"])?,
             kernfs_node_id: at("kernfs_node", &["id"])?,
+            sock_family: at("sock", &["__sk_common", "skc_family"])?,
+            sock_protocol: at("sock", &["sk_protocol"])?,
+            sock_num: at("sock", &["__sk_common", "skc_num"])?,
+            sock_dport: at("sock", &["__sk_common", "skc_dport"])?,
+            sock_daddr: at("sock", &["__sk_common", "skc_daddr"])?,
+            sock_v6_daddr: at("sock", &["__sk_common", "skc_v6_daddr"])?,
+            sock_cgroup: at("sock", &["sk_cgrp_data"])?,
+            socket_sk: at("socket", &["sk"])?,
+            msghdr_name: at("msghdr", &["msg_name"])?,
+            msghdr_namelen: at("msghdr", &["msg_namelen"])?,
+            unix_address: at("unix_sock", &["addr"])?,
+            unix_dentry: at("unix_sock", &["path", "dentry"])?,
+            unix_address_length: at("unix_address", &["len"])?,
+            unix_address_name: at("unix_address", &["name"])?,
+            dentry_inode: at("dentry", &["d_inode"])?,
+            dentry_parent: at("dentry", &["d_parent"])?,
+            dentry_name: at("dentry", &["d_name", "name"])?,
+            dentry_name_length: at("dentry", &["d_name", "len"])?,
         })
     }
 

@@ -1,27 +1,24 @@
 //! Loading the kernel half, or adopting the one that is already in force.
 //!
-//! Everything is pinned: a daemon that goes leaves enforcement as it is. The pins of one build of
-//! the object share a directory named after it:
+//! Everything is pinned (see [`super::pins`]): a daemon that goes leaves enforcement as it is. What
+//! this kernel gives is found by trying, before anything is attached; which of it is in force then
+//! never changes.
 //!
-//! ```text
-//! <pin directory>/<object>/maps/<name>        tables
-//! <pin directory>/<object>/programs/<name>    programs, for cgroups still to come
-//! <pin directory>/<object>/links/<name>       what is global (tracepoints)
-//! <pin directory>/<object>/links/<cgroup id>-<name>   what is attached to a cgroup
-//! ```
-//!
-//! A daemon of the same build adopts them as they are. One of another build sets up its own beside
-//! them and removes theirs last ([`Datapath::remove_others`]), so that both decide for a moment
-//! and none never.
+//! A daemon of the same build adopts what is there. One of another build sets up its programs
+//! beside those in force, goes on with the same state, fills its own tables, and then takes over hook
+//! by hook ([`Datapath::take_over`]): each by one write, so that every request meets one program.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use agentguard_common::abi::{self, KernelOffsets, Settings};
+use agentguard_common::Layer;
+use agentguard_common::abi::{Achieved, KernelOffsets, Settings};
+use aya::maps::{Array, Map, MapData, MapError};
 use aya::programs::{
     CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, CgroupSockAddrAttachType,
     CgroupSockAttachType, Program, ProgramError,
@@ -29,13 +26,15 @@ use aya::programs::{
 use aya::{Btf, Ebpf, EbpfLoader};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use sha2::{Digest as _, Sha256};
 
 use super::events::Diagnostics;
+use super::handover::{self, GlobalProgram};
 use super::kernel::{Kernel, KernelError};
 use super::object;
-use super::protection::{Door, DoorState, GAP_OTHERS, GAPS, Protection, doors};
-use super::tables::{Tables, fd_link};
+use super::pins::{self, Pins};
+use super::protection::{self, Door, DoorState, GAP_OTHERS, Protection, doors};
+use super::tables::Tables;
+use crate::fault;
 
 /// How much each table holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +44,10 @@ pub struct Sizes {
     pub destinations: u32,
     pub rules: u32,
     pub executables: u32,
+    pub unix_names: u32,
+    pub unix_sockets: u32,
+    /// Tasks by descent.
+    pub tasks: u32,
     pub verdicts: u32,
     /// Rows of counters, with the one that all further identities share.
     pub counters: u32,
@@ -62,6 +65,9 @@ impl Default for Sizes {
             destinations: 524_288,
             rules: 65536,
             executables: 262_144,
+            unix_names: 8192,
+            unix_sockets: 65536,
+            tasks: 262_144,
             verdicts: 32768,
             counters: 129,
             denied_ring: 1 << 20,
@@ -92,6 +98,10 @@ pub enum LoadError {
     Pin { path: PathBuf, source: io::Error },
     #[error("the kernel half does not load: {source}; run `agentguard doctor` as root")]
     Load { source: Box<aya::EbpfError> },
+    #[error(
+        "{path} is kept by a version of agentguard that this one can not go on from; end what it holds with that version's `agentguard uninstall`, or reboot"
+    )]
+    ForeignState { path: PathBuf },
     #[error("the kernel half's {name} can not be used: {reason}")]
     Part { name: String, reason: String },
 }
@@ -105,7 +115,8 @@ impl LoadError {
 /// The kernel half, in force.
 pub struct Datapath {
     pub(super) programs: Vec<AttachedProgram>,
-    pub(super) pins: PathBuf,
+    pub(super) globals: Vec<GlobalProgram>,
+    pub(super) pins: Pins,
     pub(super) tables: Tables,
     states: Vec<(Door, DoorState)>,
     adopted: bool,
@@ -136,28 +147,9 @@ impl CgroupProgram {
     }
 }
 
-/// Maps of the object that are pinned.
-const PINNED_MAPS: [&str; 16] = [
-    "WORKLOADS",
-    "CGROUPS",
-    "MOVED",
-    "DESTINATIONS",
-    "RULES",
-    "EXECUTABLES",
-    "VERDICTS",
-    "PROCESSES",
-    "COUNTERS",
-    "SETTINGS",
-    "DENIED",
-    "ALLOWED",
-    "ATTACHMENTS",
-    "SOCKETS",
-    "TASKS",
-    "BLANK",
-];
-
 impl Datapath {
-    /// Adopts the kernel half that is in force, or loads it.
+    /// Adopts the kernel half that is in force, or loads it. Where another build's is in force,
+    /// nothing of this one's is until [`Datapath::take_over`].
     ///
     /// # Errors
     ///
@@ -165,35 +157,27 @@ impl Datapath {
     /// error: see [`Datapath::states`].
     pub fn open(options: &Options) -> Result<Self, LoadError> {
         mount_bpffs(&options.pin_directory)?;
-        let pins = options.pin_directory.join(fingerprint(&options.sizes));
-        if pins.join(READY).exists() {
-            return Self::adopt(pins, options);
+        let pins = Pins::new(&options.pin_directory, &options.sizes);
+        if let Some(path) = pins.foreign_state()? {
+            return Err(LoadError::ForeignState { path });
         }
-        // What a start that was cut short left behind enforces nothing yet.
-        remove_pins(&pins)?;
-        make_directories(&pins)?;
-        let kernel = Kernel::running()?;
-        let offsets = kernel.offsets()?;
-        let signal = kernel.function("bpf_send_signal_task");
-        // aya's loader reads the kernel's types for itself, and lends them to nobody.
-        let (btf, loader) = thread::scope(|scope| {
-            let loader = scope.spawn(EbpfLoader::new);
-            (kernel.for_loader(), loader.join())
-        });
-        let btf = btf?;
-        let loader = loader.unwrap_or_else(|_panic| EbpfLoader::new());
-        let mut ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(signal))?;
-        if signal.is_some() && !takes_kernel_function(&mut ebpf, &btf) {
-            drop(ebpf);
-            remove_pins(&pins)?;
-            make_directories(&pins)?;
-            let loader = EbpfLoader::new();
-            ebpf = load(loader, options, &pins, &offsets, &btf, &object::bind(None))?;
-        } else if signal.is_some() {
-            let path = pins.join(ENDS_OTHERS);
-            fs::create_dir(&path).map_err(|source| LoadError::Pin { path, source })?;
+        let adopted = pins.is_in_use();
+        if !pins.is_ready() {
+            // What a start that was cut short left behind enforces nothing yet.
+            pins.remove_unfinished()?;
+            pins.make_directories()?;
+            fault::point("load.directories");
         }
-        Self::set_up(ebpf, pins, options, &btf)
+        let mut datapath = if pins.is_ready() {
+            Self::adopt(pins, options)?
+        } else {
+            Self::set_up(pins, options, adopted)?
+        };
+        datapath.set(options.settings)?;
+        if datapath.pins.others()?.is_empty() {
+            datapath.open_gates()?;
+        }
+        Ok(datapath)
     }
 
     /// Whether the kernel half was in force before.
@@ -218,9 +202,8 @@ impl Datapath {
     /// each.
     #[must_use]
     pub fn gaps(&self) -> Vec<String> {
-        let ends_others = self.pins.join(ENDS_OTHERS).exists();
-        let of_kernel = (!ends_others).then_some(GAP_OTHERS);
-        GAPS.into_iter().chain(of_kernel).map(str::to_owned).collect()
+        let of_kernel = (!self.pins.ends_others()).then(|| GAP_OTHERS.to_owned());
+        protection::gaps(&self.states).into_iter().chain(of_kernel).collect()
     }
 
     /// How much of the promise is kept.
@@ -229,94 +212,60 @@ impl Datapath {
         Protection::of(&self.states, self.gaps())
     }
 
-    fn set_up(
-        mut ebpf: Ebpf,
-        pins: PathBuf,
-        options: &Options,
-        btf: &Btf,
-    ) -> Result<Self, LoadError> {
-        let mut programs = Vec::new();
+    fn set_up(pins: Pins, options: &Options, adopted: bool) -> Result<Self, LoadError> {
+        let Fitted { mut ebpf, mut outcomes, btf } = fit(&pins, options)?;
+        fault::point("load.loaded");
         let mut states = Vec::new();
-        let mut loaded = load_programs(&mut ebpf, btf);
         for door in doors() {
-            let outcome = loaded
+            let outcome = outcomes
                 .remove(door.program)
                 .unwrap_or_else(|| Err("the object does not hold it".to_owned()));
             let state = match outcome {
                 Ok(()) => {
-                    let path = pins.join("programs").join(door.program);
-                    let program = ebpf
-                        .program_mut(door.program)
-                        .ok_or_else(|| LoadError::part(door.program, "is gone"))?;
-                    program.pin(&path).map_err(|error| LoadError::part(door.program, error))?;
-                    match cgroup_program(door.program, &path)? {
-                        Some(kind) => {
-                            programs.push(AttachedProgram { name: door.program, kind });
+                    let attached = match door.gate {
+                        Some(gate) => handover::attach_gate(&mut ebpf, &btf, door, gate, &pins),
+                        None => Ok(()),
+                    };
+                    match attached {
+                        Ok(()) => {
+                            pin(&mut ebpf, door, &pins)?;
                             DoorState::Active
                         }
-                        None => attach_tracepoint(door, program, &pins),
+                        Err(reason) => DoorState::Unavailable(reason),
                     }
                 }
                 Err(reason) => DoorState::Unavailable(reason),
             };
+            fault::point("load.pinned");
             states.push((*door, state));
         }
-        let tables = Tables::open(&pins.join("maps"))?;
-        let mut datapath = Self {
-            programs,
-            pins,
-            tables,
-            states,
-            adopted: false,
-            diagnostics: Diagnostics::of(&mut ebpf),
-        };
-        datapath.set(options.settings)?;
-        let ready = datapath.pins.join(READY);
-        fs::create_dir(&ready).map_err(|source| LoadError::Pin { path: ready, source })?;
-        Ok(datapath)
+        let (programs, globals) = open_programs(&pins, &states)?;
+        let tables = Tables::open(&pins)?;
+        let diagnostics = Diagnostics::of(&mut ebpf);
+        pins.mark_ready()?;
+        fault::point("load.ready");
+        Ok(Self { programs, globals, pins, tables, states, adopted, diagnostics })
     }
 
-    fn adopt(pins: PathBuf, options: &Options) -> Result<Self, LoadError> {
-        let mut programs = Vec::new();
-        let mut states = Vec::new();
-        for door in doors() {
-            let program = pins.join("programs").join(door.program);
-            let state = if !program.exists() {
-                DoorState::Unavailable("this kernel did not take it when it was set up".to_owned())
-            } else if let Some(kind) = cgroup_program(door.program, &program)? {
-                programs.push(AttachedProgram { name: door.program, kind });
-                DoorState::Active
-            } else if pins.join("links").join(door.program).exists() {
-                DoorState::Active
-            } else {
+    fn adopt(pins: Pins, _options: &Options) -> Result<Self, LoadError> {
+        let state = |door: &Door| {
+            if !pins.program(door.program).exists() {
+                let reason =
+                    "this kernel did not take it when it was set up; see agentguard doctor";
+                DoorState::Unavailable(reason.to_owned())
+            } else if door.gate.is_some() && !pins.global_link(door.program).exists() {
                 DoorState::Unavailable("its pinned link is gone".to_owned())
-            };
-            states.push((*door, state));
-        }
-        let tables = Tables::open(&pins.join("maps"))?;
+            } else {
+                DoorState::Active
+            }
+        };
+        let states: Vec<_> = doors().iter().map(|door| (*door, state(door))).collect();
+        let (programs, globals) = open_programs(&pins, &states)?;
+        let tables = Tables::open(&pins)?;
         let diagnostics =
             programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
-        let mut datapath = Self { programs, pins, tables, states, adopted: true, diagnostics };
-        datapath.set(options.settings)?;
-        Ok(datapath)
-    }
-
-    /// Removes what other builds of the kernel half left in force beside this one; to be called
-    /// once this one holds everything that they held.
-    ///
-    /// # Errors
-    ///
-    /// When a pin can not be removed.
-    pub fn remove_others(&self, pin_directory: &Path) -> Result<usize, LoadError> {
-        let mut removed = 0;
-        for path in builds(pin_directory)? {
-            if path != self.pins {
-                remove_pins(&path)?;
-                fs::remove_dir(&path).map_err(|source| LoadError::Pin { path, source })?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
+        fault::point("load.adopted");
+        Ok(Self { programs, globals, pins, tables, states, adopted: true, diagnostics })
     }
 }
 
@@ -327,73 +276,7 @@ impl Datapath {
 ///
 /// When a pin can not be removed.
 pub fn uninstall(pin_directory: &Path) -> Result<usize, LoadError> {
-    let builds = builds(pin_directory)?;
-    for path in &builds {
-        remove_pins(path)?;
-        fs::remove_dir(path).map_err(|source| LoadError::Pin { path: path.clone(), source })?;
-    }
-    match fs::remove_dir(pin_directory) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(source) => return Err(LoadError::Pin { path: pin_directory.to_owned(), source }),
-    }
-    Ok(builds.len())
-}
-
-/// Present where the kernel half can end a task that is not the caller.
-const ENDS_OTHERS: &str = "ends-others";
-/// Present once a build is set up completely.
-const READY: &str = "ready";
-
-/// A directory name for this build of the object with tables of these sizes: whatever shares it
-/// can be adopted.
-fn fingerprint(sizes: &Sizes) -> String {
-    let mut digest = Sha256::new();
-    digest.update(object::OBJECT);
-    digest.update(format!("{} {sizes:?}", abi::VERSION));
-    digest.finalize().iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
-}
-
-fn builds(pin_directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
-    let error = |source| LoadError::Pin { path: pin_directory.to_owned(), source };
-    let entries = match fs::read_dir(pin_directory) {
-        Ok(entries) => entries,
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(error(source)),
-    };
-    entries.map(|entry| entry.map(|entry| entry.path()).map_err(error)).collect()
-}
-
-/// Removes the pins of one build, links first: a program without tables would refuse everything.
-fn remove_pins(pins: &Path) -> Result<(), LoadError> {
-    for mark in [READY, ENDS_OTHERS] {
-        let path = pins.join(mark);
-        if path.exists() {
-            fs::remove_dir(&path).map_err(|source| LoadError::Pin { path, source })?;
-        }
-    }
-    for directory in ["links", "programs", "maps"] {
-        let path = pins.join(directory);
-        let error = |source| LoadError::Pin { path: path.clone(), source };
-        let entries = match fs::read_dir(&path) {
-            Ok(entries) => entries,
-            Err(missing) if missing.kind() == io::ErrorKind::NotFound => continue,
-            Err(source) => return Err(error(source)),
-        };
-        for entry in entries {
-            fs::remove_file(entry.map_err(error)?.path()).map_err(error)?;
-        }
-        fs::remove_dir(&path).map_err(error)?;
-    }
-    Ok(())
-}
-
-fn make_directories(pins: &Path) -> Result<(), LoadError> {
-    for directory in ["maps", "programs", "links"] {
-        let path = pins.join(directory);
-        fs::create_dir_all(&path).map_err(|source| LoadError::Pin { path, source })?;
-    }
-    Ok(())
+    pins::remove_all(pin_directory)
 }
 
 /// Mounts the BPF file system if `pin_directory` is not on one, and makes the directory for root
@@ -420,11 +303,77 @@ fn mount_bpffs(pin_directory: &Path) -> Result<(), LoadError> {
         .map_err(|source| LoadError::Pin { path: pin_directory.to_owned(), source })
 }
 
+/// An object that fits this kernel, with what became of each of its programs.
+struct Fitted {
+    ebpf: Ebpf,
+    outcomes: BTreeMap<&'static str, Result<(), String>>,
+    btf: Btf,
+}
+
+/// What is asked of the kernel beside the portable layer. Found wanting, the object is loaded again
+/// and asks for less.
+struct Asked {
+    /// The function by which a task that is not the caller is ended.
+    ends_others: Option<u32>,
+    /// Why there is no LSM layer, if there is none.
+    lsm: Result<(), String>,
+    /// Why exec is left to the tracepoint, if it is.
+    exec_by_lsm: Result<(), String>,
+}
+
+/// Loads all programs as this kernel takes them.
+fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
+    let kernel = Kernel::running()?;
+    let offsets = kernel.offsets()?;
+    let mut asked = Asked {
+        ends_others: kernel.function("bpf_send_signal_task"),
+        lsm: Ok(()),
+        exec_by_lsm: Ok(()),
+    };
+    // aya's loader reads the kernel's types for itself, and lends them to nobody.
+    let (btf, loader) = thread::scope(|scope| {
+        let loader = scope.spawn(EbpfLoader::new);
+        (kernel.for_loader(), loader.join())
+    });
+    let btf = btf?;
+    let mut loader = Some(loader.unwrap_or_else(|_panic| EbpfLoader::new()));
+    loop {
+        let achieved = Achieved { exec_by_lsm: u32::from(asked.exec_by_lsm.is_ok()) };
+        let object = object::bind(asked.ends_others);
+        let loader = loader.take().unwrap_or_default();
+        let mut ebpf = load(loader, options, pins, &offsets, &achieved, &btf, &object)?;
+        if asked.ends_others.is_some() && !takes_kernel_function(&mut ebpf, &btf) {
+            asked.ends_others = None;
+            continue;
+        }
+        if asked.lsm.is_ok()
+            && let Err(reason) = calls_lsm_programs(&mut ebpf, &btf, pins)
+        {
+            tracing::info!(reason, "there is no LSM layer on this kernel");
+            asked.lsm = Err(reason.clone());
+            asked.exec_by_lsm = Err(reason);
+            continue;
+        }
+        let outcomes = load_programs(&mut ebpf, &btf, &asked.lsm);
+        if asked.exec_by_lsm.is_ok()
+            && let Some(Err(reason)) = outcomes.get("bprm_check")
+        {
+            asked.exec_by_lsm = Err(reason.clone());
+            continue;
+        }
+        if asked.ends_others.is_some() {
+            pins.mark_ends_others()?;
+        }
+        return Ok(Fitted { ebpf, outcomes, btf });
+    }
+}
+
 fn load<'a>(
     mut loader: EbpfLoader<'a>,
     options: &Options,
-    pins: &Path,
+    pins: &Pins,
     offsets: &'a KernelOffsets,
+    achieved: &'a Achieved,
     btf: &'a Btf,
     object: &[u8],
 ) -> Result<Ebpf, LoadError> {
@@ -434,6 +383,9 @@ fn load<'a>(
         destinations,
         rules,
         executables,
+        unix_names,
+        unix_sockets,
+        tasks,
         verdicts,
         counters,
         denied_ring,
@@ -443,18 +395,22 @@ fn load<'a>(
         .btf(Some(btf))
         .allow_unsupported_maps()
         .override_global("OFFSETS", offsets, true)
+        .override_global("ACHIEVED", achieved, true)
         .map_max_entries("WORKLOADS", workloads)
         .map_max_entries("CGROUPS", cgroups)
         .map_max_entries("MOVED", workloads)
+        .map_max_entries("TASKS", tasks)
         .map_max_entries("DESTINATIONS", destinations)
         .map_max_entries("RULES", rules)
         .map_max_entries("EXECUTABLES", executables)
+        .map_max_entries("UNIX_NAMES", unix_names)
+        .map_max_entries("UNIX_SOCKETS", unix_sockets)
         .map_max_entries("VERDICTS", verdicts)
         .map_max_entries("COUNTERS", counters)
         .map_max_entries("DENIED", denied_ring)
         .map_max_entries("ALLOWED", allowed_ring);
-    for name in PINNED_MAPS {
-        loader.map_pin_path(name, pins.join("maps").join(name));
+    for (name, path) in pins.maps() {
+        loader.map_pin_path(name, path);
     }
     loader.load(object).map_err(|source| LoadError::Load { source: Box::new(source) })
 }
@@ -467,63 +423,143 @@ fn takes_kernel_function(ebpf: &mut Ebpf, btf: &Btf) -> bool {
     }
 }
 
-/// Loads every program, all at once: what the verifier takes for them is most of a start.
-fn load_programs(ebpf: &mut Ebpf, btf: &Btf) -> BTreeMap<&'static str, Result<(), String>> {
-    thread::scope(|scope| {
-        let loading: Vec<_> = ebpf
-            .programs_mut()
-            .filter_map(|(name, program)| {
-                let door = doors().iter().find(|door| door.program == name)?;
-                Some((door.program, scope.spawn(move || load_program(door, program, btf))))
-            })
-            .collect();
-        let ended = |_panic| Err("its loader ended before its time".to_owned());
-        loading.into_iter().map(|(name, load)| (name, load.join().unwrap_or_else(ended))).collect()
-    })
-}
-
-/// Loads one program; the reason in one line when the kernel does not take it.
-#[expect(clippy::wildcard_enum_match_arm, reason = "aya's kinds of programs are not ours")]
-fn load_program(door: &Door, program: &mut Program, btf: &Btf) -> Result<(), String> {
-    let loaded = match program {
-        Program::CgroupSockAddr(program) => program.load(),
-        Program::CgroupSock(program) => program.load(),
-        Program::CgroupSkb(program) => program.load(),
-        Program::BtfTracePoint(program) => {
-            let tracepoint = door.hook.rsplit('/').next().unwrap_or(door.hook);
-            program.load(tracepoint, btf)
-        }
-        _ => return Err(format!("{} is of a kind that is not known here", door.program)),
+/// Whether the BPF LSM calls a program here. A list that names it does not tell: a kernel may refuse
+/// to attach it, or attach it to a function that nothing calls.
+fn calls_lsm_programs(ebpf: &mut Ebpf, btf: &Btf, pins: &Pins) -> Result<(), String> {
+    fn text(error: impl std::fmt::Display) -> String {
+        error.to_string()
+    }
+    let mut calls: Array<MapData, u64> = MapData::from_pin(pins.map("LSM_CALLS"))
+        .and_then(Map::from_map_data)
+        .and_then(Array::try_from)
+        .map_err(|error: MapError| error.to_string())?;
+    calls.set(0, 0, 0).map_err(text)?;
+    let Some(Program::Lsm(probe)) = ebpf.program_mut("lsm_probe") else {
+        return Err("the object holds no probe for it".to_owned());
     };
-    match loaded {
-        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
-        Err(ProgramError::LoadError { io_error, verifier_log }) => {
-            let log = verifier_log.to_string();
-            tracing::debug!(program = door.program, %log, "the verifier refused a program");
-            let last = log.lines().rev().find(|line| !line.starts_with("processed"));
-            Err(format!("{io_error}: {}", last.unwrap_or("the verifier says nothing")))
+    let loaded = probe.load("socket_create", btf);
+    loaded.map_err(|error| reason_of("lsm_probe", error))?;
+    let link = probe.attach().map_err(|error| reason_of("lsm_probe", error))?;
+    // Any socket will do: the hook is asked at each.
+    let asked = UnixDatagram::unbound();
+    let called = calls.get(&0, 0);
+    probe.detach(link).map_err(text)?;
+    probe.unload().map_err(text)?;
+    asked.map_err(text)?;
+    match called {
+        Ok(0) => {
+            let list = fs::read_to_string("/sys/kernel/security/lsm");
+            let list = list.map_or_else(|_unmounted| String::new(), |list| format!(" ({list})"));
+            Err(format!(
+                "the BPF LSM is not among the kernel's active modules{list}; boot with `bpf` in lsm="
+            ))
         }
+        Ok(_) => Ok(()),
         Err(error) => Err(error.to_string()),
     }
 }
 
-/// A tracepoint is in force from here on, for all tasks.
-fn attach_tracepoint(door: &Door, program: &mut Program, pins: &Path) -> DoorState {
-    let Program::BtfTracePoint(program) = program else {
-        return DoorState::Unavailable("it is no tracepoint".to_owned());
+/// Loads every program, all at once: what the verifier takes for them is most of a start.
+fn load_programs(
+    ebpf: &mut Ebpf,
+    btf: &Btf,
+    lsm: &Result<(), String>,
+) -> BTreeMap<&'static str, Result<(), String>> {
+    thread::scope(|scope| {
+        let mut outcomes = BTreeMap::new();
+        let mut loading = Vec::new();
+        for (name, program) in ebpf.programs_mut() {
+            let Some(door) = doors().iter().find(|door| door.program == name) else { continue };
+            match (door.layer, lsm) {
+                (Layer::Lsm, Err(reason)) => {
+                    outcomes.insert(door.program, Err(reason.clone()));
+                }
+                (Layer::Lsm, Ok(())) | (Layer::Portable, _) => {
+                    let load =
+                        scope.spawn(move || load_program(door.program, door.hook, program, btf));
+                    loading.push((door.program, load));
+                }
+            }
+        }
+        let ended = |_panic| Err("its loader ended before its time".to_owned());
+        outcomes.extend(
+            loading.into_iter().map(|(name, load)| (name, load.join().unwrap_or_else(ended))),
+        );
+        outcomes
+    })
+}
+
+/// Loads one program for a hook; the reason in one line when the kernel does not take it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's kinds of programs are not ours")]
+pub(super) fn load_program(
+    name: &str,
+    hook: &str,
+    program: &mut Program,
+    btf: &Btf,
+) -> Result<(), String> {
+    let function = hook.rsplit('/').next().unwrap_or(hook);
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::BtfTracePoint(program) => program.load(function, btf),
+        Program::Lsm(program) => program.load(function, btf),
+        _ => return Err(format!("{name} is of a kind that is not known here")),
     };
-    let mut attach = || -> Result<(), String> {
-        let id = program.attach().map_err(|error| error.to_string())?;
-        let link = program.take_link(id).map_err(|error| error.to_string())?;
-        fd_link(link)?
-            .pin(pins.join("links").join(door.program))
-            .map_err(|error| error.to_string())?;
-        Ok(())
-    };
-    match attach() {
-        Ok(()) => DoorState::Active,
-        Err(reason) => DoorState::Unavailable(reason),
+    match loaded {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(reason_of(name, error)),
     }
+}
+
+/// Why the kernel does not take a program, in one line.
+#[expect(clippy::wildcard_enum_match_arm, reason = "aya's errors are not ours")]
+pub(super) fn reason_of(name: &str, error: ProgramError) -> String {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            tracing::debug!(program = name, %log, "the verifier refused a program");
+            let last = log.lines().rev().find(|line| !line.starts_with("processed"));
+            format!("{io_error}: {}", last.unwrap_or("the verifier says nothing"))
+        }
+        error => {
+            // The cause says more than what was called.
+            let mut causes = vec![error.to_string()];
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                causes.push(cause.to_string());
+                source = cause.source();
+            }
+            causes.dedup();
+            causes.join(": ")
+        }
+    }
+}
+
+fn pin(ebpf: &mut Ebpf, door: &Door, pins: &Pins) -> Result<(), LoadError> {
+    let program =
+        ebpf.program_mut(door.program).ok_or_else(|| LoadError::part(door.program, "is gone"))?;
+    program.pin(pins.program(door.program)).map_err(|error| LoadError::part(door.program, error))
+}
+
+/// The programs of all active doors, from their pins.
+fn open_programs(
+    pins: &Pins,
+    states: &[(Door, DoorState)],
+) -> Result<(Vec<AttachedProgram>, Vec<GlobalProgram>), LoadError> {
+    let (mut programs, mut globals) = (Vec::new(), Vec::new());
+    for (door, state) in states {
+        match (state, door.gate) {
+            (DoorState::Unavailable(_), _) => {}
+            (DoorState::Active, Some(gate)) => globals.push(GlobalProgram::open(door, gate, pins)?),
+            (DoorState::Active, None) => {
+                let kind = cgroup_program(door.program, &pins.program(door.program))?
+                    .ok_or_else(|| LoadError::part(door.program, "is of an unknown kind"))?;
+                programs.push(AttachedProgram { name: door.program, kind });
+            }
+        }
+    }
+    Ok((programs, globals))
 }
 
 /// The pinned program under its kind, if it is one for cgroups.

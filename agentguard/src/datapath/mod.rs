@@ -5,9 +5,12 @@
 mod btf;
 pub mod events;
 pub mod fake;
+mod handover;
 mod kernel;
+mod link;
 mod load;
 mod object;
+mod pins;
 mod protection;
 mod tables;
 

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
-    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag,
+    DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, Permission, RuleRow, Tag,
+    UnixName, UnixSocketKey,
 };
 use agentguard_common::event::Process;
 use agentguard_common::stats::Counters;
-use agentguard_common::{AllowlistId, CgroupId, RuleSetId, WorkloadId};
+use agentguard_common::{AllowlistId, CgroupId, RuleSetId, UnixNameId, WorkloadId};
 use aya::maps::cgroup_storage::CgroupStorageKey;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -26,6 +27,7 @@ use aya::maps::CgroupStorage;
 
 use super::events::Rings;
 use super::load::{CgroupProgram, Datapath, LoadError};
+use super::pins::Pins;
 use crate::allowlist::compile::Rows;
 
 /// The datapath did not take a change; nothing of it is in force.
@@ -64,41 +66,39 @@ pub(super) struct Tables {
     destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
     rules: HashMap<MapData, RuleSetId, RuleRow>,
     executables: HashMap<MapData, ExecutableKey, ExecutableEntry>,
+    unix_sockets: HashMap<MapData, UnixSocketKey, Permission>,
+    unix_names: HashMap<MapData, UnixName, UnixNameId>,
     counters: PerCpuArray<MapData, Counters>,
     settings: Array<MapData, Settings>,
     attachments: CgroupStorage<MapData, Attachment>,
-    directory: PathBuf,
 }
 
 impl Tables {
-    pub(super) fn open(directory: &Path) -> Result<Self, LoadError> {
-        fn open<T>(directory: &Path, name: &str) -> Result<T, LoadError>
-        where
-            T: TryFrom<Map, Error = MapError>,
-        {
-            let error = |error: MapError| LoadError::part(name, error);
-            let data = MapData::from_pin(directory.join(name)).map_err(error)?;
-            T::try_from(Map::from_map_data(data).map_err(error)?).map_err(error)
-        }
+    pub(super) fn open(pins: &Pins) -> Result<Self, LoadError> {
         Ok(Self {
-            workloads: open(directory, "WORKLOADS")?,
-            cgroups: open(directory, "CGROUPS")?,
-            moved: open(directory, "MOVED")?,
-            destinations: open(directory, "DESTINATIONS")?,
-            rules: open(directory, "RULES")?,
-            executables: open(directory, "EXECUTABLES")?,
-            counters: open(directory, "COUNTERS")?,
-            settings: open(directory, "SETTINGS")?,
-            attachments: open(directory, "ATTACHMENTS")?,
-            directory: directory.to_owned(),
+            workloads: open(pins, "WORKLOADS")?,
+            cgroups: open(pins, "CGROUPS")?,
+            moved: open(pins, "MOVED")?,
+            destinations: open(pins, "DESTINATIONS")?,
+            rules: open(pins, "RULES")?,
+            executables: open(pins, "EXECUTABLES")?,
+            unix_sockets: open(pins, "UNIX_SOCKETS")?,
+            unix_names: open(pins, "UNIX_NAMES")?,
+            counters: open(pins, "COUNTERS")?,
+            settings: open(pins, "SETTINGS")?,
+            attachments: open(pins, "ATTACHMENTS")?,
         })
     }
+}
 
-    fn ring(&self, name: &str) -> Result<RingBuf<MapData>, LoadError> {
-        let error = |error: MapError| LoadError::part(name, error);
-        let data = MapData::from_pin(self.directory.join(name)).map_err(error)?;
-        Map::from_map_data(data).and_then(RingBuf::try_from).map_err(error)
-    }
+/// A pinned table, as the kind of table it is.
+fn open<T>(pins: &Pins, name: &str) -> Result<T, LoadError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let error = |error: MapError| LoadError::part(name, error);
+    let data = MapData::from_pin(pins.map(name)).map_err(error)?;
+    T::try_from(Map::from_map_data(data).map_err(error)?).map_err(error)
 }
 
 /// What the kernel knows of processes of workloads; a handle of its own for whoever reads records.
@@ -119,9 +119,7 @@ impl Datapath {
     ///
     /// When the table can not be opened.
     pub fn processes(&self) -> Result<Processes, LoadError> {
-        let error = |error: MapError| LoadError::part("PROCESSES", error);
-        let data = MapData::from_pin(self.tables.directory.join("PROCESSES")).map_err(error)?;
-        Map::from_map_data(data).and_then(HashMap::try_from).map(Processes).map_err(error)
+        open(&self.pins, "PROCESSES").map(Processes)
     }
 
     /// The rings of records; to be read by one reader.
@@ -130,7 +128,8 @@ impl Datapath {
     ///
     /// When a ring can not be mapped.
     pub fn rings(&self) -> Result<Rings, LoadError> {
-        Ok(Rings::new(self.tables.ring("DENIED")?, self.tables.ring("ALLOWED")?))
+        let ring = |name| -> Result<RingBuf<MapData>, LoadError> { open(&self.pins, name) };
+        Ok(Rings::new(ring("DENIED")?, ring("ALLOWED")?))
     }
 
     /// Changes what can be changed while programs run.
@@ -170,6 +169,9 @@ impl Datapath {
         for (key, entry) in &rows.executables {
             tables.executables.insert(key, entry, 0).map_err(row("EXECUTABLES"))?;
         }
+        for (key, permission) in &rows.unix_sockets {
+            tables.unix_sockets.insert(key, permission, 0).map_err(row("UNIX_SOCKETS"))?;
+        }
         Ok(())
     }
 
@@ -191,6 +193,9 @@ impl Datapath {
         }
         for (key, _) in &rows.executables {
             keep(tables.executables.remove(key), "EXECUTABLES");
+        }
+        for (key, _) in &rows.unix_sockets {
+            keep(tables.unix_sockets.remove(key), "UNIX_SOCKETS");
         }
         for (id, _) in &rows.rules {
             keep(tables.rules.remove(id), "RULES");
@@ -222,14 +227,23 @@ impl Datapath {
             .filter_map(Result::ok)
             .filter(|key| key.allowlist < first)
             .collect();
+        let unix_sockets: Vec<_> = tables
+            .unix_sockets
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| key.allowlist < first)
+            .collect();
         let rules: Vec<_> =
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
-        let swept = destinations.len() + executables.len() + rules.len();
+        let swept = destinations.len() + executables.len() + unix_sockets.len() + rules.len();
         for key in &destinations {
             tables.destinations.remove(key).map_err(row("DESTINATIONS"))?;
         }
         for key in &executables {
             tables.executables.remove(key).map_err(row("EXECUTABLES"))?;
+        }
+        for key in &unix_sockets {
+            tables.unix_sockets.remove(key).map_err(row("UNIX_SOCKETS"))?;
         }
         for id in &rules {
             tables.rules.remove(id).map_err(row("RULES"))?;
@@ -251,8 +265,47 @@ impl Datapath {
         allowlist = listed.fold(allowlist, |high, key| high.max({ key.data() }.allowlist));
         let listed = tables.executables.keys().filter_map(Result::ok);
         allowlist = listed.fold(allowlist, |high, key| high.max(key.allowlist));
+        let listed = tables.unix_sockets.keys().filter_map(Result::ok);
+        allowlist = listed.fold(allowlist, |high, key| high.max(key.allowlist));
         let rules = tables.rules.keys().filter_map(Result::ok).max().unwrap_or(RuleSetId::NONE);
         (allowlist, rules, workload)
+    }
+
+    /// Gives a name of unix sockets its number. To be called before an allow-list that uses the
+    /// number is loaded: until then no socket of that name is told from one that no scope mentions.
+    ///
+    /// # Errors
+    ///
+    /// When the table is full.
+    pub fn name_unix_socket(
+        &mut self,
+        name: &UnixName,
+        number: UnixNameId,
+    ) -> Result<(), DatapathError> {
+        self.tables.unix_names.insert(name, number, 0).map_err(row("UNIX_NAMES"))
+    }
+
+    /// Takes a name's number away. To be called when no allow-list uses it any more.
+    ///
+    /// # Errors
+    ///
+    /// When the row can not be removed.
+    pub fn forget_unix_name(&mut self, name: &UnixName) -> Result<(), DatapathError> {
+        absent_is_fine(self.tables.unix_names.remove(name)).map_err(row("UNIX_NAMES"))
+    }
+
+    /// The names of unix sockets that have a number.
+    #[must_use]
+    pub fn unix_names(&self) -> Vec<(UnixName, UnixNameId)> {
+        self.tables.unix_names.iter().filter_map(Result::ok).collect()
+    }
+
+    /// The highest number of a name that anything refers to.
+    #[must_use]
+    pub fn highest_unix_name(&self) -> UnixNameId {
+        let named = self.tables.unix_names.iter().filter_map(Result::ok).map(|(_, number)| number);
+        let used = self.tables.unix_sockets.keys().filter_map(Result::ok).map(|key| key.name);
+        named.chain(used).max().unwrap_or(UnixNameId::NONE)
     }
 
     /// Holds a workload to `tag` from now on: one write, and every hook sees the old row or the
@@ -395,7 +448,7 @@ impl Datapath {
     ///
     /// When a pin can not be removed.
     pub fn prune(&self, alive: impl Fn(CgroupId) -> bool) -> Result<usize, DatapathError> {
-        let directory = self.pins.join("links");
+        let directory = self.pins.links();
         let error = |source| DatapathError::Unpin { path: directory.clone(), source };
         let mut pruned = 0;
         for entry in fs::read_dir(&directory).map_err(error)? {
@@ -411,7 +464,7 @@ impl Datapath {
     }
 
     fn link(&self, cgroup: CgroupId, program: &str) -> PathBuf {
-        self.pins.join("links").join(format!("{}-{program}", cgroup.0))
+        self.pins.cgroup_link(cgroup.0, program)
     }
 
     fn attach(&mut self, path: &Path, attachment: Attachment) -> Result<(), DatapathError> {
@@ -477,6 +530,8 @@ impl Datapath {
             fill("destinations", tables.destinations.keys().count(), sizes.destinations),
             fill("rules", tables.rules.keys().count(), sizes.rules),
             fill("executables", tables.executables.keys().count(), sizes.executables),
+            fill("unix_sockets", tables.unix_sockets.keys().count(), sizes.unix_sockets),
+            fill("unix_names", tables.unix_names.keys().count(), sizes.unix_names),
         ]
     }
 }

@@ -43,14 +43,7 @@ pub(super) fn read(name: Option<ResourceName>, spec: &Value<'_>) -> Option<Scope
             })
         })
     });
-    let unix_sockets = unix_sockets.optional(|value| {
-        let sockets = value.list(read_unix_socket);
-        value.refuse(
-            "is not enforced yet by this version",
-            "remove it, this version restricts no unix sockets",
-        );
-        sockets
-    });
+    let unix_sockets = unix_sockets.optional(|value| value.list(read_unix_socket));
     let listen = listen.optional(|value| value.list(read_ports));
     Some(ScopeDocument {
         name: name?,

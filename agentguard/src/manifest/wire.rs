@@ -90,7 +90,7 @@ struct Metadata {
 
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[schemars(extend("anyOf" = [{"required": ["egress"]}, {"required": ["exec"]}, {"required": ["listen"]}]))]
+#[schemars(extend("anyOf" = [{"required": ["egress"]}, {"required": ["exec"]}, {"required": ["unixSockets"]}, {"required": ["listen"]}]))]
 struct ScopeSpec {
     /// What grants and tokens say, such as `github:read`; unique.
     #[schemars(length(min = 1, max = 128), regex(pattern = r"^[a-z0-9]+([:._/-][a-z0-9]+)*$"))]
@@ -106,9 +106,9 @@ struct ScopeSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     exec: Option<Vec<Exec>>,
-    /// Which unix sockets may be connected to. Refused by this version, so not in the schema.
+    /// Which unix sockets of others may be connected and sent to.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(skip)]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     unix_sockets: Option<Vec<WireUnixSocket>>,
     /// Where the workload may listen.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -192,11 +192,16 @@ struct Exec {
     path: String,
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
+/// A unix socket by the address that its server binds.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 enum WireUnixSocket {
-    Path(String),
-    Abstract(String),
+    /// An absolute path in the host's mounts, without wildcards; its directory is what is looked
+    /// up, so the server may make the socket anew.
+    Path(#[schemars(regex(pattern = "^/[^/*]"))] String),
+    /// A name in the abstract namespace without its leading NUL, at most 107 bytes, without
+    /// wildcards.
+    Abstract(#[schemars(length(min = 1, max = 107), regex(pattern = r"^[^*]*\S[^*]*$"))] String),
 }
 
 #[derive(Serialize, JsonSchema)]

@@ -34,6 +34,11 @@ impl IdentityLabels {
         if *labelled { identity } else { OTHER }
     }
 
+    /// The label of an identity as it was given out; it does not get one by this.
+    pub(super) fn known<'a>(&self, identity: &'a str) -> &'a str {
+        if self.known.get(identity).is_some_and(|labelled| *labelled) { identity } else { OTHER }
+    }
+
     /// Forgets all identities but `present`; says which were forgotten, with the label of those
     /// that had one of their own.
     pub(super) fn retain<'a>(

@@ -8,12 +8,12 @@
 
 mod labels;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agentguard_common::stats::Counters;
-use agentguard_common::{Mode, Reason, Verdict};
+use agentguard_common::{Layer, Mode, Reason, Verdict};
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -109,6 +109,16 @@ const PROTECTION: MetricDoc = metric(
     GaugeKind,
     &[label("layer", "`portable` or `lsm`"), label("protection", "`full`, `partial` or `none`")],
     "What each layer of hooks can enforce on this kernel: 1 at the one that holds, else 0.",
+);
+const WORKLOAD_PROTECTION: MetricDoc = metric(
+    "agentguard_workload_protection",
+    GaugeKind,
+    &[
+        label("layer", "`portable` or `lsm`"),
+        label("protection", "`full`, `partial` or `none`"),
+        label("identity", "the SPIFFE ID, or `other` beyond `metrics.max_identities`"),
+    ],
+    "Workloads of an identity, at what the layer can enforce for them; 0 at the others.",
 );
 const WORKLOADS: MetricDoc = metric(
     "agentguard_workloads",
@@ -215,11 +225,12 @@ const START_TIME: MetricDoc = metric(
 );
 
 /// Every metric, in the order of the reference.
-const ALL: [MetricDoc; 22] = [
+const ALL: [MetricDoc; 23] = [
     VERDICTS,
     EVENTS,
     IDENTITIES_OTHER,
     PROTECTION,
+    WORKLOAD_PROTECTION,
     WORKLOADS,
     GRANTS,
     ALLOWLIST_ENTRIES,
@@ -249,22 +260,6 @@ pub fn describe() -> Vec<MetricDoc> {
 /// Upper bounds of the buckets for durations, in seconds.
 const SECONDS: [f64; 12] =
     [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
-
-/// A layer of hooks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Layer {
-    Portable,
-    Lsm,
-}
-
-impl Layer {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Portable => "portable",
-            Self::Lsm => "lsm",
-        }
-    }
-}
 
 /// How much of the promise is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -330,6 +325,7 @@ pub struct Metrics {
     events: IntCounterVec,
     identities_other: IntGauge,
     protection: IntGaugeVec,
+    workload_protection: IntGaugeVec,
     workloads: IntGaugeVec,
     grants: IntGaugeVec,
     allowlist_entries: IntGauge,
@@ -356,6 +352,8 @@ struct Rows {
     labels: IdentityLabels,
     seen: HashMap<Option<String>, Seen>,
     audit: AuditTotals,
+    /// Labels of identities whose workloads have series.
+    protected: BTreeSet<String>,
 }
 
 /// One row as it was last read; only what is not zero.
@@ -389,6 +387,7 @@ impl Metrics {
             events: counters(&registry, &EVENTS)?,
             identities_other: gauge(&registry, &IDENTITIES_OTHER)?,
             protection: gauges(&registry, &PROTECTION)?,
+            workload_protection: gauges(&registry, &WORKLOAD_PROTECTION)?,
             workloads: gauges(&registry, &WORKLOADS)?,
             grants: gauges(&registry, &GRANTS)?,
             allowlist_entries: gauge(&registry, &ALLOWLIST_ENTRIES)?,
@@ -411,6 +410,7 @@ impl Metrics {
                 labels: IdentityLabels::new(max_identities),
                 seen: HashMap::new(),
                 audit: AuditTotals::default(),
+                protected: BTreeSet::new(),
             }),
             registry,
         };
@@ -486,6 +486,49 @@ impl Metrics {
                 .with_label_values(&[layer.as_str(), each.as_str()])
                 .set(i64::from(each == protection));
         }
+    }
+
+    /// How many workloads each identity has, and what each layer can enforce for them. To be
+    /// called after [`Self::set_verdicts`], which says who has a label of its own.
+    pub fn set_workload_protection(
+        &self,
+        layers: &[(Layer, Protection)],
+        identities: &BTreeMap<&str, u64>,
+    ) {
+        let mut state = self.rows();
+        let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+        for (identity, count) in identities {
+            *counts.entry(state.labels.known(identity)).or_default() += count;
+        }
+        let series = |layer: Layer, protection: Protection, label: &str| {
+            self.workload_protection.with_label_values(&[
+                layer.as_str(),
+                protection.as_str(),
+                label,
+            ])
+        };
+        for (label, count) in &counts {
+            for (layer, held) in layers {
+                for protection in Protection::ALL {
+                    let count = if protection == *held { *count as i64 } else { 0 };
+                    series(*layer, protection, label).set(count);
+                }
+            }
+        }
+        let now: BTreeSet<String> = counts.into_keys().map(str::to_owned).collect();
+        for label in state.protected.difference(&now) {
+            for (layer, _) in layers {
+                for protection in Protection::ALL {
+                    // A series that is not there needs no removal.
+                    let _ = self.workload_protection.remove_label_values(&[
+                        layer.as_str(),
+                        protection.as_str(),
+                        label,
+                    ]);
+                }
+            }
+        }
+        state.protected = now;
     }
 
     /// All workloads by mode and protection; those that are not named count zero.
@@ -699,6 +742,10 @@ mod tests {
         ]);
         metrics.set_protection(Layer::Portable, Protection::Full);
         metrics.set_protection(Layer::Lsm, Protection::None);
+        metrics.set_workload_protection(
+            &[(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::None)],
+            &BTreeMap::from([("spiffe://example.org/git", 2), ("spiffe://example.org/new", 3)]),
+        );
         metrics.set_workloads(&[(Mode::Enforce, Protection::Partial, 4)]);
         metrics.set_grants(GrantCounts { active: 2, standing: 1, ..GrantCounts::default() });
         metrics.set_allowlist(9, 120);
@@ -752,6 +799,10 @@ mod tests {
             (vec!["agentguard_events_total", "lost"], 0.0),
             (vec!["agentguard_protection{", "lsm", "none"], 1.0),
             (vec!["agentguard_protection{", "lsm", "full"], 0.0),
+            (vec!["workload_protection{", git, "portable", "full"], 2.0),
+            (vec!["workload_protection{", git, "portable", "none"], 0.0),
+            (vec!["workload_protection{", git, "lsm", "none"], 2.0),
+            (vec!["workload_protection{", "identity=\"other\"", "portable", "full"], 3.0),
             (vec!["agentguard_grants{", "standing"], 1.0),
         ] {
             assert_eq!(value(&metrics, &parts), Some(count), "{parts:?}");
@@ -792,6 +843,25 @@ mod tests {
         assert_eq!(value(&metrics, &["identity=\"other\""]), Some(7.0));
         assert_eq!(value(&metrics, &["spiffe://t/b"]), Some(1.0));
         assert_eq!(value(&metrics, &["identities_unlabelled"]), Some(0.0));
+    }
+
+    #[test]
+    fn series_of_identities_without_workloads_are_removed() {
+        let metrics = Metrics::new(1).unwrap();
+        let counters = connects(1);
+        metrics.set_verdicts(&[row("spiffe://t/a", &counters), row("spiffe://t/b", &counters)]);
+        let layers = [(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::Partial)];
+        let set = |identities: &[(&str, u64)]| {
+            let identities = identities.iter().copied().collect();
+            metrics.set_workload_protection(&layers, &identities);
+        };
+        let value = |label| value(&metrics, &["workload_protection{", label, "lsm", "partial"]);
+        set(&[("spiffe://t/a", 1), ("spiffe://t/b", 2), ("spiffe://t/c", 3)]);
+        assert_eq!((value("spiffe://t/a"), value("other")), (Some(1.0), Some(5.0)));
+        set(&[("spiffe://t/c", 3)]);
+        assert_eq!((value("spiffe://t/a"), value("other")), (None, Some(3.0)));
+        set(&[]);
+        assert_eq!((value("spiffe://t/a"), value("other")), (None, None));
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub struct PortRange {
     pub last: u16,
 }
 
-/// A unix socket by its address. No manifest with one is accepted yet.
+/// A unix socket by the address its server binds.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum UnixSocket {
     /// The socket file at this literal path.
@@ -157,12 +157,13 @@ pub enum ExecutablePatternError {
 /// Why a text is no address of a [`UnixSocket`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnixSocketError {
-    #[error("has a wildcard; name one socket")]
+    #[error("has a wildcard, which unix sockets can not have; name one socket")]
     Wildcard,
     #[error("is the root directory; name a socket")]
     Root,
     #[error(
-        "is longer than 107 bytes, which is all that a unix socket address holds; write a shorter one"
+        "has a name of more than 107 bytes, which no unix socket can have; write the name it is \
+         bound by"
     )]
     TooLong,
     #[error(transparent)]
@@ -263,20 +264,22 @@ impl fmt::Display for ExecutablePattern {
 }
 
 impl UnixSocket {
-    /// The longest address, in bytes.
+    /// The longest name, in bytes. A path may be longer: a server can bind by a relative one.
     const MAX_BYTES: usize = 107;
 
     /// The socket file at `path`.
     ///
     /// # Errors
     ///
-    /// When the path is not absolute, literal and short enough for a socket address.
+    /// When the path is not absolute and literal, or its last name too long for a socket.
     pub fn at_path(path: &str) -> Result<Self, UnixSocketError> {
         let pattern: PathPattern = path.parse()?;
         match () {
             () if !pattern.is_literal() => Err(UnixSocketError::Wildcard),
             () if pattern.is_root() => Err(UnixSocketError::Root),
-            () if path.len() > Self::MAX_BYTES => Err(UnixSocketError::TooLong),
+            () if pattern.names().last().is_some_and(|name| name.len() > Self::MAX_BYTES) => {
+                Err(UnixSocketError::TooLong)
+            }
             () => Ok(Self::Path(pattern)),
         }
     }
@@ -395,6 +398,30 @@ mod tests {
         for (text, reason) in cases {
             assert_eq!(text.parse::<DnsName>(), Err(reason), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_unix_socket_is_one_path_or_one_name() {
+        let long = "n".repeat(107);
+        for path in ["/run/a.sock", "/s", &format!("/{}/{long}", "d".repeat(200))] {
+            assert!(matches!(UnixSocket::at_path(path), Ok(UnixSocket::Path(_))), "{path}");
+        }
+        let too_long = format!("/run/{long}n");
+        let cases = [
+            ("/run/*.sock", UnixSocketError::Wildcard),
+            ("/run/*/a.sock", UnixSocketError::Wildcard),
+            ("/", UnixSocketError::Root),
+            (too_long.as_str(), UnixSocketError::TooLong),
+            ("run/a.sock", UnixSocketError::Path(PathPatternError::Relative)),
+            ("/run/**", UnixSocketError::Path(PathPatternError::DoubleStar)),
+        ];
+        for (path, reason) in cases {
+            assert_eq!(UnixSocket::at_path(path), Err(reason), "{path:?}");
+        }
+        assert_eq!(UnixSocket::abstract_name(&long), Ok(UnixSocket::Abstract(long.clone())));
+        let longer = format!("{long}n");
+        assert_eq!(UnixSocket::abstract_name(&longer), Err(UnixSocketError::TooLong));
+        assert_eq!(UnixSocket::abstract_name("a*"), Err(UnixSocketError::Wildcard));
     }
 
     #[test]

@@ -161,14 +161,14 @@ struct PatternPins {
 
 /// What tells a file from one that takes its place, also where the inode number is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pin {
-    id: FileId,
+pub(super) struct Pin {
+    pub(super) id: FileId,
     /// Seconds and nanoseconds; nothing where the file system does not keep it.
     born: Option<(i64, u32)>,
 }
 
 /// A workload's root while it is looked at.
-struct OpenRoot {
+pub(super) struct OpenRoot {
     id: RootId,
     directory: OwnedFd,
     mounts: HashMap<u64, Mount>,
@@ -227,7 +227,7 @@ impl Resolver {
         self.open().map(|root| root.id)
     }
 
-    fn open(&self) -> Result<OpenRoot, ResolveError> {
+    pub(super) fn open(&self) -> Result<OpenRoot, ResolveError> {
         let process = self.process();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let of_root = |error| ResolveError::Root { path: self.root.clone(), error };
@@ -565,12 +565,12 @@ impl OpenRoot {
     }
 
     /// Opens `path` as a process with this root would.
-    fn open_at(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(super) fn open_at(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::CLOEXEC;
         rustix::fs::openat2(&self.directory, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
     }
 
-    fn pin(&self, status: &Statx) -> Pin {
+    pub(super) fn pin(&self, status: &Statx) -> Pin {
         let device = match self.mounts.get(&status.stx_mnt_id) {
             Some(mount) => mount.device,
             // A mount that came after the list was read, or lies outside of the process's root.
@@ -639,7 +639,7 @@ fn wanted() -> StatxFlags {
     StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID
 }
 
-fn status_of(file: &OwnedFd) -> Result<Statx, Errno> {
+pub(super) fn status_of(file: &OwnedFd) -> Result<Statx, Errno> {
     rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted())
 }
 

@@ -3,6 +3,7 @@
 pub mod catalogue;
 pub mod document;
 pub mod executables;
+pub mod socket_directories;
 
 pub use catalogue::{Catalogue, DuplicateScope};
 pub use document::{
@@ -12,3 +13,4 @@ pub use document::{
 pub use executables::{
     Admission, Pinned, Resolution, ResolveError, ResolveProblem, ResolvedFile, Resolver, RootId,
 };
+pub use socket_directories::{DirectoryId, DirectoryProblem, SocketDirectories};

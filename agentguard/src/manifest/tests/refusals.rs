@@ -529,10 +529,13 @@ fn every_refusal_of_a_scope_has_its_line() {
         ),
         (
             scope(
-                "  scope: a\n  description: d\n  unixSockets: [{path: /run/a.sock}, {abstract: a}]\n",
+                "  scope: a\n  description: d\n  unixSockets: [{path: /run/*.sock}, {abstract: a*}, {path: /}, {path: /a}, {path: /a}]\n",
             ),
             &[
-                "f:7:16: spec.unixSockets: is not enforced yet by this version; remove it, this version restricts no unix sockets",
+                "f:7:24: spec.unixSockets[0].path: \"/run/*.sock\" has a wildcard, which unix sockets can not have; name one socket",
+                "f:7:49: spec.unixSockets[1].abstract: \"a*\" has a wildcard, which unix sockets can not have; name one socket",
+                "f:7:61: spec.unixSockets[2].path: \"/\" is the root directory; name a socket",
+                "f:7:78: spec.unixSockets[4]: repeats spec.unixSockets[3]; remove one of the two",
             ],
         ),
         (
@@ -540,7 +543,6 @@ fn every_refusal_of_a_scope_has_its_line() {
                 "  scope: a\n  description: d\n  unixSockets: [{path: run/a.sock}, {path: /a, abstract: a}, {}]\n",
             ),
             &[
-                "f:7:16: spec.unixSockets: is not enforced yet by this version; remove it, this version restricts no unix sockets",
                 "f:7:24: spec.unixSockets[0].path: \"run/a.sock\" is not an absolute path; begin it with `/`",
                 "f:7:37: spec.unixSockets[1]: has both path and abstract; keep exactly one of them",
                 "f:7:62: spec.unixSockets[2]: has neither path nor abstract; write exactly one of them",

@@ -1,0 +1,140 @@
+//! Unix sockets: whose they are, and by what name their server bound them.
+//!
+//! A socket is known by the directory its server's bind made the entry in, and the entry's name:
+//! not by the path the caller passed, which may lead there through any mount or link, and not by the
+//! socket's own file, which is another after each start of the server.
+
+use agentguard_common::allowlist::{UNIX_NAME_BYTES, UnixName};
+use agentguard_common::event::{Hook, RequestKind};
+use agentguard_common::{Action, Peer, UnixNameId, UnixSocket, WorkloadId};
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use aya_ebpf::programs::LsmContext;
+
+use crate::judge::{Inquiry, UnixSockets, judge_from};
+use crate::kernel::{self, Sock, UnixAddress};
+use crate::lsm::{caller, context_word};
+use crate::maps;
+use crate::record::Origin;
+
+/// Arguments: socket, the listening socket, the socket it makes for the connection (`struct sock`).
+#[inline(always)]
+pub(crate) fn stream_connect(ctx: &LsmContext) -> Action {
+    let workload = caller();
+    if !workload.is_some() {
+        return Action::Pass;
+    }
+    let other = Some(Sock(context_word(ctx, 1)));
+    reach(Hook::UnixStreamConnect, RequestKind::UnixConnect, other, workload)
+}
+
+/// Arguments: socket, the receiving socket (`struct socket`). Asked at each datagram, and when a
+/// datagram socket is connected.
+#[inline(always)]
+pub(crate) fn may_send(ctx: &LsmContext) -> Action {
+    let workload = caller();
+    if !workload.is_some() {
+        return Action::Pass;
+    }
+    let other = Sock::of_socket(context_word(ctx, 1));
+    reach(Hook::UnixMaySend, RequestKind::UnixSend, other, workload)
+}
+
+#[inline(always)]
+fn reach(hook: Hook, kind: RequestKind, other: Option<Sock>, workload: WorkloadId) -> Action {
+    let Some(other) = other else {
+        return judge_from::<UnixSockets>(&Inquiry::malformed(hook), workload, &Origin::Caller, 0);
+    };
+    let own = maps::member(other.cgroup()) == Some(workload);
+    let Some(address) = UnixAddress::of(other) else {
+        let peer = if own { Peer::Own } else { Peer::Unnamed };
+        let inquiry = Inquiry::unix(hook, kind, &NAMELESS, peer);
+        return judge_from::<UnixSockets>(&inquiry, workload, &Origin::Caller, 0);
+    };
+    let peer = if own { Peer::Own } else { Peer::Other };
+    let socket = known_by(&address).unwrap_or(NAMELESS);
+    let inquiry = Inquiry::unix(hook, kind, &socket, peer);
+    let origin = Origin::Unix { name: address.name, length: address.length };
+    judge_from::<UnixSockets>(&inquiry, workload, &origin, 0)
+}
+
+/// What no scope can name.
+const NAMELESS: UnixSocket = UnixSocket { directory: 0, device: 0, name: UnixNameId::NONE };
+
+/// What a bound socket is known by. `None`: it can not be read.
+#[inline(always)]
+fn known_by(address: &UnixAddress) -> Option<UnixSocket> {
+    if address.entry == 0 {
+        // The first byte of an abstract name is NUL.
+        let name = Name::read(ABSTRACT, address.name + 1, address.length.wrapping_sub(1))?;
+        return Some(match name.number() {
+            UnixNameId::NONE => {
+                UnixSocket { directory: name.sum(), device: 0, name: UnixNameId::NONE }
+            }
+            number => UnixSocket { directory: 0, device: 0, name: number },
+        });
+    }
+    let (text, length) = kernel::name_of_entry(address.entry)?;
+    let number = Name::read(PATH, text, length).map_or(UnixNameId::NONE, |name| name.number());
+    let file = match number {
+        // Nobody grants it: its own file tells it from others.
+        UnixNameId::NONE => kernel::file_of_entry(address.entry)?,
+        _ => kernel::file_of_entry(kernel::parent_of_entry(address.entry)?)?,
+    };
+    Some(UnixSocket { directory: file.inode, device: file.device, name: number })
+}
+
+/// The kinds of [`UnixName`].
+const PATH: u16 = 0;
+const ABSTRACT: u16 = 1;
+/// Bytes of a [`UnixName`] before its text.
+const TEXT: usize = size_of::<UnixName>() - UNIX_NAME_BYTES;
+/// What the verifier takes for the longest length of a name.
+const LENGTH_MASK: u64 = 127;
+/// Room for a head and as much text as the mask lets through.
+const WORDS: usize = (TEXT + LENGTH_MASK as usize).div_ceil(8);
+
+/// A name as the key of its number, as whole words: zeroed bytes would be a loop.
+struct Name([u64; WORDS]);
+
+impl Name {
+    /// `None`: it is no name that a scope could mention.
+    #[inline(always)]
+    fn read(kind: u16, text: u64, length: u32) -> Option<Self> {
+        if length == 0 || length > UNIX_NAME_BYTES as u32 {
+            return None;
+        }
+        let mut name = core::mem::MaybeUninit::<Self>::uninit();
+        let words = name.as_mut_ptr().cast::<u64>();
+        let length = kernel::opaque(length.into()) & LENGTH_MASK;
+        // SAFETY: all within a local. Volatile, so that it does not become a call of `memset`; the
+        // text has room for as many bytes as the mask lets through.
+        unsafe {
+            words.write_volatile(u64::from(kind) | length << 16);
+            for index in 1..WORDS {
+                words.add(index).write_volatile(0);
+            }
+            let room = words.cast::<u8>().add(TEXT);
+            let status =
+                bpf_probe_read_kernel(room.cast(), length as u32, text as *const core::ffi::c_void);
+            if status == 0 { Some(name.assume_init()) } else { None }
+        }
+    }
+
+    #[inline(always)]
+    fn number(&self) -> UnixNameId {
+        // SAFETY: at least as large, and every byte of it was written.
+        maps::unix_name(unsafe { &*self.0.as_ptr().cast::<UnixName>() })
+    }
+
+    /// Tells names apart that have no number: what shares a sum shares a record, never a permission.
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        // FNV-1a over words (RFC 9923).
+        let mut sum = 0xcbf2_9ce4_8422_2325_u64;
+        for word in &self.0 {
+            sum = (sum ^ *word).wrapping_mul(0x0100_0000_01b3);
+            sum ^= sum >> 32;
+        }
+        sum
+    }
+}

@@ -1,0 +1,248 @@
+//! Where the kernel half is pinned, and what the pins of an installation are for.
+//!
+//! ```text
+//! <pin directory>/state-v<version>/<NAME>   what the kernel half keeps: shared by every build
+//! <pin directory>/tables-<digest>/<NAME>    what user space writes: by the ABI's version and sizes
+//! <pin directory>/build-<digest>/<program>  programs of one build
+//! <pin directory>/gates/<NAME>              the slots behind what is attached to global hooks
+//! <pin directory>/links/<program>           what is attached to a global hook
+//! <pin directory>/links/<cgroup id>-<program>  what is attached to a cgroup
+//! ```
+//!
+//! Knows paths only; what is in force is decided by the links and the slots.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use agentguard_common::abi;
+use sha2::{Digest as _, Sha256};
+
+use super::load::{LoadError, Sizes};
+use super::object;
+
+/// Tables the kernel half keeps for itself, or writes for user space to read.
+const STATE: [&str; 11] = [
+    "CGROUPS",
+    "MOVED",
+    "MOVES",
+    "TASKS",
+    "ATTACHMENTS",
+    "SOCKETS",
+    "PROCESSES",
+    "COUNTERS",
+    "DENIED",
+    "ALLOWED",
+    "LSM_CALLS",
+];
+
+/// Tables that user space writes, and what is derived from them.
+const TABLES: [&str; 9] = [
+    "WORKLOADS",
+    "DESTINATIONS",
+    "RULES",
+    "EXECUTABLES",
+    "UNIX_NAMES",
+    "UNIX_SOCKETS",
+    "VERDICTS",
+    "SETTINGS",
+    "BLANK",
+];
+
+/// Present once every program of a build is pinned.
+const READY: &str = "ready";
+/// Present where the programs of a build can end a task that is not the caller.
+const ENDS_OTHERS: &str = "ends-others";
+
+/// The pins of one build, among those of others in the same pin directory.
+#[derive(Clone, Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+    state: PathBuf,
+    tables: PathBuf,
+    build: PathBuf,
+}
+
+impl Pins {
+    /// Of the build that this is, with tables of these sizes.
+    pub(super) fn new(root: &Path, sizes: &Sizes) -> Self {
+        let tables = digest(&[format!("{} {sizes:?}", abi::VERSION).as_bytes()]);
+        let build = digest(&[object::OBJECT, tables.as_bytes()]);
+        Self {
+            root: root.to_owned(),
+            state: root.join(state_name()),
+            tables: root.join(format!("tables-{tables}")),
+            build: root.join(format!("build-{build}")),
+        }
+    }
+
+    /// Every table with where it is pinned.
+    pub(super) fn maps(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
+        let state = STATE.iter().map(|name| (*name, self.state.join(name)));
+        let tables = TABLES.iter().map(|name| (*name, self.tables.join(name)));
+        let gates = super::protection::doors()
+            .iter()
+            .filter_map(|door| door.gate)
+            .map(|gate| (gate.slot, self.gate(gate.slot)));
+        state.chain(tables).chain(gates)
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        let directory = if STATE.contains(&name) { &self.state } else { &self.tables };
+        directory.join(name)
+    }
+
+    pub(super) fn gates(&self) -> PathBuf {
+        self.root.join("gates")
+    }
+
+    pub(super) fn gate(&self, slot: &str) -> PathBuf {
+        self.gates().join(slot)
+    }
+
+    pub(super) fn program(&self, name: &str) -> PathBuf {
+        self.build.join(name)
+    }
+
+    pub(super) fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    /// The link of a global hook, by its door's program.
+    pub(super) fn global_link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
+    }
+
+    pub(super) fn cgroup_link(&self, cgroup: u64, program: &str) -> PathBuf {
+        self.links().join(format!("{cgroup}-{program}"))
+    }
+
+    /// Whether the programs of this build are there as a whole.
+    pub(super) fn is_ready(&self) -> bool {
+        self.build.join(READY).exists()
+    }
+
+    pub(super) fn mark_ready(&self) -> Result<(), LoadError> {
+        make(&self.build.join(READY))
+    }
+
+    pub(super) fn ends_others(&self) -> bool {
+        self.build.join(ENDS_OTHERS).exists()
+    }
+
+    pub(super) fn mark_ends_others(&self) -> Result<(), LoadError> {
+        make(&self.build.join(ENDS_OTHERS))
+    }
+
+    /// Whether anything was kept here before.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.tables.exists() && self.links().exists()
+    }
+
+    /// Makes the directories that are not there.
+    pub(super) fn make_directories(&self) -> Result<(), LoadError> {
+        let (gates, links) = (self.gates(), self.links());
+        [&self.state, &self.tables, &self.build, &gates, &links].into_iter().try_for_each(|path| {
+            fs::create_dir_all(path).map_err(|source| LoadError::Pin { path: path.clone(), source })
+        })
+    }
+
+    /// Removes what a start of this build left behind that was cut short: programs that nothing
+    /// leads to yet.
+    pub(super) fn remove_unfinished(&self) -> Result<(), LoadError> {
+        remove(&self.build)
+    }
+
+    /// Programs and tables of other builds.
+    pub(super) fn others(&self) -> Result<Vec<PathBuf>, LoadError> {
+        let mut others = entries(&self.root)?;
+        others.retain(|path| {
+            let is = |prefix| name_of(path).starts_with(prefix);
+            (is("build-") && *path != self.build) || (is("tables-") && *path != self.tables)
+        });
+        // Programs before the tables that they look in.
+        others.sort();
+        Ok(others)
+    }
+
+    /// What is kept by builds of another version of the state, which this one can not read.
+    pub(super) fn foreign_state(&self) -> Result<Option<PathBuf>, LoadError> {
+        let mut entries = entries(&self.root)?;
+        entries.retain(|path| name_of(path).starts_with("state-") && *path != self.state);
+        Ok(entries.into_iter().next())
+    }
+}
+
+/// Removes every pin below `root`, links first: a program without tables would refuse everything.
+/// Returns how many builds there were.
+pub(super) fn remove_all(root: &Path) -> Result<usize, LoadError> {
+    let entries = entries(root)?;
+    let builds = entries.iter().filter(|path| name_of(path).starts_with("build-")).count();
+    remove(&root.join("links"))?;
+    for path in entries {
+        remove(&path)?;
+    }
+    match fs::remove_dir(root) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(LoadError::Pin { path: root.to_owned(), source: error })
+        }
+        Ok(()) | Err(_) => Ok(builds),
+    }
+}
+
+/// Removes a pin, or a directory with all it holds; absent is fine.
+pub(super) fn remove(path: &Path) -> Result<(), LoadError> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => {
+            for entry in entries(path)? {
+                remove(&entry)?;
+            }
+            fs::remove_dir(path)
+        }
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(LoadError::Pin { path: path.to_owned(), source: error })
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// What is in a directory; nothing if it is not there.
+pub(super) fn entries(path: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let error = |source| LoadError::Pin { path: path.to_owned(), source };
+    match fs::read_dir(path) {
+        Ok(entries) => {
+            entries.map(|entry| entry.map(|entry| entry.path()).map_err(error)).collect()
+        }
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(error(source)),
+    }
+}
+
+pub(super) fn name_of(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn state_name() -> String {
+    format!("state-v{}", abi::STATE_VERSION)
+}
+
+fn make(path: &Path) -> Result<(), LoadError> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(LoadError::Pin { path: path.to_owned(), source: error })
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn digest(parts: &[&[u8]]) -> String {
+    let mut digest = Sha256::new();
+    for part in parts {
+        digest.update(part);
+    }
+    digest.finalize().iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
