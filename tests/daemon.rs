@@ -11,13 +11,12 @@ use std::{
 };
 
 use agentguard_tests::{
-    Running,
+    Running, SmallDisk,
     daemon::{
         Daemon, Prober, Reachable, USER, grant, identity, program, scope, scope_of, workload,
     },
     run, wait_until,
 };
-use nix::mount::{MsFlags, mount, umount};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -713,30 +712,16 @@ fn metrics_are_valid_and_reconcile_with_status() {
     assert_eq!(counted, number("decided"), "{:?}", daemon.metrics("agentguard_verdicts_total"));
 }
 
-/// A file system that can be full; dropped, it is unmounted.
-struct Small(std::path::PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        if let Err(error) = umount(&self.0) {
-            eprintln!("{} stays mounted: {error}", self.0.display());
-        }
-    }
-}
-
 #[test]
 fn a_full_disk_stops_neither_enforcement_nor_the_daemon() {
     let mut daemon = Daemon::installed();
     let server = Reachable::start();
     let path = daemon.path("small");
-    fs::create_dir(&path).unwrap();
-    mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), Some("size=64k")).unwrap();
-    let small = Small(path.clone());
+    let small = SmallDisk::mount(&path, "64k");
     daemon.configure(|config| config["audit"]["output"] = json!(path.join("audit.log")));
     daemon.start();
     let mut prober = Prober::start_by(daemon.command(["exec", "--name", "full"]));
-    let mut filler = File::create(path.join("filler")).unwrap();
-    while filler.write_all(&[0; 1024]).is_ok() {}
+    small.fill();
     for _ in 0..300 {
         assert!(!prober.reaches(server.port()));
     }
@@ -755,7 +740,6 @@ fn a_full_disk_stops_neither_enforcement_nor_the_daemon() {
     until("changes are still taken", || prober.reaches(server.port()));
     drop(prober);
     daemon.kill();
-    drop(filler);
     drop(small);
     daemon.configure(|_| {});
 }
@@ -765,16 +749,12 @@ fn a_state_that_can_not_be_written_stops_nothing() {
     let mut daemon = Daemon::installed();
     let server = Reachable::start();
     let path = daemon.path("state");
-    fs::create_dir(&path).unwrap();
-    mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
-    let small = Small(path.clone());
+    let small = SmallDisk::mount(&path, "16k");
     daemon.start();
-    let mut filler = File::create(path.join("filler")).unwrap();
-    while filler.write_all(&[0; 512]).is_ok() {}
+    small.fill();
     let mut prober = Prober::start_by(daemon.command(["exec", "--name", "unsaved"]));
     assert!(!prober.reaches(server.port()));
-    drop(filler);
-    fs::remove_file(path.join("filler")).unwrap();
+    small.clear();
     wait_until("it is written once there is room", || {
         fs::read_to_string(path.join("state.json")).is_ok_and(|text| text.contains("unsaved"))
     });

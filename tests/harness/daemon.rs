@@ -143,6 +143,38 @@ impl Daemon {
         });
     }
 
+    /// Starts the daemon with more in its environment, and waits for nothing.
+    pub fn launch(&mut self, environment: &[(&str, &str)]) {
+        let mut command = self.command(["run"]);
+        command.envs(environment.iter().copied());
+        self.running = Some(Running::start(&mut command));
+    }
+
+    /// The end of the daemon, if it comes within `patience`.
+    ///
+    /// # Panics
+    ///
+    /// When it was not started.
+    #[track_caller]
+    pub fn ended(&mut self, patience: Duration) -> Option<Finished> {
+        let ended = self.running.as_mut().expect("it was started").wait(patience);
+        if ended.is_some() {
+            self.running = None;
+        }
+        ended
+    }
+
+    /// The daemon's pid.
+    ///
+    /// # Panics
+    ///
+    /// When it does not run.
+    #[track_caller]
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().expect("it runs").pid()
+    }
+
     /// Ends the daemon as `SIGKILL` does.
     pub fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {

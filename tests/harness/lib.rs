@@ -16,6 +16,9 @@ mod layer;
 mod process;
 mod program;
 mod server;
+mod sink;
+mod small_disk;
+pub mod traffic;
 mod unique;
 mod way_out;
 mod world;
@@ -27,6 +30,8 @@ pub use layer::{Layer, requires};
 pub use process::{Finished, Running, attack_binary, run};
 pub use program::Programs;
 pub use server::{Protocol, Reach, Servers};
+pub use sink::Sink;
+pub use small_disk::SmallDisk;
 pub use way_out::{
     Proof, Recorded, WayOut, is_recorded_in_audit_mode, is_refused_in_enforce_mode,
     works_without_the_guard,

@@ -171,6 +171,20 @@ impl World {
         command.stdin(Stdio::null());
         command
     }
+
+    /// The same command, on the client side.
+    #[must_use]
+    pub fn inside(&self, command: &Command) -> Command {
+        let mut enter = self.enter();
+        enter.arg("--").arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => enter.env(name, value),
+                None => enter.env_remove(name),
+            };
+        }
+        enter
+    }
 }
 
 impl Network {
@@ -262,7 +276,7 @@ impl Network {
     }
 
     /// Runs `make` in a thread that lives there.
-    fn on_the_client_side<T: Send + 'static>(
+    pub(crate) fn on_the_client_side<T: Send + 'static>(
         &self,
         make: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> T {

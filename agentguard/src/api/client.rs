@@ -6,6 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -16,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::route::Route;
+use super::route::{Method, Route};
 use super::service::EventFilter;
 use super::types::{
     Confine, Confined, Diagnostics, ExplainRequest, Explanation, GrantView, LastDenial, Problem,
@@ -52,6 +53,9 @@ pub struct Client {
     socket: PathBuf,
 }
 
+/// How long an answer is waited for.
+const PATIENCE_FOR_ANSWERS: Duration = Duration::from_secs(10);
+const PATIENCE_FOR_CHANGES: Duration = Duration::from_secs(60);
 /// What need not be escaped in a segment of a path or a value of a query.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
@@ -224,13 +228,27 @@ impl Client {
     }
 
     fn call(&self, route: Route, uri: &str, body: Option<Bytes>) -> Result<Bytes, ClientError> {
-        self.block_on(async {
+        let patience = match route.method() {
+            Method::Get => PATIENCE_FOR_ANSWERS,
+            Method::Post | Method::Put => PATIENCE_FOR_CHANGES,
+        };
+        let answer = async {
             let response = self.send(route, uri, body).await?;
             if !response.status().is_success() {
                 return Err(self.refusal(response).await);
             }
             let body = response.into_body().collect().await;
             Ok(body.map_err(|error| self.broken_off(&error))?.to_bytes())
+        };
+        self.block_on(async {
+            // A daemon that is stopped or frozen takes connections and says nothing.
+            tokio::time::timeout(patience, answer).await.unwrap_or_else(|_late| {
+                let late = format!(
+                    "it does not answer within {} s; see whether it is stopped or frozen",
+                    patience.as_secs()
+                );
+                Err(self.broken_off(&io::Error::other(late)))
+            })
         })
     }
 
@@ -240,6 +258,7 @@ impl Client {
     ) -> Result<T, ClientError> {
         tokio::runtime::Builder::new_current_thread()
             .enable_io()
+            .enable_time()
             .build()
             .map_err(|error| self.broken_off(&error))?
             .block_on(work)

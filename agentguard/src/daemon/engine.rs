@@ -941,12 +941,18 @@ impl Engine {
                 continue;
             }
             match populated(&workload.cgroup) {
-                None => ended.push(workload.id),
-                Some(true) => workload.populated = true,
-                Some(false) if workload.source == WorkloadSource::Exec && workload.populated => {
+                Ok(None) => ended.push(workload.id),
+                Ok(Some(true)) => workload.populated = true,
+                Ok(Some(false))
+                    if workload.source == WorkloadSource::Exec && workload.populated =>
+                {
                     ended.push(workload.id);
                 }
-                Some(false) => {}
+                Ok(Some(false)) => {}
+                // Not known, as without a descriptor to look with: it is held on to.
+                Err(error) => {
+                    tracing::debug!(%error, path = %workload.cgroup.display(), "a cgroup can not be looked into");
+                }
             }
         }
         for id in ended {
@@ -1150,7 +1156,11 @@ impl Engine {
             };
             self.next_workload = self.next_workload.max(WorkloadId(workload.id.0 + 1));
             // A directory of that name made since is another cgroup.
-            let is_gone = cgroup_id(&workload.cgroup).ok() != Some(workload.cgroup_id);
+            let is_gone = match cgroup_id(&workload.cgroup) {
+                Ok(found) => found != workload.cgroup_id,
+                Err(DatapathError::Cgroup { source, .. }) => is_gone(&source),
+                Err(_not_known) => false,
+            };
             let (id, name, source) = (workload.id, workload.name.clone(), workload.source);
             // Also one that ended meanwhile: its last records are in the rings still.
             self.enlist(workload);
@@ -1318,9 +1328,19 @@ pub fn protection_of(protection: &Protection) -> (ProtectionWord, Vec<Missing>) 
 }
 
 /// Whether a cgroup or one below it has processes; `None` if it is gone.
-fn populated(cgroup: &Path) -> Option<bool> {
-    let events = fs::read_to_string(cgroup.join("cgroup.events")).ok()?;
-    Some(events.lines().any(|line| line == "populated 1"))
+fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
+    match fs::read_to_string(cgroup.join("cgroup.events")) {
+        Ok(events) => Ok(Some(events.lines().any(|line| line == "populated 1"))),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether an error says that there is no such cgroup; one that is removed while it is read says so
+/// in its own way.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)
 }
 
 /// Removes a cgroup with those below it; all must be empty.

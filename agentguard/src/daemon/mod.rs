@@ -130,6 +130,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     };
     let daemon = Arc::new(Daemon(Arc::clone(&shared)));
     let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(outlive_file_limits());
     tasks.spawn(keep_recent(Arc::clone(&shared), lines));
     tasks.spawn(tick(Arc::clone(&shared)));
     tasks.spawn(manifests::watch(Arc::clone(&shared), sources));
@@ -358,6 +359,14 @@ async fn stopped() -> &'static str {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     }
+}
+
+/// A file that may not grow is a failed write, and not the daemon's end, which the signal of the
+/// limit is to a process that has no handler for it.
+async fn outlive_file_limits() {
+    let kind = SignalKind::from_raw(nix::sys::signal::Signal::SIGXFSZ as i32);
+    let Ok(mut exceeded) = signal(kind) else { return };
+    while exceeded.recv().await.is_some() {}
 }
 
 /// Looks for what is due, and saves what has changed.
