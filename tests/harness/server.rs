@@ -192,6 +192,17 @@ pub(crate) fn allow_ping() -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
 }
 
+/// Leaves the kernel one port to choose.
+pub(crate) fn choose_port(port: u16) -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{port} {port}"))
+}
+
+/// Lets the calling thread's network namespace hand packets on, and answer for what lies behind it.
+pub(crate) fn allow_forwarding() -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    fs::write("/proc/sys/net/ipv4/conf/near/proxy_arp", "1")
+}
+
 /// One packet socket for each family: they see what comes in and not what goes out, which those
 /// for all families would.
 fn watches() -> io::Result<[(Socket, u16); 2]> {
