@@ -18,7 +18,7 @@ use nix::{
     fcntl::AtFlags,
     sched::{CloneFlags, unshare},
     sys::memfd::{MFdFlags, memfd_create},
-    unistd::execveat,
+    unistd::{dup, execveat},
 };
 
 use crate::{
@@ -34,6 +34,9 @@ pub(crate) struct Arguments {
     /// A script or program that is granted, and leads to the forbidden one.
     #[arg(long)]
     granted: Option<PathBuf>,
+    /// The file to run, where it is neither.
+    #[arg(long)]
+    start: Option<PathBuf>,
     #[arg(long)]
     how: How,
 }
@@ -74,10 +77,10 @@ fn exec(
     Err(match arguments.how {
         How::Script => execute(&forbidden.program, line),
         How::Descriptor => {
-            // Left open on purpose: the path names it.
-            let fd = File::open(&forbidden.program)
-                .map_err(|error| Failure::setup(forbidden.program.display(), error))?
-                .into_raw_fd();
+            let file = File::open(&forbidden.program)
+                .map_err(|error| Failure::setup(forbidden.program.display(), error))?;
+            // Left open, also across the exec: the interpreter opens it by this path.
+            let fd = dup(file).map_err(|errno| Failure::setup("dup", errno))?.into_raw_fd();
             execute(format!("/proc/self/fd/{fd}"), line)
         }
         How::Memfd => {
@@ -95,7 +98,9 @@ fn exec(
                 Err(errno) => Failure::at("execveat", errno),
             }
         }
-        How::Interpreter => execute(granted()?, line),
+        How::Interpreter => {
+            execute(arguments.start.as_ref().map_or_else(granted, Ok)?, line)
+        }
         How::Registered => registered(forbidden, &forbidden.program, "", line)?,
         How::RegisteredOpen => registered(forbidden, &forbidden.program, "F", line)?,
         How::RegisteredScript => {

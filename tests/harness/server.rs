@@ -346,7 +346,8 @@ fn answer(
     reached: &Reached,
     over: &AtomicBool,
 ) -> io::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    // The attack begins once its guard is ready.
+    let deadline = Instant::now() + Duration::from_secs(20);
     let mut stream = loop {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
         socket.bind(&from.into())?;
