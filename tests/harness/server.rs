@@ -350,8 +350,11 @@ fn answer(
     let deadline = Instant::now() + Duration::from_secs(20);
     let mut stream = loop {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-        socket.bind(&from.into())?;
-        match socket.connect_timeout(&to.into(), Duration::from_millis(200)) {
+        // The attempt before may hold the address for a moment.
+        let called = socket
+            .bind(&from.into())
+            .and_then(|()| socket.connect_timeout(&to.into(), Duration::from_millis(200)));
+        match called {
             Ok(()) => break TcpStream::from(socket),
             Err(error) if over.load(Ordering::Relaxed) || Instant::now() > deadline => {
                 return Err(error);
