@@ -1,4 +1,5 @@
-//! The ways out over the network: rows N1 to N12 of the threat model.
+//! The ways out over the network by TCP and UDP: rows N1 to N5 and N8 to N14 of the threat model,
+//! and N6 by ping.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
@@ -8,10 +9,10 @@ use std::{
 };
 
 use agentguard_tests::{
-    Attack, BASE_SCOPE, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running, WayOut,
+    Attack, BASE_SCOPE, Facility, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running, WayOut,
     World,
     address::{
-        API, API6, CLIENT, DATABASE, DATABASE_6TO4, DATABASE_COMPATIBLE, DATABASE_NAT64, DATABASE6,
+        API, API6, CLIENT, CLIENT6, DATABASE, DATABASE_6TO4, DATABASE_COMPATIBLE, DATABASE_NAT64, DATABASE6,
         GRANTED_PORT, METADATA, METADATA6, OTHER_PORT,
     },
     attack_binary, requires, ways_out,
@@ -160,30 +161,36 @@ ways_out! {
     fast_open_by_a_deferred_connect_over_v6: |_| fast_open("connect", FORBIDDEN6);
 }
 
+const RING_SOCKET: Facility = Facility::Ring { word: "io-uring-socket", operation: 45 };
+const RING_LISTEN: Facility = Facility::Ring { word: "io-uring-listen", operation: 57 };
+
 /// N5
-fn ring(how: &str, sqpoll: bool) -> WayOut {
+fn ring(how: &str, by: &str) -> WayOut {
     let protocol = match how {
         "connect" | "socket" => Protocol::Tcp,
         _ => Protocol::Udp,
     };
     let mut attack =
         Attack::new("n5-io-uring").option("to", FORBIDDEN.to_string()).option("how", how);
-    if sqpoll {
-        attack = attack.arg("--sqpoll");
+    if by != "caller" {
+        attack = attack.arg(format!("--{by}"));
     }
     WayOut::network(attack, protocol, FORBIDDEN)
 }
 
 ways_out! {
     /// N5
-    connect_by_a_ring: |_| ring("connect", false);
-    connect_by_a_ring_of_a_kernel_thread: |_| ring("connect", true);
-    send_by_a_ring: |_| ring("send", false);
-    send_by_a_ring_of_a_kernel_thread: |_| ring("send", true);
-    sendmsg_by_a_ring: |_| ring("sendmsg", false);
-    sendmsg_by_a_ring_of_a_kernel_thread: |_| ring("sendmsg", true);
-    socket_made_by_a_ring: |_| ring("socket", false);
-    socket_made_by_a_ring_of_a_kernel_thread: |_| ring("socket", true);
+    connect_by_a_ring: |_| ring("connect", "caller");
+    connect_by_a_ring_of_a_kernel_thread: |_| ring("connect", "sqpoll");
+    connect_by_a_worker_of_a_ring: |_| ring("connect", "worker");
+    send_by_a_ring: |_| ring("send", "caller");
+    send_by_a_ring_of_a_kernel_thread: |_| ring("send", "sqpoll");
+    send_by_a_worker_of_a_ring: |_| ring("send", "worker");
+    sendmsg_by_a_ring: |_| ring("sendmsg", "caller");
+    sendmsg_by_a_ring_of_a_kernel_thread: |_| ring("sendmsg", "sqpoll");
+    sendmsg_by_a_worker_of_a_ring: |_| ring("sendmsg", "worker");
+    socket_made_by_a_ring needs [RING_SOCKET]: |_| ring("socket", "caller");
+    socket_made_by_a_ring_of_a_kernel_thread needs [RING_SOCKET]: |_| ring("socket", "sqpoll");
 }
 
 /// N6
@@ -205,12 +212,23 @@ ways_out! {
 
 /// A process outside the workload, on the client side; what it says when it is ready.
 fn helper(world: &World, name: &str, protocol: Protocol, path: &Path) -> (Running, Vec<i32>) {
+    helper_at(world, name, protocol, FORBIDDEN, path, &[])
+}
+
+fn helper_at(
+    world: &World,
+    name: &str,
+    protocol: Protocol,
+    at: SocketAddr,
+    path: &Path,
+    more: &[&str],
+) -> (Running, Vec<i32>) {
     let mut command = world.enter();
     // Open for as long as the helper shall live.
     command.stdin(Stdio::piped());
     command.arg("--").arg(attack_binary()).arg(name);
-    command.args(["--to", &FORBIDDEN.to_string(), "--protocol", protocol.as_str()]);
-    command.arg("--listen").arg(path);
+    command.args(["--to", &at.to_string(), "--protocol", protocol.as_str()]);
+    command.arg("--listen").arg(path).args(more);
     let helper = Running::start(&mut command);
     let numbers = helper.said("ready ", PATIENCE);
     let numbers = numbers.split(' ').map(|number| number.parse().expect("a number")).collect();
@@ -223,12 +241,43 @@ fn lent(
     protocol: Protocol,
     how: impl FnOnce(Attack, &Path, &[i32]) -> Attack,
 ) -> WayOut {
+    lent_for(world, protocol, None, how)
+}
+
+/// N8: the same, sent on by one of the ways into it.
+fn lent_for(
+    world: &World,
+    protocol: Protocol,
+    by: Option<&str>,
+    how: impl FnOnce(Attack, &Path, &[i32]) -> Attack,
+) -> WayOut {
     let path = world.directory().join("lender");
     let (helper, numbers) = helper(world, "helper-lend", protocol, &path);
-    let attack = Attack::new("n8-foreign-socket").option("protocol", protocol.as_str());
+    let mut attack = Attack::new("n8-foreign-socket").option("protocol", protocol.as_str());
+    if let Some(by) = by {
+        attack = attack.option("by", by);
+    }
     WayOut::network(how(attack, &path, &numbers), protocol, FORBIDDEN)
         .proved_by(Proof::Sent(protocol, FORBIDDEN))
         .with_helper(helper)
+        .granted("test:lender", json!({"unixSockets": [{"path": path}]}))
+        .or_gap("SCM_RIGHTS")
+}
+
+fn received(world: &World, protocol: Protocol, by: &str) -> WayOut {
+    lent_for(world, protocol, Some(by), by_message)
+}
+
+/// N8: the helper lends a socket that listens, and the database calls.
+fn listener_received(world: &mut World, how: &str) -> WayOut {
+    let here = at(CLIENT, 8080);
+    let path = world.directory().join("lender");
+    let (helper, _) =
+        helper_at(world, "helper-lend", Protocol::Tcp, here, &path, &["--listening"]);
+    called(world, here, Attack::new("n14-listen").option("how", how).option("lender", &path))
+        .with_helper(helper)
+        .granted("test:lender", json!({"unixSockets": [{"path": path}]}))
+        .recorded_as(&["accept"], "8080")
         .or_gap("SCM_RIGHTS")
 }
 
@@ -278,6 +327,29 @@ ways_out! {
     connected_stream_inherited_at_the_launch: |world| inherited(world, Protocol::Tcp);
     connected_datagram_socket_inherited_at_the_launch: |world| inherited(world, Protocol::Udp);
     listening_socket_inherited_at_the_launch: activated;
+}
+
+ways_out! {
+    /// N8
+    received_stream_by_write: |world| received(world, Protocol::Tcp, "write");
+    received_stream_by_sendmsg: |world| received(world, Protocol::Tcp, "sendmsg");
+    received_stream_by_sendmmsg: |world| received(world, Protocol::Tcp, "sendmmsg");
+    received_stream_by_sendfile: |world| received(world, Protocol::Tcp, "sendfile");
+    received_stream_by_splice: |world| received(world, Protocol::Tcp, "splice");
+    received_stream_without_a_copy: |world| received(world, Protocol::Tcp, "zero-copy");
+    received_stream_by_a_ring: |world| received(world, Protocol::Tcp, "ring");
+    received_stream_by_a_worker_of_a_ring: |world| received(world, Protocol::Tcp, "ring-worker");
+    received_stream_by_a_kernel_thread_of_a_ring:
+        |world| received(world, Protocol::Tcp, "ring-thread");
+    received_stream_by_a_splice_of_a_ring: |world| received(world, Protocol::Tcp, "ring-splice");
+    received_datagram_socket_by_write: |world| received(world, Protocol::Udp, "write");
+    received_datagram_socket_by_sendmmsg: |world| received(world, Protocol::Udp, "sendmmsg");
+    received_datagram_socket_by_splice: |world| received(world, Protocol::Udp, "splice");
+    received_datagram_socket_by_sendfile: |world| received(world, Protocol::Udp, "sendfile");
+    received_datagram_socket_by_a_worker_of_a_ring:
+        |world| received(world, Protocol::Udp, "ring-worker");
+    received_listener: |world| listener_received(world, "received");
+    received_listener_by_a_ring: |world| listener_received(world, "received-ring");
 }
 
 /// N9
@@ -536,4 +608,56 @@ ways_out! {
     /// N12
     the_metadata_service: |_| metadata(METADATA);
     the_metadata_service_over_v6: |_| metadata(METADATA6);
+}
+
+/// N13: the node itself, by one of its addresses.
+fn node(address: IpAddr, protocol: Protocol) -> WayOut {
+    let service = at(address, OTHER_PORT);
+    to("n1-connect", protocol, service).proved_by(Proof::ReachedLocally(protocol, service))
+}
+
+ways_out! {
+    /// N13
+    the_nodes_address: |_| node(CLIENT, Protocol::Tcp);
+    the_nodes_address_over_v6: |_| node(CLIENT6, Protocol::Tcp);
+    the_nodes_loopback: |_| node(LOCAL4, Protocol::Tcp);
+    the_nodes_loopback_over_v6: |_| node(LOCAL6, Protocol::Tcp);
+    datagrams_to_the_nodes_address: |_| node(CLIENT, Protocol::Udp);
+    datagrams_to_the_nodes_loopback: |_| node(LOCAL4, Protocol::Udp);
+    a_granted_port_on_the_nodes_address: |_| {
+        let service = at(CLIENT, GRANTED_PORT);
+        to("n1-connect", Protocol::Tcp, service)
+            .proved_by(Proof::ReachedLocally(Protocol::Tcp, service))
+    };
+}
+
+/// N14: the database calls, and the attack answers.
+fn called(world: &mut World, here: SocketAddr, attack: Attack) -> WayOut {
+    let caller = at(DATABASE, 40_000);
+    world.servers_mut().call(caller, here);
+    let attack = attack.option("port", here.port().to_string());
+    WayOut::network(attack, Protocol::Tcp, caller)
+        .recorded_as(&["bind", "listen", "reply"], &here.port().to_string())
+}
+
+fn listening(world: &mut World, how: &str) -> WayOut {
+    called(world, at(CLIENT, 8080), Attack::new("n14-listen").option("how", how))
+}
+
+/// N14: the kernel is let choose, and has no choice.
+fn listening_anywhere(world: &mut World, how: &str) -> WayOut {
+    world.network().choose_port(8080);
+    listening(world, how)
+}
+
+const MPTCP: Facility = Facility::ip("mptcp", libc::SOCK_STREAM, libc::IPPROTO_MPTCP);
+
+ways_out! {
+    /// N14
+    listener_on_a_port_that_is_not_granted: |world| listening(world, "bind");
+    listener_for_both_families: |world| listening(world, "bind6");
+    listener_that_was_never_bound: |world| listening_anywhere(world, "listen");
+    listener_bound_to_no_port: |world| listening_anywhere(world, "bind-any");
+    listener_made_by_a_ring needs [RING_LISTEN]: |world| listening(world, "ring");
+    listener_of_multipath_tcp needs [MPTCP]: |world| listening(world, "multipath");
 }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::Socket;
+use socket2::{SockAddr, Socket};
 
 use crate::{
     outcome::{Attempt, Failure},
@@ -28,10 +28,14 @@ const LIFETIME: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 pub(crate) struct Lend {
+    /// Where the socket is connected to, or where it listens.
     #[arg(long)]
     to: SocketAddr,
     #[arg(long)]
     protocol: Protocol,
+    /// Listen there and do not connect.
+    #[arg(long)]
+    listening: bool,
     /// The unix socket on which to hand out the connected socket.
     #[arg(long)]
     listen: PathBuf,
@@ -48,10 +52,36 @@ pub(crate) struct Use {
     listen: PathBuf,
 }
 
+/// Lends a socket of the unix family that is connected to a server: the same, by another name.
+#[derive(clap::Args)]
+pub(crate) struct LendUnix {
+    #[arg(long)]
+    to: PathBuf,
+    /// The unix socket on which to hand out the connected socket.
+    #[arg(long)]
+    listen: PathBuf,
+}
+
+/// Connects to a unix socket, says where (`ready <pid> <fd>`), and lends the socket.
+pub(crate) fn lend_unix(arguments: &LendUnix) -> Attempt {
+    let socket = UnixStream::connect(&arguments.to)
+        .map_err(|error| Failure::setup(arguments.to.display(), error))?;
+    serve(&arguments.listen, socket.as_raw_fd(), |stream| passing::send(stream, &socket))?;
+    Ok("lent".to_owned())
+}
+
 /// Connects, says where (`ready <pid> <fd>`), and lends the socket to whoever asks.
 pub(crate) fn lend(arguments: &Lend) -> Attempt {
     let socket = arguments.protocol.socket(arguments.to)?;
-    connect(&socket, arguments.to)?;
+    if arguments.listening {
+        let here = SockAddr::from(arguments.to);
+        socket
+            .bind(&here)
+            .and_then(|()| socket.listen(1))
+            .map_err(|error| Failure::setup("listen", error))?;
+    } else {
+        connect(&socket, arguments.to)?;
+    }
     let mut lent = 0;
     serve(&arguments.listen, socket.as_raw_fd(), |stream| {
         passing::send(stream, &socket)?;

@@ -4,11 +4,13 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    thread,
+    time::{Duration, Instant},
 };
 
 use io_uring::{
     IoUring, opcode, squeue,
-    types::{Fd, SubmitArgs, Timespec},
+    types::{Fd, Fixed},
 };
 use socket2::{Domain, SockAddr, Socket};
 
@@ -16,6 +18,17 @@ use crate::{
     outcome::{Attempt, Failure},
     sockets::{self, PATIENCE, Protocol, await_return, number},
 };
+
+/// Builds an entry on either form of a target.
+macro_rules! with_target {
+    ($target:expr, |$fd:ident| $build:expr) => {
+        match $target {
+            $crate::n5_io_uring::Target::Descriptor($fd) => $build,
+            $crate::n5_io_uring::Target::Registered($fd) => $build,
+        }
+    };
+}
+pub(crate) use with_target;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -26,6 +39,9 @@ pub(crate) struct Arguments {
     /// Let a kernel thread submit.
     #[arg(long)]
     sqpoll: bool,
+    /// Have a worker make the call, also where it need not.
+    #[arg(long)]
+    worker: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -43,29 +59,34 @@ enum How {
 pub(crate) fn run(arguments: &Arguments) -> Attempt {
     let to = arguments.to;
     let address = SockAddr::from(to);
-    let mut ring = ring(arguments.sqpoll)?;
+    let mut ring = Ring { ring: ring(arguments.sqpoll)?, worker: arguments.worker };
     let number = number();
     match arguments.how {
         How::Connect => {
             let socket = Protocol::Tcp.socket(to)?;
-            connect(&mut ring, &socket, &address)?;
+            ring.connect(&socket, &address)?;
             sockets::converse(Protocol::Tcp, socket)
         }
         How::Socket => {
             let entry = opcode::Socket::new(Domain::for_address(to).into(), libc::SOCK_STREAM, 0);
-            let fd = submit(&mut ring, "IORING_OP_SOCKET", &entry.build())?;
+            let fd = submit(&mut ring.ring, "IORING_OP_SOCKET", &entry.build())?;
             // SAFETY: the kernel has just made this descriptor for us, and nobody else has it.
             let socket = Socket::from(unsafe { OwnedFd::from_raw_fd(fd) });
-            connect(&mut ring, &socket, &address)?;
+            ring.connect(&socket, &address)?;
             sockets::converse(Protocol::Tcp, socket)
         }
         How::Send => {
             let socket = Protocol::Udp.socket(to)?;
-            let entry =
-                opcode::Send::new(Fd(socket.as_raw_fd()), number.as_ptr(), number.len() as u32)
-                    .dest_addr(address.as_ptr().cast())
-                    .dest_addr_len(address.len());
-            submit(&mut ring, "IORING_OP_SEND", &entry.build())?;
+            ring.on(&socket, "IORING_OP_SEND", |target| {
+                with_target!(target, |fd| opcode::Send::new(
+                    fd,
+                    number.as_ptr(),
+                    number.len() as u32
+                )
+                .dest_addr(address.as_ptr().cast())
+                .dest_addr_len(address.len())
+                .build())
+            })?;
             await_return(&socket, &number)
         }
         How::Sendmsg => {
@@ -78,14 +99,71 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
             message.msg_namelen = address.len();
             message.msg_iov = &raw mut part;
             message.msg_iovlen = 1;
-            let entry = opcode::SendMsg::new(Fd(socket.as_raw_fd()), &raw const message);
-            submit(&mut ring, "IORING_OP_SENDMSG", &entry.build())?;
+            ring.on(&socket, "IORING_OP_SENDMSG", |target| {
+                with_target!(target, |fd| opcode::SendMsg::new(fd, &raw const message).build())
+            })?;
             await_return(&socket, &number)
         }
     }
 }
 
-fn ring(sqpoll: bool) -> Result<IoUring, Failure> {
+/// A socket as an entry names it.
+#[derive(Clone, Copy)]
+pub(crate) enum Target {
+    Descriptor(Fd),
+    /// Registered with the ring.
+    Registered(Fixed),
+}
+
+/// A ring, and who makes its calls.
+pub(crate) struct Ring {
+    pub(crate) ring: IoUring,
+    /// A worker makes them, also where it need not.
+    pub(crate) worker: bool,
+}
+
+impl Ring {
+    /// Makes a call on `socket`: `build` gives the entry.
+    pub(crate) fn on(
+        &mut self,
+        socket: &Socket,
+        step: &str,
+        build: impl FnOnce(Target) -> squeue::Entry,
+    ) -> Result<i32, Failure> {
+        let params = self.ring.params();
+        // Before 5.11 a kernel thread that submits knows no descriptors of the process.
+        let target = if params.is_setup_sqpoll() && !params.is_feature_sqpoll_nonfixed() {
+            // A ring has one table, and there may be one already.
+            let _none = self.ring.submitter().unregister_files();
+            self.ring
+                .submitter()
+                .register_files(&[socket.as_raw_fd()])
+                .map_err(|error| Failure::setup("register the socket", error))?;
+            Target::Registered(Fixed(0))
+        } else {
+            Target::Descriptor(Fd(socket.as_raw_fd()))
+        };
+        let mut entry = build(target);
+        if self.worker {
+            entry = entry.flags(squeue::Flags::ASYNC);
+        }
+        submit(&mut self.ring, step, &entry)
+    }
+
+    pub(crate) fn connect(&mut self, socket: &Socket, address: &SockAddr) -> Result<(), Failure> {
+        self.on(socket, "IORING_OP_CONNECT", |target| {
+            with_target!(target, |fd| opcode::Connect::new(
+                fd,
+                address.as_ptr().cast(),
+                address.len()
+            )
+            .build())
+        })
+        .map(drop)
+    }
+}
+
+pub(crate) fn ring(sqpoll: bool) -> Result<IoUring, Failure> {
     let mut builder = IoUring::builder();
     if sqpoll {
         builder.setup_sqpoll(100);
@@ -97,31 +175,24 @@ fn ring(sqpoll: bool) -> Result<IoUring, Failure> {
     })
 }
 
-fn connect(ring: &mut IoUring, socket: &Socket, address: &SockAddr) -> Result<(), Failure> {
-    let entry =
-        opcode::Connect::new(Fd(socket.as_raw_fd()), address.as_ptr().cast(), address.len());
-    submit(ring, "IORING_OP_CONNECT", &entry.build()).map(drop)
-}
-
 /// Submits `entry`, whose memory outlives this call, and gives its result.
-fn submit(ring: &mut IoUring, step: &str, entry: &squeue::Entry) -> Result<i32, Failure> {
+pub(crate) fn submit(ring: &mut IoUring, step: &str, entry: &squeue::Entry) -> Result<i32, Failure> {
     // SAFETY: callers keep what the entry points to alive until the ring is dropped, also when
     // the wait below gives up.
     unsafe { ring.submission().push(entry) }
         .map_err(|_| Failure::unfit("the submission queue is full"))?;
-    let patience = Timespec::from(PATIENCE);
-    match ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&patience)) {
-        Ok(_) => {}
-        Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
+    // Before 5.11 the kernel takes no time limit for a wait.
+    let deadline = Instant::now() + PATIENCE;
+    let result = loop {
+        ring.submit().map_err(|error| Failure::setup("io_uring_enter", error))?;
+        if let Some(completion) = ring.completion().next() {
+            break completion.result();
+        }
+        if Instant::now() > deadline {
             return Err(Failure::at(step, io::Error::from_raw_os_error(libc::ETIMEDOUT)));
         }
-        Err(error) => return Err(Failure::setup("io_uring_enter", error)),
-    }
-    let result = ring
-        .completion()
-        .next()
-        .ok_or_else(|| Failure::unfit("the ring woke without a completion"))?
-        .result();
+        thread::sleep(Duration::from_millis(1));
+    };
     if result < 0 {
         Err(Failure::at(step, io::Error::from_raw_os_error(-result)))
     } else {

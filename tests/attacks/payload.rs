@@ -131,7 +131,8 @@ pub(crate) fn text(text: impl AsRef<OsStr>) -> Result<CString, Failure> {
         .map_err(|error| Failure::setup("an argument", io::Error::from(error)))
 }
 
-fn mark_of(program: &Path) -> io::Result<Vec<u8>> {
+/// The last bytes of a file.
+pub(crate) fn mark_of(program: &Path) -> io::Result<Vec<u8>> {
     let mut file = File::open(program)?;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(MARK_BYTES)))?;

@@ -145,7 +145,7 @@ pub(crate) fn move_to(cgroup: &Path, pid: i32) -> Result<(), Failure> {
 }
 
 /// The directory of the caller's cgroup.
-fn own_cgroup() -> Result<PathBuf, Failure> {
+pub(crate) fn own_cgroup() -> Result<PathBuf, Failure> {
     let read = |file| fs::read_to_string(file).map_err(|error| Failure::setup(file, error));
     let mounts = read("/proc/self/mountinfo")?;
     let root = mounts

@@ -62,6 +62,13 @@ impl Attack {
         self
     }
 
+    /// Adds arguments.
+    #[must_use]
+    pub fn args(mut self, arguments: impl IntoIterator<Item: AsRef<OsStr>>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        self
+    }
+
     /// Adds an option with its value.
     #[must_use]
     pub fn option(self, name: &str, value: impl AsRef<OsStr>) -> Self {

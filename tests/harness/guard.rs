@@ -63,6 +63,21 @@ impl Guard {
         Self::start_with(world, programs, &json!({}))
     }
 
+    /// [`Self::start`], knowing more scopes, each with what it permits.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start_knowing(
+        world: &World,
+        programs: &[PathBuf],
+        scopes: &[(&'static str, Value)],
+    ) -> Self {
+        Self::start_as(world, programs, &json!({}), scopes)
+    }
+
     /// [`Self::start`] with more keys in the configuration.
     ///
     /// # Panics
@@ -71,6 +86,16 @@ impl Guard {
     #[track_caller]
     #[must_use]
     pub fn start_with(world: &World, programs: &[PathBuf], more: &Value) -> Self {
+        Self::start_as(world, programs, more, &[])
+    }
+
+    #[track_caller]
+    fn start_as(
+        world: &World,
+        programs: &[PathBuf],
+        more: &Value,
+        scopes: &[(&'static str, Value)],
+    ) -> Self {
         let program = binary("agentguard", "AGENTGUARD_BIN");
         let directory = world.directory().join("guard");
         for name in ["", "manifests", "state", "run"] {
@@ -78,6 +103,9 @@ impl Guard {
         }
         write_config(&directory, world.name(), more);
         write_manifest(&directory, "base", &base_scope(programs));
+        for (scope, permits) in scopes {
+            write_scope(&directory, scope, permits);
+        }
         let daemon = Self::start_daemon(&program, &directory);
         let guard = Self { program, directory, daemon };
         guard.wait_until_ready();
@@ -149,15 +177,7 @@ impl Guard {
 
     /// Knows one more scope: any `spec` but for its name.
     pub fn define(&self, scope: &str, spec: &Value) {
-        let mut document = json!({
-            "apiVersion": "agentguard.dev/v1alpha1",
-            "kind": "Scope",
-            "metadata": {"name": scope.replace(':', "-")},
-            "spec": spec,
-        });
-        document["spec"]["scope"] = scope.into();
-        document["spec"]["description"] = "of a test".into();
-        write_manifest(&self.directory, &format!("scope-{}", scope.replace(':', "-")), &document);
+        write_scope(&self.directory, scope, spec);
     }
 
     /// Grants `scope` to `identity` for so long, by a manifest, and waits until it holds.
@@ -366,6 +386,18 @@ fn write_text(directory: &Path, name: &str, text: &[u8]) {
     let half = directory.join(format!("{name}.new"));
     fs::write(&half, text).expect("a file can be written");
     fs::rename(half, path).expect("a file can be moved");
+}
+
+fn write_scope(directory: &Path, scope: &str, spec: &Value) {
+    let mut document = json!({
+        "apiVersion": "agentguard.dev/v1alpha1",
+        "kind": "Scope",
+        "metadata": {"name": scope.replace(':', "-")},
+        "spec": spec,
+    });
+    document["spec"]["scope"] = scope.into();
+    document["spec"]["description"] = "of a test".into();
+    write_manifest(directory, &format!("scope-{}", scope.replace(':', "-")), &document);
 }
 
 fn base_scope(programs: &[PathBuf]) -> Value {

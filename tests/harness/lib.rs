@@ -11,6 +11,7 @@
 mod attack;
 mod cgroup;
 pub mod daemon;
+mod facility;
 mod guard;
 mod layer;
 mod process;
@@ -25,6 +26,7 @@ mod world;
 
 pub use attack::{Attack, Outcome, Report};
 pub use cgroup::Cgroup;
+pub use facility::{Facility, can_be_attacked_by};
 pub use guard::{BASE_SCOPE, Guard, Mode, wait_until};
 pub use layer::{Layer, requires};
 pub use process::{Finished, Running, attack_binary, run};

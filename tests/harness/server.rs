@@ -192,6 +192,17 @@ pub(crate) fn allow_ping() -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
 }
 
+/// Leaves the kernel one port to choose.
+pub(crate) fn choose_port(port: u16) -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{port} {port}"))
+}
+
+/// Lets the calling thread's network namespace hand packets on, and answer for what lies behind it.
+pub(crate) fn allow_forwarding() -> io::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    fs::write("/proc/sys/net/ipv4/conf/near/proxy_arp", "1")
+}
+
 /// One packet socket for each family: they see what comes in and not what goes out, which those
 /// for all families would.
 fn watches() -> io::Result<[(Socket, u16); 2]> {
@@ -335,11 +346,15 @@ fn answer(
     reached: &Reached,
     over: &AtomicBool,
 ) -> io::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    // The attack begins once its guard is ready.
+    let deadline = Instant::now() + Duration::from_secs(20);
     let mut stream = loop {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-        socket.bind(&from.into())?;
-        match socket.connect_timeout(&to.into(), Duration::from_millis(200)) {
+        // The attempt before may hold the address for a moment.
+        let called = socket
+            .bind(&from.into())
+            .and_then(|()| socket.connect_timeout(&to.into(), Duration::from_millis(200)));
+        match called {
             Ok(()) => break TcpStream::from(socket),
             Err(error) if over.load(Ordering::Relaxed) || Instant::now() > deadline => {
                 return Err(error);

@@ -5,6 +5,7 @@
 //! kernel leaves it open.
 
 use std::{
+    iter,
     net::{IpAddr, SocketAddr},
     thread,
     time::Duration,
@@ -13,7 +14,8 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    Attack, Guard, Layer, Mode, Outcome, Programs, Report, Running, World, attack_binary,
+    Attack, Facility, Guard, Layer, Mode, Outcome, Programs, Report, Running, World,
+    attack_binary, can_be_attacked_by,
     guard::{BASE_SCOPE, eventually},
     requires,
     server::{Protocol, Reach},
@@ -35,6 +37,10 @@ pub enum Proof {
     ReachedLocally(Protocol, SocketAddr),
     /// The forbidden program ran.
     Ran(Programs),
+    /// A helper outside was spoken to: it says so.
+    Heard,
+    /// Nothing outside can see it: what the attack says counts.
+    OwnWord,
 }
 
 /// The record that the attack leaves.
@@ -64,6 +70,8 @@ pub struct WayOut {
     pub gap: Option<&'static str>,
     /// What runs outside the workload meanwhile.
     pub helpers: Vec<Running>,
+    /// What the workload is granted besides: scopes and what they permit.
+    pub scopes: Vec<(&'static str, Value)>,
 }
 
 impl WayOut {
@@ -80,6 +88,24 @@ impl WayOut {
             layer: Layer::Portable,
             gap: None,
             helpers: Vec::new(),
+            scopes: Vec::new(),
+        }
+    }
+
+    /// An attack that is to reach a unix socket of `helper`, which was bound as `name`.
+    #[must_use]
+    pub fn unix(attack: Attack, helper: Running, name: &str) -> Self {
+        Self {
+            attack,
+            proof: Proof::Heard,
+            recorded: Recorded::Denied {
+                actions: &["unix_connect", "unix_send"],
+                target: name.to_owned(),
+            },
+            layer: Layer::Portable,
+            gap: None,
+            helpers: vec![helper],
+            scopes: Vec::new(),
         }
     }
 
@@ -97,6 +123,7 @@ impl WayOut {
             layer: Layer::Portable,
             gap: None,
             helpers: Vec::new(),
+            scopes: Vec::new(),
         }
     }
 
@@ -135,6 +162,13 @@ impl WayOut {
         self
     }
 
+    /// The same by a workload that is granted one scope more.
+    #[must_use]
+    pub fn granted(mut self, scope: &'static str, permits: Value) -> Self {
+        self.scopes.push((scope, permits));
+        self
+    }
+
     /// The same, open on kernels of which `status` says so.
     #[must_use]
     pub const fn or_gap(mut self, word: &'static str) -> Self {
@@ -153,6 +187,11 @@ impl WayOut {
                 world.local_servers().reach(*protocol, *to) != Reach::default()
             }
             Proof::Ran(programs) => programs.payload_ran(),
+            Proof::Heard => self
+                .helpers
+                .iter()
+                .any(|helper| helper.stdout().lines().any(|line| line.starts_with("heard "))),
+            Proof::OwnWord => true,
         }
     }
 }
@@ -163,7 +202,13 @@ impl WayOut {
 ///
 /// When the attack does not work: it would prove nothing about a guard.
 #[track_caller]
-pub fn works_without_the_guard(way_out: impl FnOnce(&mut World) -> WayOut) {
+pub fn works_without_the_guard(
+    needs: &[Facility],
+    way_out: impl FnOnce(&mut World) -> WayOut,
+) {
+    if !can_be_attacked_by(needs) {
+        return;
+    }
     requires(Layer::Portable);
     let mut world = World::new();
     let mut way_out = way_out(&mut world);
@@ -177,7 +222,13 @@ pub fn works_without_the_guard(way_out: impl FnOnce(&mut World) -> WayOut) {
 ///
 /// When the attack does not work, or leaves no record though `status` does not say that it would.
 #[track_caller]
-pub fn is_recorded_in_audit_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
+pub fn is_recorded_in_audit_mode(
+    needs: &[Facility],
+    way_out: impl FnOnce(&mut World) -> WayOut,
+) {
+    if !can_be_attacked_by(needs) {
+        return;
+    }
     let mut guarded = Guarded::start(way_out);
     let left_open = guarded.is_left_open();
     let report = guarded.run(Mode::Audit);
@@ -194,7 +245,13 @@ pub fn is_recorded_in_audit_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
 ///
 /// When the attack works though `status` does not say so, or leaves no record.
 #[track_caller]
-pub fn is_refused_in_enforce_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
+pub fn is_refused_in_enforce_mode(
+    needs: &[Facility],
+    way_out: impl FnOnce(&mut World) -> WayOut,
+) {
+    if !can_be_attacked_by(needs) {
+        return;
+    }
     let mut guarded = Guarded::start(way_out);
     let left_open = guarded.is_left_open();
     let report = guarded.run(Mode::Enforce);
@@ -204,6 +261,10 @@ pub fn is_refused_in_enforce_mode(way_out: impl FnOnce(&mut World) -> WayOut) {
     }
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
     guarded.assert_recorded(Mode::Enforce);
+    // What an attack says of itself, it has just said.
+    if matches!(guarded.way_out.proof, Proof::OwnWord) {
+        return;
+    }
     // By now the servers have taken what had been on its way.
     thread::sleep(SETTLE);
     assert!(
@@ -231,14 +292,16 @@ impl Guarded {
         if let Proof::Ran(of) = &way_out.proof {
             programs.push(of.granted());
         }
-        let guard = Guard::start(&world, &programs);
+        let guard = Guard::start_knowing(&world, &programs, &way_out.scopes);
         Self { guard, way_out, world }
     }
 
     #[track_caller]
     fn run(&mut self, mode: Mode) -> Report {
         let Self { guard, way_out, world } = self;
-        way_out.attack.run_as_workload(world, guard, IDENTITY, &[BASE_SCOPE], mode)
+        let scopes: Vec<&str> =
+            iter::once(BASE_SCOPE).chain(way_out.scopes.iter().map(|(scope, _)| *scope)).collect();
+        way_out.attack.run_as_workload(world, guard, IDENTITY, &scopes, mode)
     }
 
     /// Whether `status` says, before the attack, that this kernel leaves it open.
@@ -303,27 +366,28 @@ fn assert_worked(way_out: &WayOut, world: &World, report: &Report) {
     assert!(seen, "no trace of what the attack says it did: {report:?}");
 }
 
-/// Makes three tests of each way out: a module of that name, with one test for each run.
+/// Makes three tests of each way out: a module of that name, with one test for each run. Behind
+/// `needs` stands what a kernel may lack, so that it cannot be attacked in that way.
 #[macro_export]
 macro_rules! ways_out {
-    ($($(#[$doc:meta])* $name:ident: $build:expr;)+) => {$(
+    ($($(#[$doc:meta])* $name:ident $(needs [$($facility:expr),+])?: $build:expr;)+) => {$(
         $(#[$doc])*
         mod $name {
             use super::*;
 
             #[test]
             fn works_without_the_guard() {
-                $crate::works_without_the_guard($build);
+                $crate::works_without_the_guard(&[$($($facility),+)?], $build);
             }
 
             #[test]
             fn is_recorded_in_audit_mode() {
-                $crate::is_recorded_in_audit_mode($build);
+                $crate::is_recorded_in_audit_mode(&[$($($facility),+)?], $build);
             }
 
             #[test]
             fn is_refused_in_enforce_mode() {
-                $crate::is_refused_in_enforce_mode($build);
+                $crate::is_refused_in_enforce_mode(&[$($($facility),+)?], $build);
             }
         }
     )+};

@@ -63,9 +63,10 @@ pub mod address {
         METADATA,
         METADATA6,
     ];
-    /// Where `0.0.0.0` and `::` lead to from the client side.
-    pub const LOOPBACK: [IpAddr; 2] =
-        [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    pub const CLIENT6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+    /// The client side itself: where `0.0.0.0` and `::` lead to, and the addresses of the node.
+    pub const NODE: [IpAddr; 4] =
+        [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST), CLIENT, CLIENT6];
     /// The port that scopes grant.
     pub const GRANTED_PORT: u16 = 443;
     /// A port that no scope grants.
@@ -112,7 +113,7 @@ impl World {
         let cgroup = Cgroup::new(&name);
         let servers = Servers::start(&network.server_file(), &address::SERVERS, &address::PORTS);
         let local_servers =
-            Servers::start(&network.client_file(), &address::LOOPBACK, &address::PORTS);
+            Servers::start(&network.client_file(), &address::NODE, &address::PORTS);
         Self { servers, local_servers, network, cgroup, directory, name }
     }
 
@@ -249,6 +250,41 @@ impl Network {
         in_namespace(self.client_file(), server::allow_ping).expect("ping sockets can be allowed");
     }
 
+    /// Leaves the kernel no choice when it chooses a port for a socket of the client side.
+    ///
+    /// # Panics
+    ///
+    /// When that cannot be set.
+    pub fn choose_port(&self, port: u16) {
+        in_namespace(self.client_file(), move || server::choose_port(port))
+            .expect("the range of ports can be set");
+    }
+
+    /// Lets the client side hand packets on.
+    ///
+    /// # Panics
+    ///
+    /// When that cannot be set.
+    pub fn allow_forwarding(&self) {
+        in_namespace(self.client_file(), server::allow_forwarding)
+            .expect("forwarding can be allowed");
+    }
+
+    /// Has the server side offer `address` to whoever comes by multipath TCP, and the client side
+    /// take such offers.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel knows no multipath TCP.
+    pub fn offer_another_path(&self, address: IpAddr) {
+        let limits = "mptcp limits set subflow 2 add_addr_accepted 2\n";
+        ip(&["-n", &self.client], limits);
+        ip(
+            &["-n", &self.server],
+            &format!("{limits}mptcp endpoint add {address} dev far signal\n"),
+        );
+    }
+
     /// A socket of the client side, made outside every workload and connected to `peer`.
     ///
     /// # Panics
@@ -312,6 +348,14 @@ fn in_namespace<T: Send + 'static>(
     thread::spawn(move || server::enter(&file).and_then(|()| task()))
         .join()
         .expect("the thread does not panic")
+}
+
+/// Whether `command` succeeds in a network namespace of its own, which ends with it.
+pub(crate) fn in_own_network(command: &[&str]) -> bool {
+    let mut unshare = Command::new("unshare");
+    unshare.arg("--net").args(command).stdin(Stdio::null());
+    unshare.stdout(Stdio::null()).stderr(Stdio::null());
+    unshare.status().is_ok_and(|status| status.success())
 }
 
 fn remove_stale() {

@@ -1,0 +1,146 @@
+//! What a kernel may lack so that an attack on it cannot be made at all.
+//!
+//! A kernel without SCTP has no way out by SCTP. That is no proof that a guard closes it, so a test
+//! that finds its facility missing says so on a line of its own, which whoever counts the tests
+//! takes off the passed ones. Where the row of a matrix declares what its kernel has
+//! (`AGENTGUARD_KERNEL_HAS`, words separated by blanks), a missing facility that was declared fails
+//! the test.
+//!
+//! Facilities are seen by using them, outside every workload, never by a version number.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    os::fd::AsRawFd as _,
+    path::Path,
+    thread,
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// What the row of a matrix says its kernel has.
+const DECLARED: &str = "AGENTGUARD_KERNEL_HAS";
+
+/// Something that not every supported kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Facility {
+    /// Sockets of this family, type and protocol.
+    Socket { word: &'static str, family: i32, kind: i32, protocol: i32 },
+    /// An operation of `io_uring`, by its number.
+    Ring { word: &'static str, operation: u8 },
+    /// A network device of this kind.
+    Device { kind: &'static str },
+    /// A file system of this name.
+    FileSystem { name: &'static str },
+    /// The file of a device.
+    DeviceFile { word: &'static str, path: &'static str },
+    /// A network device that only the initial network namespace may have is no help: packets can be
+    /// sent by what `ip mptcp` sets up.
+    MultipathLimits,
+}
+
+impl Facility {
+    /// Sockets of an IP protocol.
+    #[must_use]
+    pub const fn ip(word: &'static str, kind: i32, protocol: i32) -> Self {
+        Self::Socket { word, family: libc::AF_INET, kind, protocol }
+    }
+
+    /// Sockets of a family that has no name here.
+    #[must_use]
+    pub const fn family(word: &'static str, family: i32, kind: i32, protocol: i32) -> Self {
+        Self::Socket { word, family, kind, protocol }
+    }
+
+    /// The word by which a matrix declares it.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Socket { word, .. } | Self::Ring { word, .. } | Self::DeviceFile { word, .. } => {
+                word
+            }
+            Self::Device { kind } => kind,
+            Self::FileSystem { name } => name,
+            Self::MultipathLimits => "mptcp-join",
+        }
+    }
+
+    /// Whether the running kernel has it.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        match *self {
+            Self::Socket { family, kind, protocol, .. } => {
+                let protocol = Some(Protocol::from(protocol));
+                Socket::new(Domain::from(family), Type::from(kind), protocol).is_ok()
+            }
+            Self::Ring { operation, .. } => has_operation(operation).unwrap_or(false),
+            Self::Device { kind } => has_device(kind),
+            Self::FileSystem { name } => has_file_system(name),
+            Self::DeviceFile { path, .. } => fs::File::open(path).is_ok(),
+            Self::MultipathLimits => has_multipath_limits(),
+        }
+    }
+}
+
+/// Whether a test that needs all of `needs` can be made here. Says so where it cannot.
+///
+/// # Panics
+///
+/// When something is missing that the matrix declares.
+#[track_caller]
+#[must_use]
+pub fn can_be_attacked_by(needs: &[Facility]) -> bool {
+    let Some(missing) = needs.iter().find(|facility| !facility.is_there()) else {
+        return true;
+    };
+    let word = missing.word();
+    let declared = std::env::var(DECLARED).unwrap_or_default();
+    assert!(
+        !declared.split(' ').any(|declared| declared == word),
+        "this kernel has no {word}, though {DECLARED} says that it has"
+    );
+    let current = thread::current();
+    let name = current.name().unwrap_or("a test");
+    // Not by `println!`: what passing tests print is kept back.
+    let said = writeln!(io::stdout(), "not applicable: {name}: this kernel has no {word}");
+    said.expect("standard output is open");
+    false
+}
+
+fn has_operation(operation: u8) -> io::Result<bool> {
+    let ring = io_uring::IoUring::new(2)?;
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    Ok(ring.as_raw_fd() >= 0 && probe.is_supported(operation))
+}
+
+fn has_device(kind: &str) -> bool {
+    crate::world::in_own_network(&["ip", "link", "add", "probe", "type", kind])
+}
+
+fn has_multipath_limits() -> bool {
+    Facility::ip("mptcp", libc::SOCK_STREAM, libc::IPPROTO_MPTCP).is_there()
+        && crate::world::in_own_network(&["ip", "mptcp", "limits", "show"])
+}
+
+/// Known already, or after the kernel was asked to mount it.
+fn has_file_system(name: &str) -> bool {
+    let known = || {
+        fs::read_to_string("/proc/filesystems").is_ok_and(|all| {
+            all.lines().any(|line| line.split_ascii_whitespace().last() == Some(name))
+        })
+    };
+    if known() {
+        return true;
+    }
+    let Ok(directory) = tempfile::tempdir() else { return false };
+    let path: &Path = directory.path();
+    let nothing = None::<&str>;
+    if nix::mount::mount(Some(name), path, Some(name), nix::mount::MsFlags::empty(), nothing)
+        .is_ok()
+        && let Err(errno) = nix::mount::umount(path)
+    {
+        eprintln!("{} is left mounted: {errno}", path.display());
+    }
+    known()
+}
