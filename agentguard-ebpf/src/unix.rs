@@ -74,13 +74,26 @@ fn known_by(address: &UnixAddress) -> Option<UnixSocket> {
         });
     }
     let (text, length) = kernel::name_of_entry(address.entry)?;
-    let number = Name::read(PATH, text, length).map_or(UnixNameId::NONE, |name| name.number());
+    let number = Name::read(PATH, text, length)
+        .filter(|name| was_bound_to(address, name, length))
+        .map_or(UnixNameId::NONE, |name| name.number());
     let file = match number {
         // Nobody grants it: its own file tells it from others.
         UnixNameId::NONE => kernel::file_of_entry(address.entry)?,
         _ => kernel::file_of_entry(kernel::parent_of_entry(address.entry)?)?,
     };
     Some(UnixSocket { directory: file.inode, device: file.device, name: number })
+}
+
+/// Whether the server bound the socket to this name: an entry can be given another since, by whoever
+/// may write its directory.
+#[inline(always)]
+fn was_bound_to(address: &UnixAddress, name: &Name, length: u32) -> bool {
+    // The kernel keeps the path with its NUL (`unix_mkname_bsd`).
+    let Some(start) = address.length.checked_sub(length + 1) else { return false };
+    let at = address.name + u64::from(start);
+    let begins = start == 0 || kernel::read_at::<u8>(at - 1) == Some(b'/');
+    begins && Name::read(PATH, at, length).is_some_and(|bound| bound.sum() == name.sum())
 }
 
 /// The kinds of [`UnixName`].
@@ -126,7 +139,7 @@ impl Name {
         maps::unix_name(unsafe { &*self.0.as_ptr().cast::<UnixName>() })
     }
 
-    /// Tells names apart that have no number: what shares a sum shares a record, never a permission.
+    /// Tells names apart. Nobody who gains by a collision chooses both names.
     #[inline(always)]
     fn sum(&self) -> u64 {
         // FNV-1a over words (RFC 9923).
