@@ -694,8 +694,7 @@ fn a_received_listener_on_a_granted_port_serves() {
     way_out.scopes.push(("test:listen", listen));
     let guard = Guard::start_knowing(&world, &[attack_binary()], &way_out.scopes);
     let scopes = [BASE_SCOPE, "test:lender", "test:listen"];
-    let report =
-        way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+    let report = way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
     assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
 }
 
@@ -706,8 +705,7 @@ fn a_listener_on_a_granted_port_serves() {
         let mut world = World::new();
         let mut way_out = listening(&mut world, how);
         let listen = json!({"listen": [{"protocol": "TCP", "port": 8080}]});
-        let guard =
-            Guard::start_knowing(&world, &[attack_binary()], &[("test:listen", listen)]);
+        let guard = Guard::start_knowing(&world, &[attack_binary()], &[("test:listen", listen)]);
         let scopes = [BASE_SCOPE, "test:listen"];
         let report =
             way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);

@@ -419,8 +419,11 @@ fn git_works_on_a_repository_of_its_own() {
 #[test]
 fn names_are_looked_up_and_addresses_listed() {
     let ip = which("ip");
-    let code = format!("set -e; {0} addr; {0} route; {0} -6 route; getent passwd root; \
-                        id; hostname", ip.display());
+    let code = format!(
+        "set -e; {0} addr; {0} route; {0} -6 route; getent passwd root; \
+                        id; hostname",
+        ip.display()
+    );
     let helpers: Vec<PathBuf> = ["ip", "getent", "id", "hostname"].map(which).into();
     lives_with_the_guard(&line(&[&which("bash"), &"-c", &code]), &helpers);
 }

@@ -18,8 +18,8 @@ use socket2::{MsgHdr, SockAddr, Socket};
 
 use crate::{
     child::channel,
-    n7_family::udp_packet,
     n5_io_uring::{Ring, ring, with_target},
+    n7_family::udp_packet,
     outcome::{Attempt, Failure},
     passing,
     sockets::{PATIENCE, Protocol, await_return, be_patient, converse, number},
