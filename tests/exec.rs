@@ -62,12 +62,7 @@ fn script(world: &World, name: &str, interpreter: &str, mark: &str) -> PathBuf {
 }
 
 /// E5: `forbidden` is the file that is not granted, `granted` are those that are.
-fn interpreted(
-    how: &str,
-    programs: &Programs,
-    forbidden: PathBuf,
-    granted: &[PathBuf],
-) -> WayOut {
+fn interpreted(how: &str, programs: &Programs, forbidden: PathBuf, granted: &[PathBuf]) -> WayOut {
     let mut way_out = WayOut::exec(Attack::new("e5-scripts").option("how", how), programs);
     // The last of an option counts.
     way_out.attack = Attack::new("e5-scripts")

@@ -112,9 +112,14 @@ fn joined(guarded: bool) {
     world.servers_mut().watch();
     let granted = SocketAddr::new(API, PORT);
     let _server = server(&world, "mptcp", granted);
-    let mut attack = Attack::new("n6-protocol")
-        .option("to", granted.to_string())
-        .args(["--transport", "mptcp", "--how", "connect", "--rounds", "10"]);
+    let mut attack = Attack::new("n6-protocol").option("to", granted.to_string()).args([
+        "--transport",
+        "mptcp",
+        "--how",
+        "connect",
+        "--rounds",
+        "10",
+    ]);
     if !guarded {
         let report = attack.run_without_the_guard(&world);
         assert_eq!(report.outcome, Outcome::Worked, "{report:?}");

@@ -9,11 +9,11 @@ use std::{
 };
 
 use agentguard_tests::{
-    Attack, BASE_SCOPE, Facility, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running, WayOut,
-    World,
+    Attack, BASE_SCOPE, Facility, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running,
+    WayOut, World,
     address::{
-        API, API6, CLIENT, CLIENT6, DATABASE, DATABASE_6TO4, DATABASE_COMPATIBLE, DATABASE_NAT64, DATABASE6,
-        GRANTED_PORT, METADATA, METADATA6, OTHER_PORT,
+        API, API6, CLIENT, CLIENT6, DATABASE, DATABASE_6TO4, DATABASE_COMPATIBLE, DATABASE_NAT64,
+        DATABASE6, GRANTED_PORT, METADATA, METADATA6, OTHER_PORT,
     },
     attack_binary, requires, ways_out,
 };
@@ -272,8 +272,7 @@ fn received(world: &World, protocol: Protocol, by: &str) -> WayOut {
 fn listener_received(world: &mut World, how: &str) -> WayOut {
     let here = at(CLIENT, 8080);
     let path = world.directory().join("lender");
-    let (helper, _) =
-        helper_at(world, "helper-lend", Protocol::Tcp, here, &path, &["--listening"]);
+    let (helper, _) = helper_at(world, "helper-lend", Protocol::Tcp, here, &path, &["--listening"]);
     called(world, here, Attack::new("n14-listen").option("how", how).option("lender", &path))
         .with_helper(helper)
         .granted("test:lender", json!({"unixSockets": [{"path": path}]}))

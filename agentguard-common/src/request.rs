@@ -102,15 +102,16 @@ pub struct UnixSocket {
     pub name: UnixNameId,
 }
 
-/// Whose the socket at the other end is.
+/// Whose the socket at the other end is. The codes are part of the ABI.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// The workload's own: made by one of its processes.
-    Own,
+    Own = 0,
     /// One that never had a name (`socketpair(2)`): a channel that whoever made it handed over.
-    Unnamed,
+    Unnamed = 1,
     /// Somebody else's: of the host, or of another workload.
-    Other,
+    Other = 2,
 }
 
 /// Whether the file that will run has a name.

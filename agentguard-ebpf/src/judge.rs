@@ -69,9 +69,10 @@ impl Classed for UnixSockets {
 const UNNAMED: u16 = 1;
 /// [`Inquiry::protocol`] of a move that the host made.
 const BY_HOST: u8 = 1;
-/// [`Inquiry::protocol`] where the peer of a unix socket is the workload's own, or has no name.
-const OWN: u8 = 1;
-const UNNAMED_PEER: u8 = 2;
+/// [`Inquiry::protocol`] where the peer of a unix socket is the workload's own, or has no name; all
+/// else is somebody else's.
+const OWN: u8 = Peer::Own as u8;
+const UNNAMED_PEER: u8 = Peer::Unnamed as u8;
 
 impl Inquiry {
     #[inline(always)]
@@ -136,13 +137,8 @@ impl Inquiry {
 
     #[inline(always)]
     pub(crate) fn unix(hook: Hook, kind: RequestKind, socket: &UnixSocket, peer: Peer) -> Self {
-        let protocol = match peer {
-            Peer::Other => 0,
-            Peer::Own => OWN,
-            Peer::Unnamed => UNNAMED_PEER,
-        };
         let target = RequestKey::unix_socket_words(socket);
-        Self { protocol, target, ..Self::new(hook, kind) }
+        Self { protocol: peer as u8, target, ..Self::new(hook, kind) }
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@
 
 use agentguard_common::allowlist::{UNIX_NAME_BYTES, UnixName};
 use agentguard_common::event::{Hook, RequestKind};
-use agentguard_common::{Action, Peer, UnixNameId, UnixSocket, WorkloadId};
+use agentguard_common::{Action, FileId, Peer, UnixNameId, UnixSocket, WorkloadId};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use aya_ebpf::programs::LsmContext;
 
@@ -63,24 +63,53 @@ const NAMELESS: UnixSocket = UnixSocket { directory: 0, device: 0, name: UnixNam
 /// What a bound socket is known by. `None`: it can not be read.
 #[inline(always)]
 fn known_by(address: &UnixAddress) -> Option<UnixSocket> {
+    let nobody = |file: FileId| UnixSocket {
+        directory: file.inode,
+        device: file.device,
+        name: UnixNameId::NONE,
+    };
     if address.entry == 0 {
         // The first byte of an abstract name is NUL.
-        let name = Name::read(ABSTRACT, address.name + 1, address.length.wrapping_sub(1))?;
-        return Some(match name.number() {
-            UnixNameId::NONE => {
-                UnixSocket { directory: name.sum(), device: 0, name: UnixNameId::NONE }
-            }
-            number => UnixSocket { directory: 0, device: 0, name: number },
-        });
+        let (text, length) = (address.name + 1, address.length.wrapping_sub(1));
+        let name = UnixNameId(unix_name_number(ABSTRACT.into(), text, length));
+        let directory =
+            if name.is_some() { 0 } else { unix_name_sum(ABSTRACT.into(), text, length) };
+        return Some(UnixSocket { directory, device: 0, name });
     }
     let (text, length) = kernel::name_of_entry(address.entry)?;
-    let number = Name::read(PATH, text, length).map_or(UnixNameId::NONE, |name| name.number());
-    let file = match number {
+    let name = UnixNameId(unix_name_number(PATH.into(), text, length));
+    if !name.is_some() || !was_bound_to(address, text, length) {
         // Nobody grants it: its own file tells it from others.
-        UnixNameId::NONE => kernel::file_of_entry(address.entry)?,
-        _ => kernel::file_of_entry(kernel::parent_of_entry(address.entry)?)?,
-    };
-    Some(UnixSocket { directory: file.inode, device: file.device, name: number })
+        return kernel::file_of_entry(address.entry).map(nobody);
+    }
+    let directory = kernel::file_of_entry(kernel::parent_of_entry(address.entry)?)?;
+    Some(UnixSocket { name, ..nobody(directory) })
+}
+
+/// Whether the server bound the socket to this name: an entry can be given another since, by whoever
+/// may write its directory.
+#[inline(always)]
+fn was_bound_to(address: &UnixAddress, text: u64, length: u32) -> bool {
+    // The kernel keeps the path with its NUL (`unix_mkname_bsd`).
+    let Some(start) = address.length.checked_sub(length.wrapping_add(1)) else { return false };
+    let at = address.name + u64::from(start);
+    let begins = start == 0 || kernel::read_at::<u8>(at - 1) == Some(b'/');
+    begins && unix_name_sum(PATH.into(), at, length) == unix_name_sum(PATH.into(), text, length)
+}
+
+/// The number of a name; zero if no scope mentions it. A global function, whose stack is its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn unix_name_number(kind: u32, text: u64, length: u32) -> u32 {
+    Name::read(kind as u16, text, length).map_or(UnixNameId::NONE, |name| name.number()).0
+}
+
+/// Tells names apart that nobody who gains by a collision chooses both of; zero for what can not be
+/// read. A global function as well.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn unix_name_sum(kind: u32, text: u64, length: u32) -> u64 {
+    Name::read(kind as u16, text, length).map_or(0, |name| name.sum())
 }
 
 /// The kinds of [`UnixName`].
@@ -126,7 +155,6 @@ impl Name {
         maps::unix_name(unsafe { &*self.0.as_ptr().cast::<UnixName>() })
     }
 
-    /// Tells names apart that have no number: what shares a sum shares a record, never a permission.
     #[inline(always)]
     fn sum(&self) -> u64 {
         // FNV-1a over words (RFC 9923).

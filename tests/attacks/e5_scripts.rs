@@ -67,10 +67,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
     })
 }
 
-fn exec(
-    arguments: &Arguments,
-    line: &[CString],
-) -> Result<std::convert::Infallible, Failure> {
+fn exec(arguments: &Arguments, line: &[CString]) -> Result<std::convert::Infallible, Failure> {
     let forbidden = &arguments.forbidden;
     let granted =
         || arguments.granted.as_ref().ok_or_else(|| Failure::unfit("nothing that is granted"));
@@ -98,9 +95,7 @@ fn exec(
                 Err(errno) => Failure::at("execveat", errno),
             }
         }
-        How::Interpreter => {
-            execute(arguments.start.as_ref().map_or_else(granted, Ok)?, line)
-        }
+        How::Interpreter => execute(arguments.start.as_ref().map_or_else(granted, Ok)?, line),
         How::Registered => registered(forbidden, &forbidden.program, "", line)?,
         How::RegisteredOpen => registered(forbidden, &forbidden.program, "F", line)?,
         How::RegisteredScript => {

@@ -180,9 +180,7 @@ fn main() -> ExitCode {
         Attack::InterpretAs(arguments) => ("interpret-as", e5_scripts::interpret_as(&arguments)),
         Attack::Payload(arguments) => ("payload", payload::run(&arguments)),
         Attack::HelperLend(arguments) => ("helper-lend", helper::lend(&arguments)),
-        Attack::HelperLendUnix(arguments) => {
-            ("helper-lend-unix", helper::lend_unix(&arguments))
-        }
+        Attack::HelperLendUnix(arguments) => ("helper-lend-unix", helper::lend_unix(&arguments)),
         Attack::Serve(arguments) => ("serve", serve::run(&arguments)),
         Attack::HelperUse(arguments) => ("helper-use", helper::use_lent(&arguments)),
         Attack::Enter(arguments) => ("enter", Err(enter::run(&arguments))),

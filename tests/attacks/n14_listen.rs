@@ -69,9 +69,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
         How::Bind6 => serve(listener(Transport::Tcp, Some(any6))?),
         How::Multipath => serve(listener(Transport::Mptcp, Some(any))?),
         How::Listen => serve(listener(Transport::Tcp, None)?),
-        How::BindAny => {
-            serve(listener(Transport::Tcp, Some((Ipv4Addr::UNSPECIFIED, 0).into()))?)
-        }
+        How::BindAny => serve(listener(Transport::Tcp, Some((Ipv4Addr::UNSPECIFIED, 0).into()))?),
         How::Sctp => hear(listener(Transport::Sctp, Some(any))?),
         How::SctpListen => hear(listener(Transport::Sctp, None)?),
         How::Ring => serve(by_ring(any)?),
@@ -124,9 +122,7 @@ fn by_ring(at: SocketAddr) -> Result<Socket, Failure> {
 fn received(arguments: &Arguments) -> Result<Socket, Failure> {
     let path = arguments.lender.as_ref().ok_or_else(|| Failure::unfit("no lender"))?;
     let stream = UnixStream::connect(path).map_err(|error| Failure::at(path.display(), error))?;
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .map_err(|error| Failure::setup("setsockopt", error))?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(|error| Failure::setup("setsockopt", error))?;
     passing::receive(&stream).map(Socket::from)
 }
 
@@ -169,8 +165,6 @@ fn datagrams(at: SocketAddr) -> Attempt {
         if late { Failure::refused("nobody got through") } else { Failure::at("receive", error) }
     })?;
     let number = number();
-    socket
-        .send_to(&number, &from)
-        .map_err(|error: io::Error| Failure::at("answer", error))?;
+    socket.send_to(&number, &from).map_err(|error: io::Error| Failure::at("answer", error))?;
     await_return(&socket, &number)
 }

@@ -100,9 +100,8 @@ fn send_away(to: SocketAddrV4) -> Attempt {
 
 /// A network namespace for this process, whose address the host answers for.
 fn own_namespace() -> Result<(), Failure> {
-    let network = || {
-        File::open("/proc/thread-self/ns/net").map_err(|error| Failure::setup("network", error))
-    };
+    let network =
+        || File::open("/proc/thread-self/ns/net").map_err(|error| Failure::setup("network", error));
     let old = network()?;
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Failure::at("unshare", errno))?;
     let new = network()?;
@@ -126,7 +125,11 @@ fn own_namespace() -> Result<(), Failure> {
         "route add default via 169.254.1.1 dev inner",
     ])?;
     enter(&old)?;
-    ip(&["link set outer up", "addr add 169.254.1.1/32 dev outer", "route add 192.0.2.77/32 dev outer"])?;
+    ip(&[
+        "link set outer up",
+        "addr add 169.254.1.1/32 dev outer",
+        "route add 192.0.2.77/32 dev outer",
+    ])?;
     enter(&new)
 }
 

@@ -176,7 +176,11 @@ pub(crate) fn ring(sqpoll: bool) -> Result<IoUring, Failure> {
 }
 
 /// Submits `entry`, whose memory outlives this call, and gives its result.
-pub(crate) fn submit(ring: &mut IoUring, step: &str, entry: &squeue::Entry) -> Result<i32, Failure> {
+pub(crate) fn submit(
+    ring: &mut IoUring,
+    step: &str,
+    entry: &squeue::Entry,
+) -> Result<i32, Failure> {
     // SAFETY: callers keep what the entry points to alive until the ring is dropped, also when
     // the wait below gives up.
     unsafe { ring.submission().push(entry) }

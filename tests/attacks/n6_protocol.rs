@@ -1,12 +1,6 @@
 //! N6: what travels over IP and is neither TCP nor UDP.
 
-use std::{
-    mem,
-    net::SocketAddr,
-    os::fd::AsRawFd,
-    thread,
-    time::Duration,
-};
+use std::{mem, net::SocketAddr, os::fd::AsRawFd, thread, time::Duration};
 
 use socket2::{SockAddr, Socket};
 

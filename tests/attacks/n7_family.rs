@@ -264,9 +264,8 @@ fn hash() -> Attempt {
         return Err(Failure::at("bind", io::Error::last_os_error()));
     }
     // SAFETY: asks for no address.
-    let fd = unsafe {
-        libc::accept(socket.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut())
-    };
+    let fd =
+        unsafe { libc::accept(socket.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
     if fd < 0 {
         return Err(Failure::at("accept", io::Error::last_os_error()));
     }

@@ -135,13 +135,11 @@ fn send(by: By, socket: &Socket, number: &[u8]) -> Result<(), Failure> {
             ("sendmmsg", sent as isize)
         }
         By::Sendfile => {
-            let mut file =
-                tempfile().map_err(|error| Failure::setup("a temporary file", error))?;
+            let mut file = tempfile().map_err(|error| Failure::setup("a temporary file", error))?;
             file.write_all(number).map_err(|error| Failure::setup("a file", error))?;
             let mut from = 0;
             // SAFETY: the offset outlives the call.
-            let sent =
-                unsafe { libc::sendfile(fd, file.as_raw_fd(), &raw mut from, number.len()) };
+            let sent = unsafe { libc::sendfile(fd, file.as_raw_fd(), &raw mut from, number.len()) };
             ("sendfile", sent)
         }
         By::Splice => {
@@ -250,9 +248,7 @@ fn take(pid: libc::pid_t, fd: RawFd) -> Result<OwnedFd, Failure> {
     let pidfd = owned(pidfd).map_err(|error| Failure::at("pidfd_open", error))?;
     let raw: BorrowedFd<'_> = pidfd.as_fd();
     // SAFETY: takes three numbers; makes a descriptor or fails.
-    let taken = unsafe {
-        libc::syscall(libc::SYS_pidfd_getfd, raw.as_raw_fd(), fd, 0)
-    };
+    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, raw.as_raw_fd(), fd, 0) };
     owned(taken).map_err(|error| Failure::at("pidfd_getfd", error))
 }
 

@@ -239,11 +239,7 @@ fn message(address: &SockAddr, part: &mut libc::iovec) -> libc::msghdr {
 }
 
 /// One `sendmmsg` with a message for each address, asked again for what it left out.
-fn send_messages(
-    socket: &Socket,
-    addresses: &[&SockAddr],
-    number: &[u8],
-) -> Result<(), Failure> {
+fn send_messages(socket: &Socket, addresses: &[&SockAddr], number: &[u8]) -> Result<(), Failure> {
     let mut part =
         libc::iovec { iov_base: number.as_ptr().cast_mut().cast(), iov_len: number.len() };
     let mut messages: Vec<libc::mmsghdr> = addresses
@@ -253,9 +249,8 @@ fn send_messages(
     let mut rest = messages.as_mut_slice();
     while !rest.is_empty() {
         // SAFETY: every header points to an address and a buffer that outlive the call.
-        let sent = unsafe {
-            libc::sendmmsg(socket.as_raw_fd(), rest.as_mut_ptr(), rest.len() as u32, 0)
-        };
+        let sent =
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), rest.as_mut_ptr(), rest.len() as u32, 0) };
         let Ok(sent) = usize::try_from(sent) else {
             return Err(Failure::at("sendmmsg", io::Error::last_os_error()));
         };

@@ -4,10 +4,7 @@ use std::{io, net::SocketAddr, os::fd::AsRawFd};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{
-    outcome::Failure,
-    sockets::be_patient,
-};
+use crate::{outcome::Failure, sockets::be_patient};
 
 /// `SOCK_DCCP` of the kernel.
 const DATAGRAM_CONGESTION: i32 = 6;

@@ -8,10 +8,7 @@ use std::{
 
 use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
 
-use crate::{
-    outcome::Failure,
-    sockets::be_patient,
-};
+use crate::{outcome::Failure, sockets::be_patient};
 
 /// Where the name begins in an address.
 const NAME: usize = mem::offset_of!(libc::sockaddr_un, sun_path);

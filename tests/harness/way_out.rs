@@ -14,8 +14,8 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    Attack, Facility, Guard, Layer, Mode, Outcome, Programs, Report, Running, World,
-    attack_binary, can_be_attacked_by,
+    Attack, Facility, Guard, Layer, Mode, Outcome, Programs, Report, Running, World, attack_binary,
+    can_be_attacked_by,
     guard::{BASE_SCOPE, eventually},
     requires,
     server::{Protocol, Reach},
@@ -202,10 +202,7 @@ impl WayOut {
 ///
 /// When the attack does not work: it would prove nothing about a guard.
 #[track_caller]
-pub fn works_without_the_guard(
-    needs: &[Facility],
-    way_out: impl FnOnce(&mut World) -> WayOut,
-) {
+pub fn works_without_the_guard(needs: &[Facility], way_out: impl FnOnce(&mut World) -> WayOut) {
     if !can_be_attacked_by(needs) {
         return;
     }
@@ -222,10 +219,7 @@ pub fn works_without_the_guard(
 ///
 /// When the attack does not work, or leaves no record though `status` does not say that it would.
 #[track_caller]
-pub fn is_recorded_in_audit_mode(
-    needs: &[Facility],
-    way_out: impl FnOnce(&mut World) -> WayOut,
-) {
+pub fn is_recorded_in_audit_mode(needs: &[Facility], way_out: impl FnOnce(&mut World) -> WayOut) {
     if !can_be_attacked_by(needs) {
         return;
     }
@@ -245,10 +239,7 @@ pub fn is_recorded_in_audit_mode(
 ///
 /// When the attack works though `status` does not say so, or leaves no record.
 #[track_caller]
-pub fn is_refused_in_enforce_mode(
-    needs: &[Facility],
-    way_out: impl FnOnce(&mut World) -> WayOut,
-) {
+pub fn is_refused_in_enforce_mode(needs: &[Facility], way_out: impl FnOnce(&mut World) -> WayOut) {
     if !can_be_attacked_by(needs) {
         return;
     }

@@ -112,8 +112,7 @@ impl World {
         let network = Network::new(&name);
         let cgroup = Cgroup::new(&name);
         let servers = Servers::start(&network.server_file(), &address::SERVERS, &address::PORTS);
-        let local_servers =
-            Servers::start(&network.client_file(), &address::NODE, &address::PORTS);
+        let local_servers = Servers::start(&network.client_file(), &address::NODE, &address::PORTS);
         Self { servers, local_servers, network, cgroup, directory, name }
     }
 

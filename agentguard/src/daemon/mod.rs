@@ -17,6 +17,7 @@ mod recent;
 mod service;
 mod standalone;
 mod state;
+mod supervisor;
 mod uninstall;
 mod unix_names;
 mod witness;
@@ -151,8 +152,10 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
         socket = %shared.configuration.api.socket,
         "ready"
     );
+    supervisor::ready();
     let why = stopped().await;
     tracing::info!(why, "stopping; what is in force stays in force");
+    supervisor::stopping();
     cancel.cancel();
     while servers.join_next().await.is_some() {}
     tasks.shutdown().await;
@@ -380,8 +383,9 @@ async fn tick(shared: Arc<Shared>) {
             shared.engine().tick();
             save(&shared);
         });
-        if ticked.await.is_err() {
-            tracing::error!("what was due was not done; going on");
+        match ticked.await {
+            Ok(()) => supervisor::alive(),
+            Err(_panicked) => tracing::error!("what was due was not done; going on"),
         }
     }
 }
