@@ -1,8 +1,11 @@
 //! What a test needs of the kernel.
 
-use std::{fs, path::Path};
+use std::{env, fs, path::Path};
 
-use crate::cgroup;
+use crate::{
+    cgroup,
+    promise::{Promise, VARIABLE},
+};
 
 /// A layer of hooks, as the threat model names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +20,8 @@ pub enum Layer {
 ///
 /// # Panics
 ///
-/// When the layer is missing.
+/// When the layer is missing, or when this row of the matrix does not promise it: then the runner
+/// was to leave the test out, and could not tell from its name.
 #[track_caller]
 pub fn requires(layer: Layer) {
     assert!(nix::unistd::geteuid().is_root(), "the kernel tests need root");
@@ -28,8 +32,9 @@ pub fn requires(layer: Layer) {
         "the kernel has no BTF; it needs CONFIG_DEBUG_INFO_BTF=y"
     );
     match layer {
-        Layer::Portable => {}
+        Layer::Portable => is_promised(Promise::Portable),
         Layer::Lsm => {
+            is_promised(Promise::Lsm);
             let active = fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
             assert!(
                 active.trim().split(',').any(|name| name == "bpf"),
@@ -37,4 +42,18 @@ pub fn requires(layer: Layer) {
             );
         }
     }
+}
+
+/// Whoever runs a test by hand promises everything.
+#[track_caller]
+fn is_promised(needed: Promise) {
+    let Ok(promises) = env::var(VARIABLE) else { return };
+    let promises = Promise::list(&promises)
+        .unwrap_or_else(|| panic!("{VARIABLE}={promises:?} names a promise that is unknown"));
+    assert!(
+        promises.contains(&needed),
+        "this row does not promise {needed:?}, and the test's name does not say that it needs it: \
+         put it into a module `{}`",
+        needed.as_str()
+    );
 }

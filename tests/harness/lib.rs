@@ -16,6 +16,7 @@ mod guard;
 mod layer;
 mod process;
 mod program;
+pub mod promise;
 mod server;
 mod sink;
 mod small_disk;

@@ -6,6 +6,7 @@
 
 mod bench;
 mod ci;
+mod counting;
 mod demo;
 mod dist;
 mod docs;
@@ -13,12 +14,16 @@ mod guard;
 mod interrupt;
 mod netns;
 mod object;
+#[path = "../../tests/harness/promise.rs"]
+mod promise;
 mod run;
 mod setup;
+mod suites;
 mod test;
 mod tidy;
 #[path = "../../agentguard/build/toolchain.rs"]
 mod toolchain;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -41,6 +46,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run every test
     Test(test::Arguments),
+    /// Run the tests on every kernel of the matrix, in virtual machines
+    Vm(vm::Arguments),
     /// Measure what the guard costs, against no agent and an empty program
     Bench(bench::Arguments),
     /// Check form: formatting, lints, documentation, licences, module edges
@@ -74,6 +81,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Setup(arguments) => setup::setup(arguments.purpose),
         Command::Demo(arguments) => demo::demo(&arguments),
         Command::Test(arguments) => test::test(&arguments),
+        Command::Vm(arguments) => vm::vm(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::Ci => ci::ci(),
         Command::Tidy => tidy::tidy(),

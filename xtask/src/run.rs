@@ -48,12 +48,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs to the end and gives what the program wrote to its standard output.
+/// Runs to the end and gives the text that the program wrote to its standard output.
 ///
 /// # Errors
 ///
 /// As [`run`]; the text holds what the program wrote to its standard error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let written = output_bytes(command)?;
+    String::from_utf8(written)
+        .with_context(|| format!("{}: its output is not UTF-8", name(command)))
+}
+
+/// As [`output`], for what is no text.
+pub(crate) fn output_bytes(command: &mut Command) -> Result<Vec<u8>> {
     let name = name(command);
     let output = command
         .stdin(Stdio::null())
@@ -63,7 +70,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("{name}: {}: {}", output.status, said.trim());
     }
-    String::from_utf8(output.stdout).with_context(|| format!("{name}: its output is not UTF-8"))
+    Ok(output.stdout)
 }
 
 /// The directory entry that `program` would run, also where root's `PATH` lacks `sbin`.

@@ -16,7 +16,7 @@ use clap::ValueEnum;
 
 use crate::{
     run::{heading, output, run, which},
-    toolchain,
+    toolchain, vm,
 };
 
 /// The linker's version: the last line that borrows the LLVM of a Rust toolchain.
@@ -38,6 +38,9 @@ const PROGRAMS: &[(Purpose, &str, &str)] = &[
     (Purpose::Demo, "sshd", "openssh-server"),
     (Purpose::Test, "node", "nodejs"),
     (Purpose::Test, "promtool", "prometheus"),
+    (Purpose::Vm, "busybox", "busybox-static"),
+    (Purpose::Vm, "depmod", "kmod"),
+    (Purpose::Vm, "xz", "xz-utils"),
 ];
 
 /// Packages that bring a service along, which nobody asked for here.
@@ -65,8 +68,10 @@ pub(crate) enum Purpose {
     Build,
     /// Running the guard and the demo's workload on this kernel
     Demo,
-    /// Every test
+    /// Every test on this kernel
     Test,
+    /// The virtual machines of the kernel matrix as well
+    Vm,
     /// The checks of form as well
     Ci,
 }
@@ -87,6 +92,9 @@ pub(crate) fn setup(purpose: Purpose) -> Result<()> {
     }
     if purpose >= Purpose::Demo {
         kernel()?;
+    }
+    if purpose >= Purpose::Vm {
+        vm::prepare()?;
     }
     Ok(())
 }
@@ -181,7 +189,7 @@ fn cargo_tool(name: &str, version: &str) -> Result<()> {
 }
 
 /// Installs Debian packages.
-fn apt_install(packages: &[&str]) -> Result<()> {
+pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     let remedy = format!("apt-get install --no-install-recommends {list}");
     if which("apt-get").is_none() {
@@ -219,13 +227,13 @@ fn apt_install(packages: &[&str]) -> Result<()> {
 }
 
 /// While this lives, packages that are installed start no service.
-struct NoService {
+pub(crate) struct NoService {
     /// Whether the policy is ours to take away again.
     ours: bool,
 }
 
 impl NoService {
-    fn begin() -> Result<Self> {
+    pub(crate) fn begin() -> Result<Self> {
         if Path::new(SERVICE_POLICY).exists() {
             return Ok(Self { ours: false });
         }

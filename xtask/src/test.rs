@@ -3,12 +3,12 @@
 //! Its one job is to run them in the right order with what they need, and to close with one
 //! honest line. Unit, property and documentation tests of the crates run in parallel; those
 //! in `tests/` own the kernel's state while they run and go one after the other, against a
-//! daemon of the same build.
+//! daemon of the same build: on this kernel, then on every kernel of the matrix.
 
 use std::{
     env,
     io::{BufRead as _, BufReader},
-    ops::AddAssign,
+    path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
@@ -16,37 +16,63 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    counting::{Reader, Total},
     dist::daemon_binary,
+    promise::Promise,
     run::{cargo, heading, run},
     setup::{self, Purpose},
+    suites::{self, Suite},
+    vm,
 };
+
+/// What this kernel is promised to give, if nothing else is said: what every supported one has.
+const THIS_KERNEL: &[Promise] = &[Promise::Portable];
 
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Only tests whose name contains this
     filter: Option<String>,
-    /// Leave out the tests that load programs into this kernel, and say so
+    /// Leave out the tests that load programs into a kernel, and say so
     #[arg(long)]
     without_kernel: bool,
+    /// Leave out the kernel matrix, and say so; the tests still run on this kernel
+    #[arg(long)]
+    without_vms: bool,
+    /// What this kernel must give beyond the portable layer; what it then lacks fails the run
+    #[arg(long, value_delimiter = ',', value_name = "PROMISE", value_parser = promise)]
+    this_kernel_gives: Vec<Promise>,
+}
+
+fn promise(name: &str) -> Result<Promise> {
+    Promise::ALL
+        .into_iter()
+        .find(|promise| promise.as_str() == name)
+        .with_context(|| format!("one of: {}", suites::names_of(&Promise::ALL)))
 }
 
 /// Runs every test.
 ///
 /// # Errors
 ///
-/// The set-up or a build fails, a test fails, or a test was ignored: a test that is not run
-/// proves nothing, and must not look as if it did.
+/// The set-up or a build fails, a test fails, a kernel gives less than it is promised to, or a test
+/// was ignored: a test that is not run proves nothing, and must not look as if it did.
 pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     let begin = Instant::now();
-    setup::setup(if arguments.without_kernel { Purpose::Build } else { Purpose::Test })?;
+    setup::setup(if arguments.without_kernel {
+        Purpose::Build
+    } else if arguments.without_vms {
+        Purpose::Test
+    } else {
+        Purpose::Vm
+    })?;
     // All at once: cargo chooses the features of what is shared by what is built together, and
     // would build it again for each part.
     heading("build");
     run(&mut cargo(&["test", "--locked", "--no-run"]))?;
     let daemon = daemon_binary()?;
 
-    let filter = arguments.filter.as_slice();
+    let filter = arguments.filter.as_deref();
     let mut total = Total::default();
     heading("crates");
     let mut crates = cargo(&["test", "--locked", "--no-fail-fast"]);
@@ -54,25 +80,36 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     crates.args(["--package", "xtask", "--"]).args(filter);
     total += counted(&mut crates)?;
 
+    let mut matrix = None;
     if !arguments.without_kernel {
-        heading("this kernel");
-        let mut kernel = cargo(&["test", "--locked", "--no-fail-fast"]);
-        kernel.args(["--package", "agentguard-tests", "--", "--test-threads=1"]).args(filter);
-        kernel.env("AGENTGUARD_BIN", daemon);
-        total += counted(&mut kernel)?;
+        let suites = suites::build()?;
+        let promises = [THIS_KERNEL, &arguments.this_kernel_gives].concat();
+        total += on_this_kernel(&suites, &promises, filter, &daemon)?;
+        if !arguments.without_vms {
+            matrix = Some(vm::matrix(&suites, &daemon, &vm::Wanted::everywhere(filter))?);
+        }
     }
 
-    let Total { passed, failed, ignored, broken, inapplicable } = total;
-    let passed = passed.saturating_sub(inapplicable);
+    let Total { passed, failed, ignored, not_promised, inapplicable, broken: _ } = total;
     let seconds = begin.elapsed().as_secs();
     println!("\ntests: {passed} passed, {failed} failed, {ignored} ignored, in {seconds} s");
+    if not_promised > 0 {
+        println!("{not_promised} not run here: they need what this kernel is not promised to give");
+    }
     if inapplicable > 0 {
-        println!("{inapplicable} more are named above: this kernel lacks what they attack by");
+        println!(
+            "{inapplicable} named above could not be made: this kernel lacks what they attack by"
+        );
+    }
+    if let Some(matrix) = &matrix {
+        println!("{}", matrix.closing_line());
     }
     if arguments.without_kernel {
-        println!("the tests that need this kernel were left out, as was asked");
+        println!("the tests that need a kernel were left out, as was asked");
+    } else if arguments.without_vms {
+        println!("the kernel matrix was left out, as was asked");
     }
-    if failed > 0 || ignored > 0 || broken > 0 {
+    if !total.is_good() || matrix.is_some_and(|matrix| !matrix.is_good()) {
         bail!("not every test passed");
     }
     if passed == 0 {
@@ -81,110 +118,49 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// What the closing lines of the test programs add up to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Total {
-    passed: u64,
-    failed: u64,
-    ignored: u64,
-    /// Runs of cargo that ended badly, also where no test is to blame.
-    broken: u64,
-    /// Those that said that this kernel lacks what they attack by, and were counted as passed.
-    inapplicable: u64,
-}
-
-impl AddAssign for Total {
-    fn add_assign(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.ignored += other.ignored;
-        self.broken += other.broken;
-        self.inapplicable += other.inapplicable;
+/// Runs the test programs one after the other: each owns the kernel's state meanwhile.
+fn on_this_kernel(
+    suites: &[Suite],
+    promises: &[Promise],
+    filter: Option<&str>,
+    daemon: &Path,
+) -> Result<Total> {
+    heading(&format!("this kernel, which is to give: {}", suites::names_of(promises)));
+    let mut total = Total::default();
+    for suite in suites {
+        let selection =
+            suite.select(promises, |test| filter.is_none_or(|part| test.contains(part)));
+        for test in &selection.not_promised {
+            println!("test {}: {test} ... not promised by this kernel", suite.name);
+            total.not_promised += 1;
+        }
+        if !selection.run.is_empty() {
+            println!("\n     Running {}", suite.name);
+            total += counted(&mut selection.command(promises, daemon))?;
+        }
     }
+    Ok(total)
 }
 
-/// Runs `cargo test`, shows what it prints, and adds up its closing lines.
+/// Runs a program that runs tests, shows what it prints, and adds up its closing lines.
 fn counted(command: &mut Command) -> Result<Total> {
+    let name = command.get_program().to_string_lossy().into_owned();
     // Colours would hide the closing lines from the reader below; a terminal asks for them.
     command.stdout(Stdio::piped()).env("CARGO_TERM_COLOR", "never");
     if env::var_os("CI").is_some() {
         command.stdin(Stdio::null());
     }
-    let mut child = command.spawn().context("cargo test: cannot be started")?;
-    let stdout = child.stdout.take().context("cargo test: has no standard output")?;
-    let mut total = Total::default();
-    let mut children = 0;
+    let mut child = command.spawn().with_context(|| format!("{name}: cannot be started"))?;
+    let stdout = child.stdout.take().with_context(|| format!("{name}: no standard output"))?;
+    let mut reader = Reader::default();
     for line in BufReader::new(stdout).lines() {
-        let line = line.context("cargo test: its output cannot be read")?;
+        let line = line.with_context(|| format!("{name}: its output cannot be read"))?;
         println!("{line}");
-        total += closing_line(&line).unwrap_or_default();
-        children += u64::from(is_child_entry(&line));
-        total.inapplicable += u64::from(is_inapplicable(&line));
+        reader.line(&line);
     }
+    let mut total = reader.total();
     if !child.wait()?.success() {
         total.broken += 1;
     }
-    // They do run: other tests start them.
-    total.ignored = total.ignored.saturating_sub(children);
     Ok(total)
-}
-
-/// Whether a line is of an entry that other tests start as a child process, not of a test.
-fn is_child_entry(line: &str) -> bool {
-    line.starts_with("test ") && line.contains("... ignored, started by other tests")
-}
-
-/// Whether a line says that a test could not be made on this kernel (`facility.rs` of the harness).
-/// It may stand behind what the test program had begun to print.
-fn is_inapplicable(line: &str) -> bool {
-    line.contains("not applicable: ") && line.contains(": this kernel has no ")
-}
-
-/// What `test result: ok. 3 passed; 0 failed; 0 ignored; …` says.
-fn closing_line(line: &str) -> Option<Total> {
-    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let count = |word: &str| {
-        counts.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse::<u64>().ok())
-    };
-    Some(Total {
-        passed: count("passed")?,
-        failed: count("failed")?,
-        ignored: count("ignored")?,
-        broken: 0,
-        inapplicable: 0,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn closing_lines_of_both_kinds_are_read() {
-        let ok = "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; \
-                  finished in 0.02s";
-        let failed = "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered \
-                      out; finished in 1.00s";
-        assert_eq!(closing_line(ok), Some(Total { passed: 12, ignored: 1, ..Total::default() }));
-        assert_eq!(closing_line(failed), Some(Total { passed: 2, failed: 1, ..Total::default() }));
-    }
-
-    #[test]
-    fn an_entry_that_other_tests_start_is_told_from_a_test_that_is_left_out() {
-        let entry = "test a_caller ... ignored, started by other tests as a child process";
-        assert!(is_child_entry(entry));
-        assert!(!is_child_entry("test port_is_denied ... ignored, needs a newer kernel"));
-    }
-
-    #[test]
-    fn a_test_that_cannot_be_made_here_is_no_passed_one() {
-        let line = "test sctp::works ... not applicable: sctp::works: this kernel has no sctp";
-        assert!(is_inapplicable(line));
-        assert!(!is_inapplicable("test sctp::works ... ok"));
-    }
-
-    #[test]
-    fn other_lines_count_nothing() {
-        assert_eq!(closing_line("test port_outside_the_scope_is_denied ... ok"), None);
-    }
 }

@@ -1,0 +1,110 @@
+//! apt with sources, lists and a cache of its own.
+//!
+//! Its one job is to ask suites of Debian that this machine does not use, without changing what it
+//! does use: nothing below `/etc/apt` or `/var/lib/apt` is written. Signatures are checked against
+//! Debian's own keys, and apt checks every package against the signed lists.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::run::{output, which};
+
+/// Debian's mirror for everyone.
+const MIRROR: &str = "http://deb.debian.org";
+
+/// Who signs Debian's suites, earlier ones included.
+const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A private apt.
+#[derive(Debug)]
+pub(crate) struct Apt {
+    configuration: PathBuf,
+}
+
+impl Apt {
+    /// One that knows the suites `(archive, suite)`, with fresh lists.
+    ///
+    /// # Errors
+    ///
+    /// There is no apt or no key here, or the mirror does not answer.
+    pub(crate) fn new(directory: &Path, suites: &[(&str, &str)]) -> Result<Self> {
+        if which("apt-get").is_none() || !Path::new(KEYS).exists() {
+            bail!(
+                "kernels come from Debian's archive, and there is no apt-get here, or no {KEYS}; \
+                 run the virtual machines on Debian, or leave them out with --without-vms"
+            );
+        }
+        for name in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(directory.join(name))?;
+        }
+        let directory = directory.canonicalize()?;
+        let sources: String = suites
+            .iter()
+            .map(|(archive, suite)| {
+                format!("deb [signed-by={KEYS}] {MIRROR}/{archive} {suite} main\n")
+            })
+            .collect();
+        fs::write(directory.join("sources.list"), sources)?;
+        let configuration = directory.join("apt.conf");
+        let here = directory.display();
+        fs::write(
+            &configuration,
+            format!(
+                "Dir::Etc::SourceList \"{here}/sources.list\";\n\
+                 Dir::Etc::SourceParts \"-\";\n\
+                 Dir::State::Lists \"{here}/lists\";\n\
+                 Dir::Cache \"{here}/cache\";\n\
+                 APT::Architecture \"amd64\";\n\
+                 APT::Sandbox::User \"root\";\n\
+                 Acquire::Languages \"none\";\n\
+                 Acquire::Retries \"3\";\n"
+            ),
+        )?;
+        let apt = Self { configuration };
+        output(apt.command("apt-get").args(["--quiet", "update"]))
+            .context("Debian's archive does not answer")?;
+        Ok(apt)
+    }
+
+    /// `apt-get` or `apt-cache` with this configuration.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", &self.configuration).env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    }
+
+    /// The names of what the newest version of `package` depends on.
+    pub(super) fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let said = output(self.command("apt-cache").args(["show", "--no-all-versions", package]))?;
+        let depends = said
+            .lines()
+            .find_map(|line| line.strip_prefix("Depends: "))
+            .with_context(|| format!("{package} depends on nothing"))?;
+        // `linux-image-… (= 6.1.192-2), kmod | …`
+        Ok(depends
+            .split([',', '|'])
+            .filter_map(|each| each.split_whitespace().next())
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Downloads a package, which may have `=<version>`, and unpacks it into a directory.
+    pub(super) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        output(
+            self.command("apt-get")
+                .current_dir(scratch.path())
+                .args(["--quiet", "download", package]),
+        )?;
+        for entry in fs::read_dir(scratch.path())? {
+            let file = entry?.path();
+            output(Command::new("dpkg-deb").arg("--extract").arg(file).arg(into))?;
+        }
+        Ok(())
+    }
+}

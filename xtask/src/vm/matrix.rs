@@ -1,0 +1,132 @@
+//! The kernels that the tests run on, and what each is promised to give.
+//!
+//! Its one job is the table. A row declares; nothing here looks at a kernel. Whether one keeps what
+//! its row promises is found by [`verdict`](super::verdict) and by the tests themselves.
+
+use crate::promise::Promise;
+
+/// A kernel, how it is booted, and what it gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    /// As `--kernel` and the output name it.
+    pub(super) name: &'static str,
+    /// The suite of Debian whose cloud kernel it is.
+    pub(super) suite: Suite,
+    pub(super) boot: Boot,
+    /// What fails the run when it is missing.
+    pub(super) promises: &'static [Promise],
+    pub(super) tests: Tests,
+}
+
+/// Where a kernel comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Suite {
+    Bullseye,
+    Bookworm,
+    Trixie,
+    /// Whatever is newest there.
+    TrixieBackports,
+}
+
+impl Suite {
+    /// The archive, its path below the mirror's root, and its name there.
+    pub(super) const fn archive(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Bullseye => ("debian-security", "bullseye-security"),
+            Self::Bookworm => ("debian-security", "bookworm-security"),
+            Self::Trixie => ("debian", "trixie"),
+            Self::TrixieBackports => ("debian", "trixie-backports"),
+        }
+    }
+}
+
+/// Whether the BPF LSM is among those that the kernel is booted with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Boot {
+    /// The kernel's own list holds it.
+    ByDefault,
+    /// It does not, and is told to.
+    WithBpfLsm,
+    /// It does not, and is left as it is.
+    WithoutBpfLsm,
+}
+
+impl Boot {
+    /// What this adds to the kernel's command line.
+    pub(super) const fn parameters(self) -> &'static str {
+        match self {
+            Self::ByDefault => "",
+            Self::WithBpfLsm => "lsm=landlock,lockdown,yama,bpf",
+            Self::WithoutBpfLsm => "lsm=landlock,lockdown,yama",
+        }
+    }
+}
+
+/// Which tests a row runs of those that its promises allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tests {
+    /// All.
+    All,
+    /// Those by which a kernel is known: every hook and table of the kernel half, and every attack
+    /// in enforce mode.
+    Kernel,
+}
+
+impl Tests {
+    /// Whether a test is among them.
+    pub(super) fn include(self, suite: &str, test: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Kernel => match suite {
+                "datapath" => true,
+                "exec" | "families" | "leaving" | "network" | "unix" => {
+                    test.ends_with("::is_refused_in_enforce_mode")
+                }
+                _ => false,
+            },
+        }
+    }
+}
+
+const WITHOUT_LSM: &[Promise] = &[Promise::Portable];
+const BOTH_LAYERS: &[Promise] = &[Promise::Portable, Promise::Lsm];
+const EVERYTHING: &[Promise] = &Promise::ALL;
+
+/// The matrix, oldest first.
+pub(super) const ROWS: [Row; 5] = [
+    Row {
+        name: "5.10",
+        suite: Suite::Bullseye,
+        boot: Boot::WithBpfLsm,
+        promises: BOTH_LAYERS,
+        tests: Tests::Kernel,
+    },
+    Row {
+        name: "5.10-nolsm",
+        suite: Suite::Bullseye,
+        boot: Boot::WithoutBpfLsm,
+        promises: WITHOUT_LSM,
+        tests: Tests::Kernel,
+    },
+    Row {
+        name: "6.1",
+        suite: Suite::Bookworm,
+        boot: Boot::ByDefault,
+        promises: BOTH_LAYERS,
+        tests: Tests::Kernel,
+    },
+    Row {
+        name: "6.12",
+        suite: Suite::Trixie,
+        boot: Boot::ByDefault,
+        promises: BOTH_LAYERS,
+        tests: Tests::Kernel,
+    },
+    Row {
+        name: "newest",
+        suite: Suite::TrixieBackports,
+        boot: Boot::ByDefault,
+        promises: EVERYTHING,
+        tests: Tests::Kernel,
+    },
+];
