@@ -72,7 +72,9 @@ pub(crate) fn release_daemon() -> Result<PathBuf> {
 ///
 /// The build fails.
 pub(crate) fn daemon_binary() -> Result<PathBuf> {
-    run(&mut cargo(&["build", "--locked", "--package", "agentguard"]))?;
+    // All programs, as the tests are built: cargo chooses the features of what is shared by what is
+    // built together, and would build it all again for one of them.
+    run(&mut cargo(&["build", "--locked", "--bins"]))?;
     Ok(target_dir().join("debug/agentguard"))
 }
 

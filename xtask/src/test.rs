@@ -76,9 +76,10 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     let mut total = Total::default();
     heading("crates");
     let mut crates = cargo(&["test", "--locked", "--no-fail-fast"]);
-    crates.args(["--package", "agentguard-common", "--package", "agentguard"]);
-    crates.args(["--package", "xtask", "--"]).args(filter);
+    crates.args(["--lib", "--bins", "--test", "control_api", "--"]).args(filter);
     total += counted(&mut crates)?;
+    let mut examples = cargo(&["test", "--locked", "--no-fail-fast", "--doc", "--"]);
+    total += counted(examples.args(filter))?;
 
     let mut matrix = None;
     if !arguments.without_kernel {
