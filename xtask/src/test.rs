@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    dist::daemon_binary,
+    dist::{daemon_binary, next_daemon_binary},
     run::{cargo, heading, run},
     setup::{self, Purpose},
 };
@@ -44,6 +44,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     // would build it again for each part.
     heading("build");
     run(&mut cargo(&["test", "--locked", "--no-run"]))?;
+    let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
 
     let filter = arguments.filter.as_slice();
@@ -58,7 +59,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         heading("this kernel");
         let mut kernel = cargo(&["test", "--locked", "--no-fail-fast"]);
         kernel.args(["--package", "agentguard-tests", "--", "--test-threads=1"]).args(filter);
-        kernel.env("AGENTGUARD_BIN", daemon);
+        kernel.env("AGENTGUARD_BIN", daemon).env("AGENTGUARD_NEXT_BIN", next);
         total += counted(&mut kernel)?;
     }
 
