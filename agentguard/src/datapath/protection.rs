@@ -227,11 +227,6 @@ const GAPS: [Gap; 9] = [
     },
     Gap { says: "ptrace, signals, mounts and bpf() are not judged (T6, G2)", closed_by: &[] },
     Gap {
-        says: "what has CAP_NET_ADMIN in its network namespace can send by a TUN device, a tunnel or \
-               a rule that rewrites addresses, without a socket that is judged (N16)",
-        closed_by: &[],
-    },
-    Gap {
         says: "a granted file whose content is overwritten in place keeps its permission (E3)",
         closed_by: &[],
     },
