@@ -65,8 +65,6 @@ impl Boot {
 /// Which tests a row runs of those that its promises allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tests {
-    /// All.
-    All,
     /// Those by which a kernel is known: every hook and table of the kernel half, and every attack
     /// in enforce mode.
     Kernel,
@@ -80,7 +78,7 @@ impl Tests {
         let is_attack = || test.ends_with("::is_refused_in_enforce_mode");
         let loads = || test.starts_with("counting::") || test.starts_with("generations::");
         match (self, suite) {
-            (Self::All, _) | (Self::Kernel, "datapath") => true,
+            (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
             (_, "exec" | "families" | "leaving" | "network" | "unix") => is_attack(),
             (_, _) => false,
