@@ -243,7 +243,7 @@ pub(super) fn gaps(states: &[(Door, DoorState)]) -> Vec<String> {
     };
     let open = GAPS
         .iter()
-        .filter(|gap| gap.closed_by.is_empty() || !gap.closed_by.iter().all(|door| active(&door)));
+        .filter(|gap| gap.closed_by.is_empty() || !gap.closed_by.iter().all(|door| active(door)));
     open.map(|gap| gap.says.to_owned()).collect()
 }
 
