@@ -4,7 +4,7 @@
 //! it as a shell would: it passes on what it is sent, stops and goes on with it, and ends with its
 //! status. If the supervisor is killed, what is pinned goes on holding the command.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -31,7 +31,7 @@ use crate::api::service::ServiceError;
 use crate::api::types::Confine;
 use crate::audit::{self, AuditLog};
 use crate::config::Configuration;
-use crate::datapath::{Datapath, Options, uninstall};
+use crate::datapath::{Datapath, Options, held_cgroups, uninstall};
 use crate::grant::clock::Clock;
 use crate::manifest::{assemble, parse_paths};
 
@@ -398,16 +398,6 @@ fn end_leftover(pins: &Path, cgroups: &Path) -> bool {
         .map(|entry| entry.path())
         .collect();
     left.iter().all(|path| remove_cgroup(path).is_ok())
-}
-
-/// The numbers of the cgroups that hooks of these pins are attached to.
-fn held_cgroups(pins: &Path) -> BTreeSet<u64> {
-    let builds = fs::read_dir(pins).into_iter().flatten().flatten();
-    let links = builds.flat_map(|build| fs::read_dir(build.path().join("links"))).flatten();
-    links
-        .flatten()
-        .filter_map(|link| link.file_name().to_str()?.split_once('-')?.0.parse().ok())
-        .collect()
 }
 
 /// The supervisor's own pins, gone with it.

@@ -17,5 +17,6 @@ mod tables;
 pub use kernel::{Kernel, KernelError};
 pub use load::{Datapath, LoadError, Options, Sizes, uninstall};
 pub use object::object_bytes;
+pub use pins::held_cgroups;
 pub use protection::{Door, DoorState, Protection, doors};
 pub use tables::{DatapathError, Fill, Processes, cgroup_id};

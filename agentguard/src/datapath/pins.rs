@@ -11,6 +11,7 @@
 //!
 //! Knows paths only; what is in force is decided by the links and the slots.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -171,6 +172,13 @@ impl Pins {
         entries.retain(|path| name_of(path).starts_with("state-") && *path != self.state);
         Ok(entries.into_iter().next())
     }
+}
+
+/// The numbers of the cgroups that hooks pinned below `pin_directory` are attached to.
+#[must_use]
+pub fn held_cgroups(pin_directory: &Path) -> BTreeSet<u64> {
+    let links = entries(&pin_directory.join("links")).unwrap_or_default();
+    links.iter().filter_map(|link| name_of(link).split_once('-')?.0.parse().ok()).collect()
 }
 
 /// Removes every pin below `root`, links first: a program without tables would refuse everything.
