@@ -200,6 +200,11 @@ fn what_was_never_valid_says_nothing_and_what_is_kept_may_be_lost() {
     let pattern = format!("/{}", daemon.cgroup_name("held"));
     daemon.write("w", &[workload("held", &pattern, &identity("held"), "enforce")]);
     wait_until("it is held", || !prober.reaches(server.port()));
+    // One that is not written down yet stays held for as long as its cgroup is there.
+    wait_until("it is written down", || {
+        fs::read_to_string(daemon.path("state/state.json"))
+            .is_ok_and(|state| state.contains("/held\"") || state.contains("-held\""))
+    });
     // A file that was never valid keeps nobody from letting go what no manifest selects.
     daemon.write_text("wrong", "kind: [");
     daemon.kill();
