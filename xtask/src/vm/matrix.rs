@@ -65,8 +65,8 @@ impl Boot {
 /// Which tests a row runs of those that its promises allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tests {
-    /// Those by which a kernel is known: every hook and table of the kernel half, and every attack
-    /// by exec in enforce mode, which no two layers refuse alike.
+    /// Those by which a kernel is known: every hook and table of the kernel half. The attacks are run
+    /// there by `--all`, which takes longer than a run of every test may.
     Kernel,
     /// As `Kernel`, without those that load a kernel for long.
     Hooks,
@@ -75,12 +75,10 @@ pub(super) enum Tests {
 impl Tests {
     /// Whether a test is among them.
     pub(super) fn include(self, suite: &str, test: &str) -> bool {
-        let is_attack = || test.ends_with("::is_refused_in_enforce_mode");
         let loads = || test.starts_with("counting::") || test.starts_with("generations::");
         match (self, suite) {
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
-            (_, "exec") => is_attack(),
             (_, _) => false,
         }
     }
