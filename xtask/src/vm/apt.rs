@@ -20,9 +20,18 @@ const MIRROR: &str = "http://deb.debian.org";
 /// Who signs Debian's suites, earlier ones included.
 const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// What apt takes for installed, which bears on the versions it chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Installed {
+    /// To download what is never installed.
+    Nothing,
+    /// To install.
+    AsOnThisMachine,
+}
+
 /// A private apt.
 #[derive(Debug)]
-pub(crate) struct Apt {
+pub(super) struct Apt {
     configuration: PathBuf,
 }
 
@@ -32,7 +41,11 @@ impl Apt {
     /// # Errors
     ///
     /// There is no apt or no key here, or the mirror does not answer.
-    pub(crate) fn new(directory: &Path, suites: &[(&str, &str)]) -> Result<Self> {
+    pub(super) fn new(
+        directory: &Path,
+        suites: &[(&str, &str)],
+        installed: Installed,
+    ) -> Result<Self> {
         if which("apt-get").is_none() || !Path::new(KEYS).exists() {
             bail!(
                 "kernels come from Debian's archive, and there is no apt-get here, or no {KEYS}; \
@@ -50,6 +63,14 @@ impl Apt {
             })
             .collect();
         fs::write(directory.join("sources.list"), sources)?;
+        let status = match installed {
+            Installed::AsOnThisMachine => String::new(),
+            Installed::Nothing => {
+                let status = directory.join("status");
+                fs::write(&status, "")?;
+                format!("Dir::State::Status \"{}\";\n", status.display())
+            }
+        };
         let configuration = directory.join("apt.conf");
         let here = directory.display();
         fs::write(
@@ -62,7 +83,7 @@ impl Apt {
                  APT::Architecture \"amd64\";\n\
                  APT::Sandbox::User \"root\";\n\
                  Acquire::Languages \"none\";\n\
-                 Acquire::Retries \"3\";\n"
+                 Acquire::Retries \"3\";\n{status}"
             ),
         )?;
         let apt = Self { configuration };
@@ -72,7 +93,7 @@ impl Apt {
     }
 
     /// `apt-get` or `apt-cache` with this configuration.
-    pub(crate) fn command(&self, program: &str) -> Command {
+    pub(super) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("APT_CONFIG", &self.configuration).env("DEBIAN_FRONTEND", "noninteractive");
         command

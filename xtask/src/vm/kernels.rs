@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{apt::Apt, matrix::Suite};
+use super::{
+    apt::{Apt, Installed},
+    matrix::Suite,
+};
 use crate::{
     docs::files,
     run::{output, which},
@@ -64,7 +67,7 @@ impl Kernel {
 }
 
 fn fetch(archive: &str, suite: &str, cache: &Path, directory: &Path) -> Result<()> {
-    let apt = Apt::new(&cache.join("apt").join(suite), &[(archive, suite)])?;
+    let apt = Apt::new(&cache.join("apt").join(suite), &[(archive, suite)], Installed::Nothing)?;
     let scratch = directory.join("unpacked");
     fs::create_dir_all(&scratch)?;
     for package in packages(&apt)? {

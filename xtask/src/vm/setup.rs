@@ -9,7 +9,7 @@ use std::{fs, process::Command};
 use anyhow::{Context as _, Result};
 
 use super::{
-    apt::Apt,
+    apt::{Apt, Installed},
     cache,
     machine::{QEMU, check_qemu, find_virtiofsd},
 };
@@ -67,6 +67,7 @@ fn install_qemu() -> Result<()> {
             ("debian-security", "bookworm-security"),
             ("debian", "bookworm-backports"),
         ],
+        Installed::AsOnThisMachine,
     )?;
     let _no_service = NoService::begin()?;
     output(apt.command("apt-get").args([
@@ -92,7 +93,7 @@ fn install_virtiofsd() -> Result<()> {
     }
     println!("download  virtiofsd, out of bookworm's qemu-system-common");
     let cache = cache()?;
-    let apt = Apt::new(&cache.join("apt/bookworm"), &[BOOKWORM])?;
+    let apt = Apt::new(&cache.join("apt/bookworm"), &[BOOKWORM], Installed::Nothing)?;
     let into = cache.join("virtiofsd");
     apt.unpack("qemu-system-common", &into)?;
     output(Command::new(into.join("usr/lib/qemu/virtiofsd")).arg("--version"))
