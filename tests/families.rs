@@ -171,7 +171,7 @@ fn raw(world: &World, how: &str, to: SocketAddr) -> WayOut {
 }
 
 /// What `status` says where nothing looks at families.
-const OPEN: &str = "other socket families";
+const OPEN: &str = "(N6, N7)";
 
 fn packets(world: &World, how: &str) -> WayOut {
     by_hand(world, how, UDP).recorded_as(&["socket"], "packet").or_gap(OPEN)
@@ -211,7 +211,6 @@ const UDP6: SocketAddr = SocketAddr::new(DATABASE6, OTHER_PORT);
 
 const SEQPACKET: i32 = libc::SOCK_SEQPACKET;
 const STREAM: i32 = libc::SOCK_STREAM;
-const DGRAM: i32 = libc::SOCK_DGRAM;
 const RAW: i32 = libc::SOCK_RAW;
 
 const ALG: Facility = Facility::family("alg", libc::AF_ALG, SEQPACKET, 0);
@@ -225,8 +224,6 @@ const KCM: Facility = Facility::family("kcm", 41, SEQPACKET, 0);
 const SMC_FAMILY: Facility = Facility::family("smc", 43, STREAM, 0);
 const DIAG: Facility =
     Facility::family("netlink-diag", libc::AF_NETLINK, RAW, libc::NETLINK_SOCK_DIAG);
-const L2TP: Facility = Facility::family("l2tp", libc::AF_INET, DGRAM, 115);
-
 ways_out! {
     /// N7
     raw_socket: |world| raw(world, "raw", UDP);

@@ -1,4 +1,4 @@
-//! Attacks on the guard itself: rows G3, G4 and G8 of the threat model.
+//! Attacks on the guard itself: rows G3, G4, G5 and G8 of the threat model.
 
 use std::{
     collections::BTreeSet,
@@ -45,6 +45,30 @@ ways_out! {
     hostile_thread_name: |world| hostile("comm", world);
     huge_arguments: |world| hostile("huge-argv", world);
     huge_path: |world| hostile("huge-path", world);
+}
+
+/// G5. The tables are small, so that an attack of three seconds can fill them.
+fn exhausted(what: &str, count: u32) -> WayOut {
+    let to = SocketAddr::new(DATABASE, GRANTED_PORT);
+    let attack = Attack::new("g5-exhaust")
+        .option("to", to.to_string())
+        .option("protocol", "tcp")
+        .option("what", what)
+        .option("count", count.to_string());
+    let maps = json!({"workloads": 16, "cgroups": 64, "verdict_cache": 64});
+    WayOut::network(attack, Protocol::Tcp, to).configured(json!({"datapath": {"maps": maps}}))
+}
+
+ways_out! {
+    /// G5
+    more_cgroups_than_there_is_room_for: |_| {
+        // What finds no room is denied as such, and the rest as always.
+        exhausted("cgroups", 200)
+            .recorded_as(&["leave", "connect", "send", "packet"], "")
+    };
+    more_processes_than_there_is_room_for: |_| exhausted("processes", 400);
+    more_peers_than_there_is_room_for: |_| exhausted("destinations", 2_000);
+    more_sockets_than_there_is_room_for: |_| exhausted("sockets", 2_000);
 }
 
 /// G3. The rings are as small as they can be, so that what is allowed does get lost.

@@ -264,6 +264,25 @@ fn lent_for(
         .or_gap("SCM_RIGHTS")
 }
 
+/// N8: a received socket that looks at no name, or at its packets' own, with a name that is granted.
+fn decoyed(world: &World, by: &str, more: &[&str]) -> WayOut {
+    let path = world.directory().join("lender");
+    let to = at(DATABASE, OTHER_PORT);
+    let (helper, _) = helper_at(world, "helper-lend", Protocol::Tcp, to, &path, more);
+    let protocol = if by == "packet" { Protocol::Udp } else { Protocol::Tcp };
+    let attack = Attack::new("n8-foreign-socket")
+        .option("protocol", protocol.as_str())
+        .option("by", by)
+        .option("decoy", GRANTED.to_string())
+        .option("to", to.to_string());
+    WayOut::network(by_message(attack, &path, &[]), protocol, to)
+        .proved_by(Proof::Sent(protocol, to))
+        .with_helper(helper)
+        .recorded_as(&["connect", "send", "packet", "raw_socket", "socket"], "")
+        .granted("test:lender", json!({"unixSockets": [{"path": path}]}))
+        .or_gap("SCM_RIGHTS")
+}
+
 fn received(world: &World, protocol: Protocol, by: &str) -> WayOut {
     lent_for(world, protocol, Some(by), by_message)
 }
@@ -347,6 +366,10 @@ ways_out! {
     received_datagram_socket_by_sendfile: |world| received(world, Protocol::Udp, "sendfile");
     received_datagram_socket_by_a_worker_of_a_ring:
         |world| received(world, Protocol::Udp, "ring-worker");
+    received_stream_with_a_granted_name: |world| decoyed(world, "named", &[]);
+    received_multipath_stream_with_a_granted_name needs [MPTCP]:
+        |world| decoyed(world, "named", &["--transport", "mptcp"]);
+    received_raw_socket_with_a_granted_name: |world| decoyed(world, "packet", &["--raw"]);
     received_listener: |world| listener_received(world, "received");
     received_listener_by_a_ring: |world| listener_received(world, "received-ring");
 }
@@ -659,4 +682,39 @@ ways_out! {
     listener_bound_to_no_port: |world| listening_anywhere(world, "bind-any");
     listener_made_by_a_ring needs [RING_LISTEN]: |world| listening(world, "ring");
     listener_of_multipath_tcp needs [MPTCP]: |world| listening(world, "multipath");
+}
+
+/// As a service manager hands a listener over that it made itself.
+#[test]
+fn a_received_listener_on_a_granted_port_serves() {
+    requires(Layer::Portable);
+    let mut world = World::new();
+    let mut way_out = listener_received(&mut world, "received");
+    let listen = json!({"listen": [{"protocol": "TCP", "port": 8080}]});
+    way_out.scopes.push(("test:listen", listen));
+    let guard = Guard::start_knowing(&world, &[attack_binary()], &way_out.scopes);
+    let scopes = [BASE_SCOPE, "test:lender", "test:listen"];
+    let report = way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+    assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
+}
+
+#[test]
+fn a_listener_on_a_granted_port_serves() {
+    requires(Layer::Portable);
+    for how in ["bind", "bind6"] {
+        let mut world = World::new();
+        let mut way_out = listening(&mut world, how);
+        let listen = json!({"listen": [{"protocol": "TCP", "port": 8080}]});
+        let guard = Guard::start_knowing(&world, &[attack_binary()], &[("test:listen", listen)]);
+        let scopes = [BASE_SCOPE, "test:listen"];
+        let report =
+            way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+        assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
+        let denied: Vec<_> = guard
+            .audit_records()
+            .into_iter()
+            .filter(|record| record["verdict"] == "deny")
+            .collect();
+        assert!(denied.is_empty(), "{denied:#?}");
+    }
 }

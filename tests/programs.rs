@@ -298,3 +298,132 @@ fn a_statically_linked_program_is_held_to_its_scope() {
 fn a_program_of_many_threads_is_held_to_its_scope() {
     hold_compiled(&[], "16");
 }
+
+/// Runs `granted` as a workload that is granted the API and `helpers`; nothing of it may be denied.
+fn lives_with_the_guard(command: &Line, helpers: &[PathBuf]) {
+    let site = Site::new();
+    let finished = site.free(command);
+    assert!(finished.status.success(), "without the guard: {command:?}: {finished:?}");
+    let guard = Guard::start(&site.world, helpers);
+    let finished = guard.exec(&site.world, IDENTITY, &["test:base"], Mode::Enforce, command);
+    assert!(finished.status.success(), "{command:?}: {finished:?}");
+    let denied: Vec<_> =
+        guard.audit_records().into_iter().filter(|record| record["verdict"] == "deny").collect();
+    assert!(denied.is_empty(), "{command:?}: {denied:#?}");
+}
+
+fn python_lives(code: &str, helpers: &[PathBuf]) {
+    let python = python();
+    lives_with_the_guard(&line(&[&python, &"-c", &code]), helpers);
+}
+
+#[test]
+fn python_shares_objects_among_its_processes() {
+    let code = "import multiprocessing as m
+def add(shared): shared.append(m.current_process().name)
+if __name__ == '__main__':
+    m.set_start_method('fork')
+    with m.Manager() as manager:
+        shared = manager.list()
+        all = [m.Process(target=add, args=(shared,)) for _ in range(3)]
+        [p.start() for p in all]; [p.join() for p in all]
+        assert len(shared) == 3, shared
+    queue = m.Queue()
+    p = m.Process(target=queue.put, args=(1,)); p.start()
+    assert queue.get(timeout=5) == 1; p.join()
+    here, there = m.Pipe(); there.send(2); assert here.recv() == 2
+";
+    python_lives(code, &[]);
+}
+
+#[test]
+fn python_runs_pools_and_servers_of_its_own() {
+    let code = "import asyncio, concurrent.futures as f, os, socket, tempfile, threading
+with f.ProcessPoolExecutor(2) as pool: assert list(pool.map(abs, [-1, -2])) == [1, 2]
+async def main():
+    path = os.path.join(tempfile.mkdtemp(), 's')
+    async def serve(r, w): w.write(await r.readline()); await w.drain(); w.close()
+    server = await asyncio.start_unix_server(serve, path)
+    r, w = await asyncio.open_unix_connection(path)
+    w.write(b'x\\n'); assert await r.readline() == b'x\\n'
+    p = await asyncio.create_subprocess_exec('cat', stdin=-1, stdout=-1)
+    assert (await p.communicate(b'y'))[0] == b'y'
+asyncio.run(main())
+a = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); a.bind('\\0agt-%d' % os.getpid())
+b = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); b.sendto(b'z', a.getsockname())
+assert a.recv(9) == b'z'
+assert socket.if_nameindex()
+socket.getaddrinfo('localhost', 80)
+try: socket.getaddrinfo('127.0.0.1', 80, flags=socket.AI_ADDRCONFIG)
+except socket.gaierror: pass
+";
+    python_lives(code, &[which("cat")]);
+}
+
+#[test]
+fn node_talks_to_its_children_and_itself() {
+    let code = "const net = require('net'), os = require('os'), path = require('path');
+const { fork, execFileSync } = require('child_process'), { Worker } = require('worker_threads');
+if (process.argv[2] === 'child') { process.on('message', m => { process.send(m + 1);
+  process.disconnect() }) } else {
+  os.networkInterfaces();
+  if (execFileSync('cat', { input: 'x' }).toString() !== 'x') process.exit(3);
+  const at = path.join(require('fs').mkdtempSync(path.join(os.tmpdir(), 'agt-')), 's');
+  const server = net.createServer(s => s.pipe(s)).listen(at, () => {
+    const c = net.connect(at, () => c.write('y'));
+    c.on('data', () => { c.end(); server.close(); });
+  });
+  const child = fork(__filename, ['child']);
+  child.on('message', m => { if (m !== 2) process.exit(4) }); child.send(1);
+  new Worker('require(\"worker_threads\").parentPort.postMessage(1)', { eval: true })
+    .on('message', m => { if (m !== 1) process.exit(5) });
+}
+";
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("program.js");
+    fs::write(&file, code).unwrap();
+    let node = which("node");
+    lives_with_the_guard(&line(&[&node, &file]), &[node.clone(), which("cat")]);
+}
+
+#[test]
+fn shells_run_pipelines_and_substitutions() {
+    let bash = which("bash");
+    let code = "set -e -o pipefail; x=$(printf 'b\\na\\n' | sort | head -1); test \"$x\" = a;
+        diff <(echo 1) <(echo 1); coproc cat; echo hi >&${COPROC[1]}; read -r y <&${COPROC[0]};
+        test \"$y\" = hi; (sleep 0 & wait); printf x | xargs -n1 env true";
+    let helpers: Vec<PathBuf> =
+        ["sort", "head", "diff", "cat", "sleep", "xargs", "env", "true"].map(which).into();
+    lives_with_the_guard(&line(&[&bash, &"-c", &code]), &helpers);
+}
+
+#[test]
+fn git_works_on_a_repository_of_its_own() {
+    let git = which("git");
+    let directory = tempfile::tempdir().unwrap();
+    let code = format!(
+        "set -e; cd {0}; rm -rf f .git; git init -q .; echo x > f; git add f; \
+         git -c user.name=a -c user.email=a@example.org commit -qm first; \
+         git clone -q . clone; git -C clone log --oneline; git gc -q; rm -rf clone",
+        directory.path().display()
+    );
+    let told = run(Command::new(&git).arg("--exec-path"), PATIENCE).expect_success("git");
+    let core = Path::new(told.stdout.trim()).to_owned();
+    let mut helpers: Vec<PathBuf> = ["git", "rm", "sh", "cat"].map(which).into();
+    helpers.push(core.join("git"));
+    // The files it calls itself by may be the same, or links to it.
+    helpers.dedup();
+    lives_with_the_guard(&line(&[&which("bash"), &"-c", &code]), &helpers);
+}
+
+#[test]
+fn names_are_looked_up_and_addresses_listed() {
+    let ip = which("ip");
+    let code = format!(
+        "set -e; {0} addr; {0} route; {0} -6 route; getent passwd root; \
+                        id; hostname",
+        ip.display()
+    );
+    let helpers: Vec<PathBuf> = ["ip", "getent", "id", "hostname"].map(which).into();
+    lives_with_the_guard(&line(&[&which("bash"), &"-c", &code]), &helpers);
+}

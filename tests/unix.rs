@@ -291,9 +291,11 @@ fn a_workloads_own_sockets_are_its_own() {
         ("datagram", "ring-send"),
         ("datagram", "ring-send-worker"),
     ] {
-        let world = World::new();
-        let own = scratch(&world).join("own.sock");
-        for name in [Name::Path(own), Name::Abstract(world.name().as_bytes().to_vec())] {
+        for has_path in [true, false] {
+            let world = World::new();
+            let own = scratch(&world).join("own.sock");
+            let unseen = world.name().as_bytes().to_vec();
+            let name = if has_path { Name::Path(own) } else { Name::Abstract(unseen) };
             let attack = attack(&world, kind, &name, "name", how).arg("--serve");
             goes_on(&world, &[], attack);
         }

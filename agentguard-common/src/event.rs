@@ -29,6 +29,7 @@ pub enum Hook {
     SocketAccept = 15,
     UnixStreamConnect = 16,
     UnixMaySend = 17,
+    FileReceive = 18,
 }
 
 /// A layer of hooks.
@@ -57,7 +58,7 @@ impl Hook {
     /// Room for hooks in the counters.
     pub const SLOTS: usize = 24;
 
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Connect4,
         Self::Connect6,
         Self::Sendmsg4,
@@ -76,6 +77,7 @@ impl Hook {
         Self::SocketAccept,
         Self::UnixStreamConnect,
         Self::UnixMaySend,
+        Self::FileReceive,
     ];
 
     /// The word used in records and metrics: the kernel's own name of the hook.
@@ -100,6 +102,7 @@ impl Hook {
             Self::SocketAccept => "lsm/socket_accept",
             Self::UnixStreamConnect => "lsm/unix_stream_connect",
             Self::UnixMaySend => "lsm/unix_may_send",
+            Self::FileReceive => "lsm/file_receive",
         }
     }
 
@@ -124,7 +127,8 @@ impl Hook {
             | Self::SocketListen
             | Self::SocketAccept
             | Self::UnixStreamConnect
-            | Self::UnixMaySend => Layer::Lsm,
+            | Self::UnixMaySend
+            | Self::FileReceive => Layer::Lsm,
         }
     }
 }

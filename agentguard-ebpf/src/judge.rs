@@ -7,6 +7,7 @@ use agentguard_common::{
     Permission, Reason, Request, Tag, UnixSocket, Verdict, WorkloadId, decide,
 };
 
+use crate::kernel::Sock;
 use crate::maps::{self, CachedVerdict, KernelTables};
 use crate::record::{self, Fate, Origin, Record};
 use crate::{diagnostics, kernel};
@@ -249,6 +250,21 @@ pub(crate) fn caller_in(current: CgroupId) -> WorkloadId {
         },
     }
 }
+
+/// The calling workload or, for a thread of the kernel's own, the one whose process made the socket it
+/// works for: before 5.12 those of `io_uring` are in no cgroup but the root.
+#[inline(always)]
+pub(crate) fn caller_or_maker(sock: Sock) -> WorkloadId {
+    let current = kernel::current_cgroup();
+    let caller = caller_in(current);
+    if caller.is_some() || current != ROOT {
+        return caller;
+    }
+    maps::member(sock.cgroup()).unwrap_or(WorkloadId::NONE)
+}
+
+/// The root of the v2 hierarchy is the first node of its file system.
+const ROOT: CgroupId = CgroupId(1);
 
 /// Judges a request of a workload that its own process makes.
 #[inline(always)]

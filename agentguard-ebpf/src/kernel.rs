@@ -37,6 +37,8 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     cgroup_root_hierarchy: 0,
     kernfs_node_id: 0,
     sock_family: 0,
+    sock_type: 0,
+    sock_state: 0,
     sock_protocol: 0,
     sock_num: 0,
     sock_dport: 0,
@@ -48,8 +50,11 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     msghdr_namelen: 0,
     unix_address: 0,
     unix_dentry: 0,
+    unix_peer: 0,
     unix_address_length: 0,
     unix_address_name: 0,
+    file_private_data: 0,
+    inode_mode: 0,
     dentry_inode: 0,
     dentry_parent: 0,
     dentry_name: 0,
@@ -318,6 +323,26 @@ impl Sock {
         probe!(self.0, sock_family as u16).unwrap_or(0)
     }
 
+    /// `SOCK_STREAM` and its like.
+    #[inline(always)]
+    pub(crate) fn kind(self) -> u16 {
+        probe!(self.0, sock_type as u16).unwrap_or(0)
+    }
+
+    /// Whether others connect to it.
+    #[inline(always)]
+    pub(crate) fn is_listening(self) -> bool {
+        /// `TCP_LISTEN` of the kernel, for every protocol.
+        const LISTEN: u8 = 10;
+        probe!(self.0, sock_state as u8) == Some(LISTEN)
+    }
+
+    /// The other end of a connected unix socket.
+    #[inline(always)]
+    pub(crate) fn unix_peer(self) -> Option<Self> {
+        probe!(self.0, unix_peer as u64).filter(|peer| *peer != 0).map(Self)
+    }
+
     /// The protocol as the socket was made with, before [`ip::canonical`].
     ///
     /// [`ip::canonical`]: agentguard_common::request::ip::canonical
@@ -353,6 +378,20 @@ impl Sock {
     pub(crate) fn cgroup(self) -> CgroupId {
         cgroup_of_socket(self.0)
     }
+}
+
+/// The socket that an open file is; `None` for every other kind of file.
+#[inline(always)]
+pub(crate) fn socket_of_file(file: u64) -> Option<u64> {
+    /// `S_IFMT` and `S_IFSOCK` of the kernel's ABI.
+    const FORMAT: u16 = 0o170_000;
+    const SOCKET: u16 = 0o140_000;
+    let inode = probe!(file, file_inode as u64)?;
+    let mode = probe!(inode, inode_mode as u16)?;
+    if mode & FORMAT != SOCKET {
+        return None;
+    }
+    probe!(file, file_private_data as u64).filter(|socket| *socket != 0)
 }
 
 /// The address that comes with a message.
@@ -470,6 +509,31 @@ pub(crate) fn current_pid_tgid() -> u64 {
 #[inline(always)]
 pub(crate) fn current_tgid() -> u32 {
     (current_pid_tgid() >> 32) as u32
+}
+
+/// `-EPERM` if `refused` is not zero, else 0, by a branch: from 6.12 on the verifier asks to see that
+/// an LSM program returns nothing else, and what the compiler makes of it by arithmetic it does not
+/// see through.
+#[inline(always)]
+pub(crate) fn error_if(refused: u64) -> i32 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut code: u64;
+        // SAFETY: registers only.
+        unsafe {
+            core::arch::asm!(
+                "{0} = 0",
+                "if {1} == 0 goto +1",
+                "{0} = -1",
+                out(reg) code,
+                in(reg) refused,
+                options(nostack, nomem, pure),
+            );
+        }
+        code as i32
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    if refused == 0 { 0 } else { -1 }
 }
 
 /// Hides what the compiler knows of a number.

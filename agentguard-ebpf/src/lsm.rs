@@ -9,11 +9,14 @@ use agentguard_common::request::{family, ip};
 use agentguard_common::{Action, Address, Destination, Endpoint, WorkloadId};
 use aya_ebpf::programs::LsmContext;
 
-use crate::judge::{Destinations, Families, Inquiry, Servers, caller_in, judge};
+use crate::judge::{Destinations, Families, Inquiry, Locals, Others, Servers, caller_in, judge};
 use crate::kernel::{self, Sock};
 use crate::maps;
 
 const AF_UNSPEC: u16 = 0;
+/// `SOCK_DGRAM` and `SOCK_RAW` of the kernel's ABI.
+const DATAGRAM: u16 = 2;
+const RAW: u16 = 3;
 /// Bytes of `struct sockaddr_in` up to the end of the address.
 const SOCKADDR_IN: u32 = 8;
 /// Bytes of `struct sockaddr_in6` up to the end of the address (`SIN6_LEN_RFC2133`).
@@ -103,6 +106,7 @@ pub(crate) fn connect(ctx: &LsmContext) -> Action {
 pub(crate) fn sendmsg(ctx: &LsmContext) -> Action {
     let Some((sock, workload)) = foreign(socket(ctx)) else { return Action::Pass };
     match sock.family() {
+        // What it is connected to was judged when it was received; without that, at each datagram.
         family::UNIX => return Action::Pass,
         family::INET | family::INET6 => {}
         other => {
@@ -111,16 +115,66 @@ pub(crate) fn sendmsg(ctx: &LsmContext) -> Action {
         }
     }
     let named = match kernel::message_address(context_word(ctx, 1)) {
-        // A connected stream goes to its peer, whatever the call names.
-        Some(_) if sock.protocol() == ip::TCP.into() && sock.peer_port() != 0 => Named::Nothing,
-        Some((address, length)) => destination(sock, address, length),
-        None => Named::Nothing,
+        // Only a datagram goes where the call says; all else that is connected goes to its peer.
+        Some((address, length)) if sock.kind() == DATAGRAM || sock.peer_port() == 0 => {
+            destination(sock, address, length)
+        }
+        Some(_) | None => Named::Nothing,
     };
+    send(Hook::SocketSendmsg, sock, named, workload)
+}
+
+/// Argument: the file that comes with a message, or out of another process. A socket among them must
+/// lead to where the workload could have connected itself; what it does with it later is asked again.
+#[inline(always)]
+pub(crate) fn receive(ctx: &LsmContext) -> Action {
+    let Some(socket) = kernel::socket_of_file(context_word(ctx, 0)) else { return Action::Pass };
+    let Some((sock, workload)) = foreign(socket) else { return Action::Pass };
+    match sock.family() {
+        // The other program on this hook has those.
+        family::UNIX => Action::Pass,
+        family::INET | family::INET6 if sock.is_listening() => {
+            let endpoint = ip::canonical(sock.protocol().into())
+                .map(|protocol| Endpoint { protocol, port: sock.local_port() });
+            let inquiry = Inquiry::endpoint(Hook::FileReceive, RequestKind::Accept, endpoint);
+            judge::<Servers>(&inquiry, workload)
+        }
+        // Where it goes is asked when it connects or sends.
+        family::INET | family::INET6 if sock.peer_port() == 0 && sock.kind() != RAW => Action::Pass,
+        family::INET | family::INET6 => send(Hook::FileReceive, sock, Named::Nothing, workload),
+        other => {
+            let inquiry = Inquiry::family(Hook::FileReceive, other, sock.protocol());
+            judge::<Families>(&inquiry, workload)
+        }
+    }
+}
+
+/// Judges a send on an IP socket from elsewhere.
+#[inline(always)]
+fn send(hook: Hook, sock: Sock, named: Named, workload: WorkloadId) -> Action {
+    if sock.kind() == RAW {
+        let protocol = ip::canonical(sock.protocol().into()).unwrap_or(0);
+        return judge::<Others>(&Inquiry::raw_socket(hook, protocol), workload);
+    }
     let destination = match named {
         Named::Here(destination) => destination,
-        Named::Nothing => peer(sock),
+        Named::Nothing => {
+            let (protocol, port) = (ip::canonical(sock.protocol().into()), sock.local_port());
+            // A socket that others connected to, handed over with the port it serves.
+            if let Some(protocol) = protocol
+                && sock.kind() != DATAGRAM
+                && maps::may_serve(workload, protocol, port)
+            {
+                let endpoint = Some(Endpoint { protocol, port });
+                return judge::<Locals>(
+                    &Inquiry::endpoint(hook, RequestKind::Reply, endpoint),
+                    workload,
+                );
+            }
+            peer(sock)
+        }
     };
-    to(Hook::SocketSendmsg, RequestKind::Send, destination, workload)
+    to(hook, RequestKind::Send, destination, workload)
 }
 
 #[inline(always)]
@@ -136,7 +190,7 @@ fn to(
 /// The socket and the calling workload, where the kernel's choice of portable hooks for this socket
 /// is not that workload's: it was made elsewhere, and received.
 #[inline(always)]
-fn foreign(socket: u64) -> Option<(Sock, WorkloadId)> {
+pub(crate) fn foreign(socket: u64) -> Option<(Sock, WorkloadId)> {
     let current = kernel::current_cgroup();
     let workload = caller_in(current);
     if !workload.is_some() {

@@ -115,10 +115,11 @@ fn cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
 /// What an LSM hook returns: 0 lets the call go on, `-EPERM` ends it.
 #[inline(always)]
 fn answer(action: Action) -> i32 {
-    match action {
+    let refused = match action {
         Action::Pass => 0,
-        Action::Refuse => -1,
-    }
+        Action::Refuse => 1,
+    };
+    kernel::error_if(refused)
 }
 
 #[lsm(hook = "bprm_check_security")]
@@ -149,6 +150,16 @@ fn socket_listen(ctx: LsmContext) -> i32 {
 #[lsm(hook = "socket_accept")]
 fn socket_accept(ctx: LsmContext) -> i32 {
     answer(lsm::accept(&ctx))
+}
+
+#[lsm(hook = "file_receive")]
+fn file_receive(ctx: LsmContext) -> i32 {
+    answer(lsm::receive(&ctx))
+}
+
+#[lsm(hook = "file_receive")]
+fn unix_receive(ctx: LsmContext) -> i32 {
+    answer(unix::receive(&ctx))
 }
 
 #[lsm(hook = "unix_stream_connect")]
@@ -193,6 +204,8 @@ gates! {
     lsm(hook = "socket_sendmsg") => gate_sendmsg(LsmContext): GATE_SOCKET_SENDMSG;
     lsm(hook = "socket_listen") => gate_listen(LsmContext): GATE_SOCKET_LISTEN;
     lsm(hook = "socket_accept") => gate_accept(LsmContext): GATE_SOCKET_ACCEPT;
+    lsm(hook = "file_receive") => gate_receive(LsmContext): GATE_FILE_RECEIVE;
+    lsm(hook = "file_receive") => gate_unix_recv(LsmContext): GATE_UNIX_RECEIVE;
     lsm(hook = "unix_stream_connect") => gate_unix_conn(LsmContext): GATE_UNIX_CONNECT;
     lsm(hook = "unix_may_send") => gate_unix_send(LsmContext): GATE_UNIX_SEND;
 }

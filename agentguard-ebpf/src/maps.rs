@@ -99,6 +99,8 @@ pub(crate) mod gates {
         GATE_SOCKET_SENDMSG,
         GATE_SOCKET_LISTEN,
         GATE_SOCKET_ACCEPT,
+        GATE_FILE_RECEIVE,
+        GATE_UNIX_RECEIVE,
         GATE_UNIX_CONNECT,
         GATE_UNIX_SEND,
     );
@@ -313,6 +315,15 @@ pub(crate) fn tag(workload: WorkloadId) -> Option<Tag> {
         }
     }
     None
+}
+
+/// Whether a workload was ever granted to be reached at a local port.
+#[inline(always)]
+pub(crate) fn may_serve(workload: WorkloadId, protocol: u8, port: u16) -> bool {
+    tag(workload).is_some_and(|tag| {
+        tag.listening.is_some()
+            && KernelTables.search(tag.listening, protocol, port) != Found::NOTHING
+    })
 }
 
 /// The workload whose cgroup this is.

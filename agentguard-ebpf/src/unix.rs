@@ -6,20 +6,21 @@
 
 use agentguard_common::allowlist::{UNIX_NAME_BYTES, UnixName};
 use agentguard_common::event::{Hook, RequestKind};
+use agentguard_common::request::family;
 use agentguard_common::{Action, FileId, Peer, UnixNameId, UnixSocket, WorkloadId};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use aya_ebpf::programs::LsmContext;
 
-use crate::judge::{Inquiry, UnixSockets, judge_from};
+use crate::judge::{Inquiry, UnixSockets, caller_or_maker, judge_from};
 use crate::kernel::{self, Sock, UnixAddress};
-use crate::lsm::{caller, context_word};
+use crate::lsm::{context_word, foreign};
 use crate::maps;
 use crate::record::Origin;
 
 /// Arguments: socket, the listening socket, the socket it makes for the connection (`struct sock`).
 #[inline(always)]
 pub(crate) fn stream_connect(ctx: &LsmContext) -> Action {
-    let workload = caller();
+    let workload = caller_or_maker(Sock(context_word(ctx, 0)));
     if !workload.is_some() {
         return Action::Pass;
     }
@@ -31,12 +32,28 @@ pub(crate) fn stream_connect(ctx: &LsmContext) -> Action {
 /// datagram socket is connected.
 #[inline(always)]
 pub(crate) fn may_send(ctx: &LsmContext) -> Action {
-    let workload = caller();
+    let Some(sock) = Sock::of_socket(context_word(ctx, 0)) else { return Action::Pass };
+    let workload = caller_or_maker(sock);
     if !workload.is_some() {
         return Action::Pass;
     }
     let other = Sock::of_socket(context_word(ctx, 1));
     reach(Hook::UnixMaySend, RequestKind::UnixSend, other, workload)
+}
+
+/// Argument: the file that comes with a message, or out of another process. A connected unix socket
+/// must lead to where the workload could have connected itself.
+#[inline(always)]
+pub(crate) fn receive(ctx: &LsmContext) -> Action {
+    let Some(socket) = kernel::socket_of_file(context_word(ctx, 0)) else { return Action::Pass };
+    let Some((sock, workload)) = foreign(socket) else { return Action::Pass };
+    if sock.family() != family::UNIX {
+        return Action::Pass;
+    }
+    match sock.unix_peer() {
+        Some(peer) => reach(Hook::FileReceive, RequestKind::UnixConnect, Some(peer), workload),
+        None => Action::Pass,
+    }
 }
 
 #[inline(always)]

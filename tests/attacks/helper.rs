@@ -15,12 +15,13 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::{SockAddr, Socket};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     outcome::{Attempt, Failure},
     passing,
     sockets::{PATIENCE, Protocol, connect, converse},
+    transport::Transport,
 };
 
 /// How long a helper waits to be asked. Longer than an attack, which starts later.
@@ -36,6 +37,12 @@ pub(crate) struct Lend {
     /// Listen there and do not connect.
     #[arg(long)]
     listening: bool,
+    /// Not the protocol's own socket but one of these.
+    #[arg(long, conflicts_with = "raw")]
+    transport: Option<Transport>,
+    /// A raw socket, which takes packets with their headers, and is not connected.
+    #[arg(long)]
+    raw: bool,
     /// The unix socket on which to hand out the connected socket.
     #[arg(long)]
     listen: PathBuf,
@@ -72,14 +79,18 @@ pub(crate) fn lend_unix(arguments: &LendUnix) -> Attempt {
 
 /// Connects, says where (`ready <pid> <fd>`), and lends the socket to whoever asks.
 pub(crate) fn lend(arguments: &Lend) -> Attempt {
-    let socket = arguments.protocol.socket(arguments.to)?;
+    let socket = match arguments.transport {
+        Some(transport) => transport.socket(arguments.to)?,
+        None if arguments.raw => raw()?,
+        None => arguments.protocol.socket(arguments.to)?,
+    };
     if arguments.listening {
         let here = SockAddr::from(arguments.to);
         socket
             .bind(&here)
             .and_then(|()| socket.listen(1))
             .map_err(|error| Failure::setup("listen", error))?;
-    } else {
+    } else if !arguments.raw {
         connect(&socket, arguments.to)?;
     }
     let mut lent = 0;
@@ -89,6 +100,13 @@ pub(crate) fn lend(arguments: &Lend) -> Attempt {
         Ok(())
     })?;
     Ok(format!("lent {lent} times"))
+}
+
+/// A socket for packets of UDP, made by hand.
+fn raw() -> Result<Socket, Failure> {
+    Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::UDP))
+        .and_then(|socket| socket.set_header_included_v4(true).map(|()| socket))
+        .map_err(|error| Failure::setup("raw socket", error))
 }
 
 /// Takes sockets, connects each, talks, and answers with what came of it.

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     mem,
-    net::{TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
@@ -14,11 +14,12 @@ use std::{
 
 use io_uring::{opcode, types::Fd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::{MsgHdr, Socket};
+use socket2::{MsgHdr, SockAddr, Socket};
 
 use crate::{
     child::channel,
     n5_io_uring::{Ring, ring, with_target},
+    n7_family::udp_packet,
     outcome::{Attempt, Failure},
     passing,
     sockets::{PATIENCE, Protocol, await_return, be_patient, converse, number},
@@ -32,6 +33,12 @@ pub(crate) struct Arguments {
     /// How to send on it.
     #[arg(long)]
     by: Option<By>,
+    /// A peer that is granted, to be named with what goes elsewhere.
+    #[arg(long)]
+    decoy: Option<SocketAddr>,
+    /// Where packets go that are made by hand.
+    #[arg(long)]
+    to: Option<SocketAddrV4>,
     #[command(subcommand)]
     from: From,
 }
@@ -56,6 +63,10 @@ enum By {
     RingThread,
     /// A ring splices a pipe.
     RingSplice,
+    /// With the name of a peer that is granted, which a connected stream does not look at.
+    Named,
+    /// By hand, with the name of a peer that is granted.
+    Packet,
 }
 
 #[derive(Clone, clap::Subcommand)]
@@ -104,10 +115,29 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
         Some(by) => {
             be_patient(&socket)?;
             let number = number();
-            send(by, &socket, &number)?;
+            match by {
+                By::Named => {
+                    let decoy = decoy(arguments)?;
+                    socket
+                        .send_to(&number, &decoy)
+                        .map_err(|error| Failure::at("sendto", error))?;
+                }
+                By::Packet => {
+                    let to = arguments.to.ok_or_else(|| Failure::unfit("no destination"))?;
+                    let packet = udp_packet(Ipv4Addr::new(192, 0, 2, 1), to, &number);
+                    socket
+                        .send_to(&packet, &decoy(arguments)?)
+                        .map_err(|error| Failure::at("sendto", error))?;
+                }
+                by => send(by, &socket, &number)?,
+            }
             await_return(&socket, &number)
         }
     }
+}
+
+fn decoy(arguments: &Arguments) -> Result<SockAddr, Failure> {
+    arguments.decoy.map(SockAddr::from).ok_or_else(|| Failure::unfit("no decoy"))
 }
 
 fn send(by: By, socket: &Socket, number: &[u8]) -> Result<(), Failure> {
@@ -196,6 +226,7 @@ fn send(by: By, socket: &Socket, number: &[u8]) -> Result<(), Failure> {
                 })
                 .map(drop);
         }
+        By::Named | By::Packet => return Err(Failure::unfit("it needs a name")),
     };
     if sent < 0 { Err(Failure::at(step, io::Error::last_os_error())) } else { Ok(()) }
 }

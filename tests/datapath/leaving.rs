@@ -61,7 +61,7 @@ fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
     assert_eq!((moved[0].0, moved[0].1.cgroup), (worker.pid(), cgroup_id(&outside).0));
     fixture.datapath.follow(&outside).unwrap();
     assert_eq!(worker.told(CONNECT), "EPERM");
-    assert_eq!(worker.told("run /bin/true"), "killed");
+    assert_eq!(worker.told("run /bin/true"), fixture.refused_exec().0);
     // Its neighbours there are nobody's.
     let mut neighbour = Worker::start();
     move_to(&outside, neighbour.pid());

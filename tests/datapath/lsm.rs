@@ -7,7 +7,7 @@ use std::{
     os::{
         fd::AsRawFd as _,
         linux::net::SocketAddrExt as _,
-        unix::net::{SocketAddr, UnixDatagram, UnixListener},
+        unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     process,
@@ -158,6 +158,32 @@ fn sends_on_a_socket_from_elsewhere_are_denied_while_attached() {
     assert_eq!(worker.told("flow"), "ok", "granted");
     fixture.detach();
     assert_eq!(worker.told("flow"), "ok", "detached");
+}
+
+#[test]
+fn receiving_a_connected_socket_is_denied_while_attached() {
+    requires(Layer::Lsm);
+    let (_server, address) = udp("127.0.0.1:0");
+    let foreign = UdpSocket::bind("127.0.0.1:0").unwrap();
+    foreign.connect(address).unwrap();
+    let take = format!("take {} {}", process::id(), foreign.as_raw_fd());
+    is_denied_while_attached(Hook::FileReceive, &take, "EPERM");
+}
+
+#[test]
+fn receiving_a_connected_unix_socket_is_denied_while_attached() {
+    requires(Layer::Lsm);
+    let directory = Directory::new("received");
+    let _server = UnixListener::bind(directory.socket()).unwrap();
+    let foreign = UnixStream::connect(directory.socket()).unwrap();
+    let take = format!("take {} {}", process::id(), foreign.as_raw_fd());
+    is_denied_while_attached(Hook::FileReceive, &take, "EPERM");
+    // A pair has no name that leads anywhere else.
+    let (one, _other) = UnixStream::pair().unwrap();
+    let mut fixture = Fixture::new();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    assert_eq!(worker.told(&format!("take {} {}", process::id(), one.as_raw_fd())), "ok");
 }
 
 /// The workload's own sockets are judged once, by the portable layer, though both layers are active.

@@ -90,7 +90,7 @@ impl Guard {
     }
 
     #[track_caller]
-    fn start_as(
+    pub(crate) fn start_as(
         world: &World,
         programs: &[PathBuf],
         more: &Value,

@@ -72,6 +72,8 @@ pub struct WayOut {
     pub helpers: Vec<Running>,
     /// What the workload is granted besides: scopes and what they permit.
     pub scopes: Vec<(&'static str, Value)>,
+    /// More keys of the guard's configuration.
+    pub configuration: Value,
 }
 
 impl WayOut {
@@ -89,6 +91,7 @@ impl WayOut {
             gap: None,
             helpers: Vec::new(),
             scopes: Vec::new(),
+            configuration: json!({}),
         }
     }
 
@@ -106,6 +109,7 @@ impl WayOut {
             gap: None,
             helpers: vec![helper],
             scopes: Vec::new(),
+            configuration: json!({}),
         }
     }
 
@@ -124,6 +128,7 @@ impl WayOut {
             gap: None,
             helpers: Vec::new(),
             scopes: Vec::new(),
+            configuration: json!({}),
         }
     }
 
@@ -166,6 +171,13 @@ impl WayOut {
     #[must_use]
     pub fn granted(mut self, scope: &'static str, permits: Value) -> Self {
         self.scopes.push((scope, permits));
+        self
+    }
+
+    /// The same against a guard with more keys in its configuration.
+    #[must_use]
+    pub fn configured(mut self, configuration: Value) -> Self {
+        self.configuration = configuration;
         self
     }
 
@@ -283,7 +295,7 @@ impl Guarded {
         if let Proof::Ran(of) = &way_out.proof {
             programs.push(of.granted());
         }
-        let guard = Guard::start_knowing(&world, &programs, &way_out.scopes);
+        let guard = Guard::start_as(&world, &programs, &way_out.configuration, &way_out.scopes);
         Self { guard, way_out, world }
     }
 

@@ -14,13 +14,13 @@ mod guard;
 mod interrupt;
 mod netns;
 mod object;
+#[path = "../../tests/harness/promise.rs"]
+mod promise;
 mod run;
 mod setup;
 mod suites;
 mod test;
 mod tidy;
-#[path = "../../tests/harness/promise.rs"]
-mod promise;
 #[path = "../../agentguard/build/toolchain.rs"]
 mod toolchain;
 mod vm;

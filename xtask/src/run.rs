@@ -55,7 +55,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// As [`run`]; the text holds what the program wrote to its standard error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let written = output_bytes(command)?;
-    String::from_utf8(written).with_context(|| format!("{}: its output is not UTF-8", name(command)))
+    String::from_utf8(written)
+        .with_context(|| format!("{}: its output is not UTF-8", name(command)))
 }
 
 /// As [`output`], for what is no text.

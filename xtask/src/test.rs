@@ -90,11 +90,16 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         }
     }
 
-    let Total { passed, failed, ignored, not_promised, broken: _ } = total;
+    let Total { passed, failed, ignored, not_promised, inapplicable, broken: _ } = total;
     let seconds = begin.elapsed().as_secs();
     println!("\ntests: {passed} passed, {failed} failed, {ignored} ignored, in {seconds} s");
     if not_promised > 0 {
         println!("{not_promised} not run here: they need what this kernel is not promised to give");
+    }
+    if inapplicable > 0 {
+        println!(
+            "{inapplicable} named above could not be made: this kernel lacks what they attack by"
+        );
     }
     if let Some(matrix) = &matrix {
         println!("{}", matrix.closing_line());
@@ -123,7 +128,8 @@ fn on_this_kernel(
     heading(&format!("this kernel, which is to give: {}", suites::names_of(promises)));
     let mut total = Total::default();
     for suite in suites {
-        let selection = suite.select(promises, |test| filter.is_none_or(|part| test.contains(part)));
+        let selection =
+            suite.select(promises, |test| filter.is_none_or(|part| test.contains(part)));
         for test in &selection.not_promised {
             println!("test {}: {test} ... not promised by this kernel", suite.name);
             total.not_promised += 1;

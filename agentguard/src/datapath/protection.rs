@@ -55,7 +55,7 @@ const fn global(
 
 /// Every program of both layers. The LSM layer's check of exec comes before the tracepoint that
 /// leaves exec to it.
-const DOORS: [Door; 22] = [
+const DOORS: [Door; 24] = [
     cgroup("connect4", "cgroup/connect4", "connect over IPv4"),
     cgroup("connect6", "cgroup/connect6", "connect over IPv6"),
     cgroup("sendmsg4", "cgroup/sendmsg4", "datagrams over IPv4"),
@@ -150,6 +150,20 @@ const DOORS: [Door; 22] = [
     ),
     global(
         Layer::Lsm,
+        "file_receive",
+        "lsm/file_receive",
+        "receiving an IP socket",
+        ("gate_receive", "GATE_FILE_RECEIVE"),
+    ),
+    global(
+        Layer::Lsm,
+        "unix_receive",
+        "lsm/file_receive",
+        "receiving a connected unix socket",
+        ("gate_unix_recv", "GATE_UNIX_RECEIVE"),
+    ),
+    global(
+        Layer::Lsm,
         "unix_connect",
         "lsm/unix_stream_connect",
         "unix stream sockets",
@@ -177,11 +191,11 @@ struct Gap {
     closed_by: &'static [&'static str],
 }
 
-const GAPS: [Gap; 8] = [
+const GAPS: [Gap; 9] = [
     Gap {
         says: "a socket made and connected outside and then received (SCM_RIGHTS, pidfd_getfd) is \
                not judged: no portable hook sees whose it is now (N8)",
-        closed_by: &["socket_connect", "socket_sendmsg", "socket_accept"],
+        closed_by: &["socket_connect", "socket_sendmsg", "socket_accept", "file_receive"],
     },
     Gap {
         says: "socket families other than IP and unix are not judged (N6, N7)",
@@ -196,10 +210,19 @@ const GAPS: [Gap; 8] = [
         says: "a script is judged by its interpreter, not by its own file (E5)",
         closed_by: &["bprm_check"],
     },
-    Gap { says: "unix sockets are not judged (T4, T5)", closed_by: &["unix_connect", "unix_send"] },
     Gap {
-        says: "code mapped executable without exec, such as dlopen or a program given to the \
-               dynamic loader, is judged only where the loader itself is run (E6)",
+        says: "unix sockets are not judged (T4, T5)",
+        closed_by: &["unix_connect", "unix_send", "unix_receive"],
+    },
+    Gap {
+        says: "code mapped executable without exec, such as dlopen, a program given to the dynamic \
+               loader or what stands in the loader's place, is judged only where the loader itself \
+               is run (E6)",
+        closed_by: &[],
+    },
+    Gap {
+        says: "a workload with CAP_NET_ADMIN in its network namespace can send by a TUN device, a \
+               tunnel or a rule that rewrites addresses, which no hook of a socket sees (N16)",
         closed_by: &[],
     },
     Gap { says: "ptrace, signals, mounts and bpf() are not judged (T6, G2)", closed_by: &[] },

@@ -96,7 +96,9 @@ fn modules(kernel: &Kernel) -> Result<Vec<(String, Vec<u8>)>> {
     for path in in_order(&dependencies, &MODULES) {
         let file = directory.join(path);
         let content = match file.extension().and_then(|extension| extension.to_str()) {
-            Some("xz") => output_bytes(Command::new("xz").args(["--decompress", "--stdout"]).arg(&file))?,
+            Some("xz") => {
+                output_bytes(Command::new("xz").args(["--decompress", "--stdout"]).arg(&file))?
+            }
             Some("zst") => output_bytes(Command::new("zstd").args(["-qdc"]).arg(&file))?,
             _ => fs::read(&file)?,
         };
@@ -159,9 +161,7 @@ impl<W: Write> Archive<W> {
         let size = u32::try_from(content.len()).with_context(|| format!("{name}: too large"))?;
         let name_size = u32::try_from(name.len() + 1)?;
         let mut head = String::from("070701");
-        for number in
-            [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0]
-        {
+        for number in [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
             head.push_str(&format!("{number:08X}"));
         }
         self.to.write_all(head.as_bytes())?;

@@ -76,7 +76,9 @@ fn fetch(archive: &str, suite: &str, cache: &Path, directory: &Path) -> Result<(
     let unpacked = files(&scratch)?;
     let image = unpacked
         .iter()
-        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz")))
+        .find(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
+        })
         .context("the packages hold no kernel image")?;
     let module = unpacked
         .iter()
@@ -86,7 +88,8 @@ fn fetch(archive: &str, suite: &str, cache: &Path, directory: &Path) -> Result<(
         .ancestors()
         .find(|path| path.parent().is_some_and(|parent| parent.ends_with("lib/modules")))
         .context("modules are not where they were expected")?;
-    let release = modules.file_name().context("a release has a name")?.to_string_lossy().into_owned();
+    let release =
+        modules.file_name().context("a release has a name")?.to_string_lossy().into_owned();
     let into = directory.join("modules/lib/modules");
     fs::create_dir_all(&into)?;
     fs::rename(image, directory.join("vmlinuz"))?;
@@ -94,7 +97,12 @@ fn fetch(archive: &str, suite: &str, cache: &Path, directory: &Path) -> Result<(
     fs::remove_dir_all(&scratch)?;
     // Packages do not bring the order of dependencies; whoever installs them makes it.
     let base = directory.join("modules");
-    output(Command::new(which("depmod").context("depmod is missing; run `cargo xtask setup`")?).arg("--basedir").arg(&base).arg(&release))?;
+    output(
+        Command::new(which("depmod").context("depmod is missing; run `cargo xtask setup`")?)
+            .arg("--basedir")
+            .arg(&base)
+            .arg(&release),
+    )?;
     // Last: what is not complete is made anew.
     fs::write(directory.join("release"), &release)?;
     Ok(())

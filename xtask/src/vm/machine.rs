@@ -194,7 +194,12 @@ fn serve_files(program: &Path, socket: &Path) -> Result<Server> {
     // The one that came with QEMU takes its options as file systems do; the one that replaced it,
     // as programs do.
     if speaks_for_itself(program) {
-        command.args(["--shared-dir=/", "--sandbox=chroot", "--announce-submounts", "--cache=auto"]);
+        command.args([
+            "--shared-dir=/",
+            "--sandbox=chroot",
+            "--announce-submounts",
+            "--cache=auto",
+        ]);
     } else {
         command.args(["-o", "source=/,cache=auto,sandbox=chroot,announce_submounts"]);
     }

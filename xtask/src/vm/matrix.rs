@@ -81,7 +81,9 @@ impl Tests {
             Self::Of(name) => suite == name,
             Self::Kernel => match suite {
                 "datapath" => true,
-                "exec" | "leaving" | "network" => test.ends_with("::is_refused_in_enforce_mode"),
+                "exec" | "families" | "leaving" | "network" | "unix" => {
+                    test.ends_with("::is_refused_in_enforce_mode")
+                }
                 _ => false,
             },
         }

@@ -24,7 +24,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-pub(crate) use self::{results::Matrix, setup::prepare};
 use self::{
     image::Job,
     kernels::Kernel,
@@ -33,6 +32,7 @@ use self::{
     results::Outcome,
     verdict::Found,
 };
+pub(crate) use self::{results::Matrix, setup::prepare};
 use crate::{
     counting::{Reader, Total},
     dist::daemon_binary,
@@ -294,7 +294,10 @@ impl<'a> Host<'a> {
         }
         if let Ok(found) = &read {
             for promise in found.beyond(row.promises) {
-                say(&format!("given and not promised: {}; its row may promise it", promise.as_str()));
+                say(&format!(
+                    "given and not promised: {}; its row may promise it",
+                    promise.as_str()
+                ));
             }
         }
         total += reader.total();
@@ -307,7 +310,7 @@ impl<'a> Host<'a> {
             }
         }
         let expected: u64 = selections.iter().map(|selection| selection.run.len() as u64).sum();
-        let told = total.passed + total.failed;
+        let told = total.passed + total.failed + total.inapplicable;
         if told != expected {
             shortfalls.push(format!("{told} of {expected} tests told how they ended"));
             total.broken += 1;

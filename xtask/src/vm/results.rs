@@ -55,7 +55,7 @@ impl Outcome {
 
     /// One line that holds everything that counts.
     pub(super) fn line(&self) -> String {
-        let Total { passed, failed, ignored, broken: _, not_promised } = self.total;
+        let Total { passed, failed, ignored, broken: _, not_promised, inapplicable } = self.total;
         let verdict = if self.is_good() { "good" } else { "NOT GOOD" };
         let short = match self.shortfalls.len() {
             0 => String::new(),
@@ -63,7 +63,8 @@ impl Outcome {
         };
         format!(
             "{verdict}: {} ({}): {passed} passed, {failed} failed, {ignored} ignored, \
-             {not_promised} not promised by this row, {} left to other rows{short}, in {} s",
+             {not_promised} not promised by this row, {inapplicable} without what they attack by, {} \
+             left to other rows{short}, in {} s",
             self.row,
             self.release,
             self.left_to_others,
@@ -168,7 +169,10 @@ fn table(results: &Value) -> Result<String> {
     let rows = results["rows"].as_array().context("a run has rows")?;
     for row in rows {
         if row["good"] != true {
-            bail!("the last run was not good ({}); its table would tell what does not hold", row["row"]);
+            bail!(
+                "the last run was not good ({}); its table would tell what does not hold",
+                row["row"]
+            );
         }
         let kernel = row["kernel"].as_str().unwrap_or_default();
         let booted = match row["lsm"].as_str().unwrap_or_default() {
