@@ -31,10 +31,11 @@ fn build() -> anyhow::Result<PathBuf> {
     let toolchain = toolchain::find().map_err(|missing| {
         anyhow::anyhow!("no toolchain builds the kernel half: {missing}; run `cargo xtask setup`")
     })?;
-    let status = toolchain
-        .command(&workspace.join("agentguard-ebpf"), &target_dir)
-        .status()
-        .context("cargo for the kernel half does not start")?;
+    let mut command = toolchain.command(&workspace.join("agentguard-ebpf"), &target_dir);
+    if env::var_os("CARGO_FEATURE_NEXT_ABI").is_some() {
+        command.args(["--features", "next-abi"]);
+    }
+    let status = command.status().context("cargo for the kernel half does not start")?;
     ensure!(status.success(), "the kernel half does not compile");
     Ok(target_dir.join("bpfel-unknown-none/release/agentguard-ebpf"))
 }

@@ -8,7 +8,10 @@ use crate::WorkloadId;
 /// Raised with every change to a record of the tables that user space writes (tags, allow-lists,
 /// settings) and of the cache of verdicts, or to the meaning of one. Tables of another version are
 /// never read: a daemon makes and fills its own beside them, and lets go of the old ones last.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = CURRENT + cfg!(feature = "next-abi") as u32;
+
+/// The version without the feature `next-abi`, with which tests build the daemon of another one.
+const CURRENT: u32 = 2;
 
 /// Raised with every change to a record that the kernel half itself keeps (membership of cgroups
 /// and tasks, attachments, sockets, counters) or writes for user space (events), or to the meaning

@@ -46,6 +46,9 @@ impl Permission {
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout,
 )]
 pub struct Tag {
+    /// Shifts all that follows: who reads the tables of another version reads nonsense.
+    #[cfg(feature = "next-abi")]
+    shift: u32,
     pub allowlist: AllowlistId,
     /// Whose row it is, so that a reader who was held up knows when the row has become another's.
     workload: WorkloadId,
@@ -73,6 +76,8 @@ impl Tag {
         counters: u16,
     ) -> Self {
         Self {
+            #[cfg(feature = "next-abi")]
+            shift: u32::MAX,
             allowlist,
             workload: WorkloadId::NONE,
             listening,

@@ -23,10 +23,11 @@ pub(crate) fn mkdir(ctx: &BtfTracePointContext) -> i32 {
     let Some(workload) = maps::member(parent.id()) else { return 0 };
     if !maps::adopt(cgroup.id(), workload) {
         diagnostics::full(Full::Cgroups, cgroup.id().0);
-        // Whoever makes cgroups until the table is full does not get one outside.
-        match judge_without_room(cgroup.id(), workload, &Origin::Caller) {
-            Action::Refuse => return kernel::kill_current(),
-            Action::Pass => {}
+        // A workload that makes cgroups until the table is full does not get one outside. The host
+        // that makes one has done nothing wrong: the hooks above hold what comes into it.
+        match (judge_without_room(cgroup.id(), workload, &Origin::Caller), mover()) {
+            (Action::Refuse, Mover::Workload) => return kernel::kill_current(),
+            (Action::Refuse, Mover::Host) | (Action::Pass, _) => {}
         }
     }
     0

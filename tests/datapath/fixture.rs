@@ -1,7 +1,7 @@
 //! A datapath and a cgroup of one's own, and what is granted there.
 
 use std::{
-    fs,
+    env, fs,
     net::SocketAddr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -53,9 +53,23 @@ pub(crate) const SMALL: Sizes = Sizes {
 pub(crate) struct Fixture {
     pub(crate) datapath: Datapath,
     pub(crate) cgroup: PathBuf,
-    pins: PathBuf,
+    pins: Pins,
     generation: u32,
+    /// What was counted before.
+    before: Counters,
 }
+
+/// Where a datapath is pinned.
+enum Pins {
+    /// It goes with the fixture.
+    Own(PathBuf),
+    /// The next fixture adopts it: a machine that only runs tests says so, where verifying every
+    /// program anew for each test takes most of the time.
+    Shared,
+}
+
+/// The directory that fixtures share, if they do.
+const SHARED_PINS: &str = "AGENTGUARD_TEST_DATAPATH_PINS";
 
 impl Fixture {
     pub(crate) fn new() -> Self {
@@ -68,10 +82,15 @@ impl Fixture {
         requires(Layer::Portable);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("agentguard-datapath-{}-{number}", process::id());
-        let pins = Path::new("/sys/fs/bpf").join(&name);
+        let (pins, pin_directory) = match env::var_os(SHARED_PINS) {
+            Some(shared) if sizes == SMALL => (Pins::Shared, PathBuf::from(shared)),
+            Some(_) | None => {
+                let own = Path::new("/sys/fs/bpf").join(&name);
+                (Pins::Own(own.clone()), own)
+            }
+        };
         let settings = Settings { aggregation_window: 1_000_000_000, diagnostics: 0, reserved: 0 };
-        let datapath =
-            Datapath::open(&Options { pin_directory: pins.clone(), sizes, settings }).unwrap();
+        let datapath = Datapath::open(&Options { pin_directory, sizes, settings }).unwrap();
         for (door, state) in datapath.states() {
             if door.layer == DoorLayer::Portable {
                 assert_eq!(*state, DoorState::Active, "{}", door.hook);
@@ -79,7 +98,9 @@ impl Fixture {
         }
         let cgroup = root().join(&name);
         fs::create_dir(&cgroup).unwrap();
-        Self { datapath, cgroup, pins, generation: 0 }
+        let generation = datapath.highest().0.0;
+        let before = datapath.counters(1).unwrap();
+        Self { datapath, cgroup, pins, generation, before }
     }
 
     /// A process in the workload's cgroup, which belongs to the workload once that is captured.
@@ -135,7 +156,15 @@ impl Fixture {
     }
 
     pub(crate) fn counters(&self) -> Counters {
-        self.datapath.counters(1).unwrap()
+        let mut counters = self.datapath.counters(1).unwrap();
+        let Counters { verdicts, logged, aggregated, lost } = &self.before;
+        for (cell, before) in counters.verdicts.iter_mut().zip(verdicts) {
+            *cell -= before;
+        }
+        counters.logged -= logged;
+        counters.aggregated -= aggregated;
+        counters.lost -= lost;
+        counters
     }
 
     /// A cgroup beside the workload's, which is nobody's; it goes with the fixture.
@@ -150,8 +179,18 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        if let Err(error) = uninstall(&self.pins) {
-            eprintln!("{} is left behind: {error}", self.pins.display());
+        match &self.pins {
+            Pins::Own(pins) => {
+                if let Err(error) = uninstall(pins) {
+                    eprintln!("{} is left behind: {error}", pins.display());
+                }
+            }
+            Pins::Shared => {
+                self.detach();
+                let next = self.generation + 1;
+                let swept = self.datapath.sweep(AllowlistId(next), RuleSetId(next * ROWS));
+                swept.expect("rows can be removed");
+            }
         }
         let mut outside = self.cgroup.clone().into_os_string();
         outside.push("-outside");

@@ -123,3 +123,34 @@ fn whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted() {
     let reason = agentguard_common::Reason::MissingTable;
     assert_eq!(denied, [(agentguard_common::Verdict::Deny(reason), 1)]);
 }
+
+#[test]
+fn a_moved_process_is_nobodys_when_its_workload_goes() {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    move_to(&outside, worker.pid());
+    fixture.datapath.follow(&outside).unwrap();
+    assert_eq!(worker.told(CONNECT), "EPERM", "moved");
+    fixture.detach();
+    assert!(fixture.datapath.moved().is_empty(), "its row goes with its workload");
+    assert_eq!(worker.told(CONNECT), "ok", "nobody's");
+    assert_eq!(worker.told("run /bin/true"), "ok", "nobody's");
+}
+
+#[test]
+fn the_host_may_make_cgroups_when_the_table_is_full_and_what_comes_into_them_is_held() {
+    let mut fixture = Fixture::with(agentguard::datapath::Sizes { cgroups: 2, ..SMALL });
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    for name in ["one", "two", "three"] {
+        let child = fixture.cgroup.join(name);
+        fs::create_dir(&child).unwrap();
+        move_to(&child, worker.pid());
+        assert_eq!(worker.told(CONNECT), "EPERM", "moved to {name}");
+        let mut newcomer = Worker::start();
+        move_to(&child, newcomer.pid());
+        assert_eq!(newcomer.told(CONNECT), "EPERM", "come to {name}");
+    }
+}

@@ -72,8 +72,27 @@ pub(crate) fn release_daemon() -> Result<PathBuf> {
 ///
 /// The build fails.
 pub(crate) fn daemon_binary() -> Result<PathBuf> {
-    run(&mut cargo(&["build", "--locked", "--package", "agentguard"]))?;
+    // All programs, as the tests are built: cargo chooses the features of what is shared by what is
+    // built together, and would build it all again for one of them.
+    run(&mut cargo(&["build", "--locked", "--bins"]))?;
     Ok(target_dir().join("debug/agentguard"))
+}
+
+/// Builds the daemon of the next version of the ABI, which tests put in the place of the ordinary
+/// one, and gives the path of the binary.
+///
+/// Where the ordinary one is built too, since all but two crates are the same: that one has to be
+/// built afterwards.
+///
+/// # Errors
+///
+/// The build fails, or the binary cannot be put aside.
+pub(crate) fn next_daemon_binary() -> Result<PathBuf> {
+    let mut build = cargo(&["build", "--locked", "--package", "agentguard"]);
+    run(build.args(["--features", "next-abi"]))?;
+    let next = target_dir().join("next-abi/agentguard");
+    copy(&target_dir().join("debug/agentguard"), &next)?;
+    Ok(next)
 }
 
 /// Copies one file, and makes the directories it needs.

@@ -49,14 +49,21 @@ pub(crate) fn build() -> Result<Vec<Suite>> {
         "test",
         "--locked",
         "--no-run",
-        "--package",
-        PACKAGE,
         "--message-format",
         "json-render-diagnostics",
     ]))?;
+    let directory = directory();
     let mut suites = Vec::new();
     for line in messages.lines().filter(|line| line.starts_with('{')) {
         let message: Value = serde_json::from_str(line)?;
+        // Test programs of the crates have sources elsewhere, and a library is one of them.
+        let is_suite = message["target"]["kind"][0] == "test"
+            && message["target"]["src_path"]
+                .as_str()
+                .is_some_and(|source| Path::new(source).starts_with(&directory));
+        if !is_suite {
+            continue;
+        }
         let (true, Some(program)) =
             (message["profile"]["test"] == true, message["executable"].as_str())
         else {

@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     counting::{Reader, Total},
-    dist::daemon_binary,
+    dist::{daemon_binary, next_daemon_binary},
     promise::Promise,
     run::{cargo, heading, run},
     setup::{self, Purpose},
@@ -70,21 +70,23 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     // would build it again for each part.
     heading("build");
     run(&mut cargo(&["test", "--locked", "--no-run"]))?;
+    let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
 
     let filter = arguments.filter.as_deref();
     let mut total = Total::default();
     heading("crates");
     let mut crates = cargo(&["test", "--locked", "--no-fail-fast"]);
-    crates.args(["--package", "agentguard-common", "--package", "agentguard"]);
-    crates.args(["--package", "xtask", "--"]).args(filter);
+    crates.args(["--lib", "--bins", "--test", "control_api", "--"]).args(filter);
     total += counted(&mut crates)?;
+    let mut examples = cargo(&["test", "--locked", "--no-fail-fast", "--doc", "--"]);
+    total += counted(examples.args(filter))?;
 
     let mut matrix = None;
     if !arguments.without_kernel {
         let suites = suites::build()?;
         let promises = [THIS_KERNEL, &arguments.this_kernel_gives].concat();
-        total += on_this_kernel(&suites, &promises, filter, &daemon)?;
+        total += on_this_kernel(&suites, &promises, filter, &daemon, &next)?;
         if !arguments.without_vms {
             matrix = Some(vm::matrix(&suites, &daemon, &vm::Wanted::everywhere(filter))?);
         }
@@ -124,6 +126,7 @@ fn on_this_kernel(
     promises: &[Promise],
     filter: Option<&str>,
     daemon: &Path,
+    next: &Path,
 ) -> Result<Total> {
     heading(&format!("this kernel, which is to give: {}", suites::names_of(promises)));
     let mut total = Total::default();
@@ -136,7 +139,8 @@ fn on_this_kernel(
         }
         if !selection.run.is_empty() {
             println!("\n     Running {}", suite.name);
-            total += counted(&mut selection.command(promises, daemon))?;
+            let mut command = selection.command(promises, daemon);
+            total += counted(command.env("AGENTGUARD_NEXT_BIN", next))?;
         }
     }
     Ok(total)

@@ -62,6 +62,9 @@ const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
 /// How many numbers the state file is ahead of those given out, so that none is given out twice
 /// when the file could not be written for a while: something in the kernel may remember them.
 const NUMBERS_AHEAD: u32 = 1024;
+/// After how many ticks, twice, a word that nothing has any more is forgotten: ticks and not time, as
+/// a daemon that was stopped has records to read first.
+const TICKS_TO_FORGET: u64 = 50;
 /// Reconciliations that wait to be counted.
 const KEPT_RECONCILIATIONS: usize = 65_536;
 /// The scope by which a command that was named to `exec` may itself be run.
@@ -217,6 +220,11 @@ pub struct Engine {
     next_change: Option<Timestamp>,
     /// Whether an allow-list could not be brought up to date; it is tried again.
     unsettled: bool,
+    /// Workloads that are not held whole, and why: each is denied everything, and tried again.
+    unfit: BTreeMap<WorkloadId, String>,
+    /// Workloads in the kernel of which an earlier daemon wrote down nothing.
+    orphans: BTreeSet<WorkloadId>,
+    ticks: u64,
     /// Whether something was changed that a restart must know.
     dirty: bool,
     /// How the reconciliations went that nobody has asked about yet.
@@ -264,6 +272,9 @@ impl Engine {
             recorded: BTreeMap::new(),
             next_change: None,
             unsettled: false,
+            unfit: BTreeMap::new(),
+            orphans: BTreeSet::new(),
+            ticks: 0,
             dirty: false,
             reconciliations: Vec::new(),
         }
@@ -484,7 +495,7 @@ impl Engine {
             .filter(|workload| workload.identity == *identity && !workload.launch.is_empty());
         permits.extend(launched.map(|workload| Permit {
             scope: self.names.scope(LAUNCH),
-            grant: self.names.grant(&format!("{LAUNCH}/{}", workload.name)),
+            grant: self.names.grant(&launch_grant(&workload.name)),
             expires_at: NEVER,
             egress: Vec::new(),
             executables: workload.launch.clone(),
@@ -672,6 +683,8 @@ impl Engine {
             .workloads
             .values()
             .filter(|workload| workload.identity == *identity)
+            // Those get their tag when there is room for it.
+            .filter(|workload| !self.unfit.contains_key(&workload.id))
             .map(|workload| (workload.id, workload.mode))
             .collect();
         for (index, (id, mode)) in of_identity.iter().enumerate() {
@@ -770,10 +783,21 @@ impl Engine {
         self.reconcile();
         fault::point("add.compiled");
         if let Err(error) = self.hold(id) {
-            self.drop_workload(id);
-            // What was permitted for its sake ends with it.
-            self.reconcile();
-            return Err(error);
+            let is_there = cgroup.exists();
+            match source {
+                // What a manifest selects runs already. Where there is no room to hold it to its
+                // allow-list, it is held to nothing at all until there is.
+                WorkloadSource::Manifest if is_there => {
+                    tracing::error!(%error, cgroup = %cgroup.display(), "a workload is refused everything; trying again");
+                    self.unfit.insert(id, error.to_string());
+                }
+                WorkloadSource::Manifest | WorkloadSource::Exec => {
+                    self.drop_workload(id);
+                    // What was permitted for its sake ends with it.
+                    self.reconcile();
+                    return Err(error);
+                }
+            }
         }
         self.record_workload(id, WorkloadChange::Added, &inherited);
         self.dirty = true;
@@ -833,11 +857,44 @@ impl Engine {
     fn hold(&mut self, id: WorkloadId) -> Result<(), EngineError> {
         let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
         let tag = self.tag(workload).unwrap_or_else(|| unidentified(workload.mode));
-        self.datapath.switch(id, tag)?;
+        let switched = self.datapath.switch(id, tag);
         fault::point("hold.tag");
-        self.datapath.capture(&workload.cgroup, id)?;
+        // Also without room for its tag: who belongs to a workload without one is denied everything.
+        let captured = self.datapath.capture(&workload.cgroup, id);
         fault::point("hold.captured");
+        switched?;
+        captured?;
+        self.unfit.remove(&id);
         Ok(())
+    }
+
+    /// What does not fit into the kernel's tables, one sentence each.
+    pub fn unfit(&self) -> impl Iterator<Item = String> {
+        self.unfit.iter().filter_map(|(id, why)| {
+            let workload = self.workloads.get(id)?;
+            Some(format!("workload {} is refused everything: {why}", workload.name))
+        })
+    }
+
+    /// Forgets words and rows of identities that are gone.
+    fn forget_unused(&mut self) {
+        let identities: BTreeSet<&SpiffeId> =
+            self.workloads.values().map(|workload| &workload.identity).collect();
+        // A row of its own is kept, as it would tell another's verdicts as this one's.
+        self.counter_rows.retain(|identity, row| *row != OTHER || identities.contains(identity));
+        let identities: BTreeSet<&str> =
+            identities.into_iter().map(|identity| identity.as_str()).collect();
+        let grants: BTreeSet<&str> =
+            self.store.grants().map(|stored| stored.document.id.as_str()).collect();
+        let launched: BTreeSet<String> =
+            self.workloads.values().map(|workload| launch_grant(&workload.name)).collect();
+        let catalogue = &self.manifests.catalogue;
+        let scopes: BTreeSet<&str> = catalogue.iter().map(|scope| scope.scope.as_str()).collect();
+        self.dirty |= self.names.forget_unused(
+            |identity| identities.contains(identity),
+            |scope| scope == LAUNCH || scopes.contains(scope),
+            |grant| grants.contains(grant) || launched.contains(grant),
+        );
     }
 
     /// Ends a workload: its cgroup is gone, or nobody's from now on.
@@ -853,6 +910,7 @@ impl Engine {
 
     fn drop_workload(&mut self, id: WorkloadId) {
         let Some(workload) = self.workloads.remove(&id) else { return };
+        self.unfit.remove(&id);
         let released = self.datapath.release(workload.cgroup_id, id).and_then(|()| {
             fault::point("remove.released");
             self.datapath.forget(id)
@@ -893,6 +951,15 @@ impl Engine {
             Err(error) => tracing::error!(%error, "it is not known whether the wall clock was set"),
         }
         let now = Timestamp::now();
+        self.ticks += 1;
+        if self.ticks.is_multiple_of(TICKS_TO_FORGET) {
+            self.forget_unused();
+        }
+        let unfit: Vec<WorkloadId> = self.unfit.keys().copied().collect();
+        for id in unfit {
+            // What is wrong was said when it began.
+            let _still_no_room = self.hold(id);
+        }
         let is_due = self.next_change.is_some_and(|change| change <= now);
         if is_due {
             self.store.prune(now, KEPT_GRANT);
@@ -991,6 +1058,20 @@ impl Engine {
             }
             keep
         });
+        if !self.orphans.is_empty() {
+            let members = self.datapath.cgroups().into_iter().map(|(_, workload)| workload);
+            let outside = self.datapath.moved().into_iter().map(|(_, moved)| moved.workload);
+            let alive: BTreeSet<WorkloadId> = members.chain(outside).collect();
+            let (kept, gone) =
+                std::mem::take(&mut self.orphans).into_iter().partition(|id| alive.contains(id));
+            self.orphans = kept;
+            let gone: BTreeSet<WorkloadId> = gone;
+            for id in gone {
+                if let Err(error) = self.datapath.forget(id) {
+                    tracing::error!(%error, "the row of a workload that is gone stays");
+                }
+            }
+        }
         let held: BTreeSet<CgroupId> =
             self.workloads.values().map(|workload| workload.cgroup_id).collect();
         let moved: BTreeSet<u64> =
@@ -1186,10 +1267,14 @@ impl Engine {
         let ids: Vec<WorkloadId> = self.workloads.keys().copied().collect();
         for id in ids {
             if let Err(error) = self.hold(id) {
-                tracing::error!(%error, "a workload is not held whole");
+                tracing::error!(%error, "a workload is not held whole; trying again");
+                self.unfit.insert(id, error.to_string());
                 whole = false;
             }
         }
+        // What was begun and never written down goes when the last of its cgroups has gone.
+        let in_kernel = self.datapath.workloads().into_iter().map(|(id, _)| id);
+        self.orphans = in_kernel.filter(|id| !self.workloads.contains_key(id)).collect();
         self.dirty = true;
         whole && !self.unsettled
     }
@@ -1218,6 +1303,11 @@ impl Phase {
             State::Revoked(_) => Self::Revoked,
         }
     }
+}
+
+/// How records name the permission to run what `exec` was asked to run.
+fn launch_grant(workload: &str) -> String {
+    format!("{LAUNCH}/{workload}")
 }
 
 /// The id of the grant that `exec` makes for a workload.

@@ -1,10 +1,10 @@
 //! The words behind the kernel's numbers.
 //!
 //! Shared by the engine, which gives numbers out, and the witness, which reads records: a number
-//! keeps its word for as long as the daemon lives, so that a record that waited in a ring is still
-//! told rightly after a change. Locked for single look-ups only.
+//! keeps its word for a while after nothing has it any more, so that a record that waited in a ring is
+//! still told rightly after a change. No number is given out twice. Locked for single look-ups only.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use agentguard_common::{GrantId, IdentityId, ScopeId, WorkloadId};
@@ -12,37 +12,84 @@ use serde::{Deserialize, Serialize};
 
 /// Words by number, from 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(from = "SavedNumbered", into = "SavedNumbered")]
 struct Numbered {
-    words: Vec<String>,
-    #[serde(skip)]
+    /// The number given out last.
+    last: u32,
+    words: BTreeMap<u32, String>,
     numbers: HashMap<String, u32>,
+    /// Those that had no use when this was last asked.
+    unused: BTreeSet<u32>,
+}
+
+/// The same, as it is written down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum SavedNumbered {
+    Kept {
+        last: u32,
+        words: Vec<(u32, String)>,
+    },
+    /// Of version 0.1.0, which forgot nothing.
+    All(Vec<String>),
 }
 
 impl Numbered {
     fn number(&mut self, word: &str) -> u32 {
-        if self.numbers.len() != self.words.len() {
-            let known = self.words.iter().enumerate();
-            self.numbers = known.map(|(index, word)| (word.clone(), number_at(index))).collect();
-        }
         if let Some(number) = self.numbers.get(word) {
             return *number;
         }
-        self.words.push(word.to_owned());
-        let number = number_at(self.words.len() - 1);
-        self.numbers.insert(word.to_owned(), number);
-        number
+        // More words than there are numbers do not fit into a life.
+        self.last = self.last.saturating_add(1);
+        self.words.insert(self.last, word.to_owned());
+        self.numbers.insert(word.to_owned(), self.last);
+        self.last
     }
 
     fn word(&self, number: u32) -> Option<String> {
-        let index = usize::try_from(number.checked_sub(1)?).ok()?;
-        self.words.get(index).cloned()
+        self.words.get(&number).cloned()
+    }
+
+    /// Forgets every word that was in no use the last time and is in none now. Whether there was
+    /// one.
+    fn forget_unused(&mut self, is_used: impl Fn(&str) -> bool) -> bool {
+        let unused: BTreeSet<u32> = self
+            .words
+            .iter()
+            .filter(|(_, word)| !is_used(word))
+            .map(|(number, _)| *number)
+            .collect();
+        let (forgotten, waiting) =
+            unused.into_iter().partition(|number| self.unused.contains(number));
+        self.unused = waiting;
+        let forgotten: BTreeSet<u32> = forgotten;
+        for number in &forgotten {
+            if let Some(word) = self.words.remove(number) {
+                self.numbers.remove(&word);
+            }
+        }
+        !forgotten.is_empty()
     }
 }
 
-fn number_at(index: usize) -> u32 {
-    // More words than that do not fit into memory.
-    u32::try_from(index + 1).unwrap_or(u32::MAX)
+impl From<SavedNumbered> for Numbered {
+    fn from(saved: SavedNumbered) -> Self {
+        let (last, words): (u32, BTreeMap<u32, String>) = match saved {
+            SavedNumbered::Kept { last, words } => (last, words.into_iter().collect()),
+            SavedNumbered::All(words) => {
+                let words: BTreeMap<u32, String> = (1..).zip(words).collect();
+                (words.keys().next_back().copied().unwrap_or(0), words)
+            }
+        };
+        let numbers = words.iter().map(|(number, word)| (word.clone(), *number)).collect();
+        Self { last, words, numbers, unused: BTreeSet::new() }
+    }
+}
+
+impl From<Numbered> for SavedNumbered {
+    fn from(numbered: Numbered) -> Self {
+        Self::Kept { last: numbered.last, words: numbered.words.into_iter().collect() }
+    }
 }
 
 /// How records name a workload.
@@ -119,6 +166,21 @@ impl Names {
         self.read().grants.word(number.0)
     }
 
+    /// Forgets the words that nothing has any more, the second time that this finds them so: until
+    /// then a record in a ring may have their numbers. Whether there was one.
+    pub fn forget_unused(
+        &self,
+        is_identity: impl Fn(&str) -> bool,
+        is_scope: impl Fn(&str) -> bool,
+        is_grant: impl Fn(&str) -> bool,
+    ) -> bool {
+        let mut words = self.write();
+        let identities = words.identities.forget_unused(is_identity);
+        let scopes = words.scopes.forget_unused(is_scope);
+        let grants = words.grants.forget_unused(is_grant);
+        identities || scopes || grants
+    }
+
     pub fn name_workload(&self, id: WorkloadId, name: WorkloadName) {
         self.write().workloads.insert(id, name);
     }
@@ -168,5 +230,32 @@ mod tests {
         let names = Names::restore(serde_json::from_str(&saved).unwrap());
         assert_eq!(names.grant("b"), GrantId(2));
         assert_eq!(names.grant("c"), GrantId(3));
+        // As version 0.1.0 wrote them.
+        let old = r#"{"identities":["i"],"scopes":[],"grants":["a","b"]}"#;
+        let names = Names::restore(serde_json::from_str(old).unwrap());
+        assert_eq!(names.grant("b"), GrantId(2));
+        assert_eq!(names.grant("c"), GrantId(3));
+        assert_eq!(names.identity_word(IdentityId(1)).as_deref(), Some("i"));
+    }
+
+    #[test]
+    fn what_is_not_used_is_forgotten_the_second_time_and_its_number_never_used_again() {
+        let names = Names::default();
+        for word in ["a", "b", "c"] {
+            names.grant(word);
+        }
+        let forget = |used: &'static [&'static str]| {
+            names.forget_unused(|_| true, |_| true, |word| used.contains(&word))
+        };
+        assert!(!forget(&["a"]));
+        // One that is used again meanwhile stays.
+        assert!(forget(&["a", "b"]));
+        assert_eq!(names.grant_word(GrantId(3)), None);
+        assert_eq!(names.grant("b"), GrantId(2));
+        assert_eq!(names.grant("c"), GrantId(4));
+        assert!(!forget(&["a", "b"]) && forget(&["a", "b"]));
+        let saved = serde_json::to_string(&names.save()).unwrap();
+        let names = Names::restore(serde_json::from_str(&saved).unwrap());
+        assert_eq!(names.grant("d"), GrantId(5));
     }
 }

@@ -213,6 +213,7 @@ impl Service for Daemon {
         let mut gaps: Vec<String> = engine.datapath.gaps();
         gaps.extend(engine.executable_problems().iter().cloned());
         gaps.extend(unwritten);
+        gaps.extend(engine.unfit());
         let undecodable = shared.denials.undecodable();
         if undecodable > 0 {
             gaps.push(format!(

@@ -5,6 +5,8 @@
 //! loader's own parser hands out no members, and others make a value of every one of the kernel's
 //! 150,000 types first, which is most of what a start would cost.
 
+use std::collections::HashMap;
+
 /// Types that are told apart here (`BTF_KIND_*`).
 mod kind {
     pub(super) const INT: u32 = 1;
@@ -38,6 +40,8 @@ pub(super) struct Types<'a> {
     strings: &'a [u8],
     /// Where each type starts; the first has id 1.
     starts: Vec<usize>,
+    /// Which types are structures with these names: the first of each, by its place in `starts`.
+    structures: HashMap<&'a [u8], usize>,
 }
 
 struct Header<'a> {
@@ -70,11 +74,16 @@ impl<'a> Types<'a> {
         };
         let types = section(type_offset, type_length)?;
         let strings = section(string_offset, string_length)?;
-        let mut this = Self { types, strings, starts: Vec::with_capacity(types.len() / 24) };
+        let starts = Vec::with_capacity(types.len() / 24);
+        let mut this = Self { types, strings, starts, structures: HashMap::new() };
         let mut at = 0;
         while at < types.len() {
             this.starts.push(at);
             let found = this.header(at)?;
+            if found.kind == kind::STRUCT && !found.name.is_empty() {
+                let index = this.starts.len() - 1;
+                this.structures.entry(found.name).or_insert(index);
+            }
             at = found.rest + added_bytes(found.kind, found.members);
         }
         (magic == MAGIC).then_some(this)
@@ -88,7 +97,8 @@ impl<'a> Types<'a> {
     /// Where a field is, in bytes from the start of a structure; `fields` are names from outside
     /// to inside, and those in unnamed members count as the structure's own.
     pub(super) fn offset(&self, structure: &str, fields: &[&str]) -> Option<u32> {
-        let (_, mut current) = self.find(kind::STRUCT, structure)?;
+        let index = *self.structures.get(structure.as_bytes())?;
+        let mut current = self.header(*self.starts.get(index)?)?;
         let mut bits = 0;
         for (depth, field) in fields.iter().enumerate() {
             let (offset, of) = self.field(&current, field.as_bytes(), 0)?;

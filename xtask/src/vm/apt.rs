@@ -120,7 +120,8 @@ impl Apt {
         output(
             self.command("apt-get")
                 .current_dir(scratch.path())
-                .args(["--quiet", "download", package]),
+                // What is installed here is no version to choose from.
+                .args(["--quiet", "-o", "Dir::State::status=/dev/null", "download", package]),
         )?;
         for entry in fs::read_dir(scratch.path())? {
             let file = entry?.path();

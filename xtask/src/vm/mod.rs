@@ -337,6 +337,8 @@ impl<'a> Host<'a> {
             "cd {}\n\
              export AGENTGUARD_BIN={}\n\
              export {}={}\n\
+             export AGENTGUARD_TEST_PINS=/sys/fs/bpf/agentguard-tests\n\
+             export AGENTGUARD_TEST_DATAPATH_PINS=/sys/fs/bpf/agentguard-tests-datapath\n\
              broken=0\n\
              \"$AGENTGUARD_BIN\" doctor --output json >&3\n",
             quoted(&suites::directory().display().to_string()),
