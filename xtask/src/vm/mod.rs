@@ -37,7 +37,7 @@ use crate::{
     counting::{Reader, Total},
     dist::daemon_binary,
     interrupt,
-    promise::{Promise, VARIABLE},
+    promise::VARIABLE,
     run::{heading, root, target_dir},
     setup::Purpose,
     suites::{self, Selection, Suite},
@@ -374,6 +374,7 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::promise::Promise;
 
     #[test]
     fn each_row_has_a_name_of_its_own_and_promises_the_portable_layer() {

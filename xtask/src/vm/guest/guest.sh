@@ -44,9 +44,15 @@ units() {
         systemd-sysctl systemd-random-seed systemd-timesyncd systemd-binfmt systemd-sysusers \
         systemd-firstboot systemd-hwdb-update systemd-machine-id-commit keyboard-setup \
         console-setup apparmor systemd-update-utmp ldconfig systemd-journal-flush \
-        systemd-remount-fs kmod-static-nodes systemd-tmpfiles-setup systemd-tmpfiles-setup-dev; do
+        systemd-remount-fs kmod-static-nodes systemd-tmpfiles-setup systemd-tmpfiles-setup-dev \
+        modprobe@; do
         ln -s /dev/null "/run/systemd/system/$unit.service"
     done
+    for mount in dev-hugepages dev-mqueue sys-kernel-debug sys-fs-fuse-connections \
+        sys-kernel-config; do
+        ln -s /dev/null "/run/systemd/system/$mount.mount"
+    done
+    ln -s /dev/null /run/systemd/system/proc-sys-fs-binfmt_misc.automount
 }
 
 run() {
