@@ -156,7 +156,7 @@ impl Scene {
     }
 
     /// What the next daemon, or the same one again, must say of the time before.
-    fn is_told(self, since: usize) {
+    fn tells_all(self, since: usize) {
         // The daemon last, so that it is dropped last: what runs in its cgroups ends before.
         let Self { daemon, mut traffic, mut held, other, brief, targets, agent, .. } = self;
         traffic.goes_on(100);
@@ -221,7 +221,7 @@ fn a_killed_daemon() {
     scene.daemon.kill();
     scene.holds_without_a_daemon(given);
     scene.daemon.start();
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_stopped_daemon() {
     let answer = asked.wait(PATIENCE).expect("nobody waits for ever");
     assert!(answer.stderr.contains("does not answer"), "{answer:?}");
     signal(scene.daemon.pid(), Signal::SIGCONT);
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn a_daemon_in_a_frozen_cgroup() {
     frozen("1");
     scene.holds_without_a_daemon(given);
     frozen("0");
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 /// A cgroup of the memory controller, wherever that is; dropped, it goes.
@@ -323,7 +323,7 @@ fn a_daemon_that_runs_out_of_memory() {
     scene.holds_without_a_daemon(given);
     scene.daemon.remove("large");
     scene.daemon.start();
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 #[test]
@@ -375,6 +375,7 @@ fn a_full_disk_under_state_and_log() {
     daemon.configure(|_| {});
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the kernel's limits are not ours")]
 fn limit(pid: u32, resource: Resource, soft: rlim_t, hard: rlim_t) {
     let name = match resource {
         Resource::RLIMIT_NOFILE => "--nofile",
@@ -410,7 +411,7 @@ fn a_daemon_without_descriptors() {
     wait_until("it takes changes again", || {
         scene.daemon.json(["grants"]).to_string().contains("\"other\"")
     });
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 #[test]
@@ -427,7 +428,7 @@ fn a_daemon_whose_files_may_not_grow() {
     });
     scene.holds_without_a_daemon(given);
     limit(pid, Resource::RLIMIT_FSIZE, rlim_t::MAX, rlim_t::MAX);
-    scene.is_told(since);
+    scene.tells_all(since);
 }
 
 /// What is asked of a daemon until it dies of it: everything that changes what is in force.

@@ -158,7 +158,7 @@ fn a_manifest_that_became_invalid_goes_on_saying_what_it_said() {
         assert!(prober.reaches(first.port()), "{when}: what was granted stays so");
         assert!(!prober.reaches(second.port()), "{when}: what was taken back stays so");
         assert!(!prober.reaches(never.port()), "{when}: what was never granted stays so");
-        assert_eq!(held_files(daemon), [file.clone()], "{when}");
+        assert_eq!(held_files(daemon), std::slice::from_ref(&file), "{when}");
         assert_eq!(daemon.workloads(), ["selected"], "{when}");
         assert_eq!(daemon.json(["workloads"])[0]["mode"], "enforce", "{when}");
         let shown = daemon.run(["status"]).expect_success("status").stdout;

@@ -129,7 +129,16 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
                         .send_to(&packet, &decoy(arguments)?)
                         .map_err(|error| Failure::at("sendto", error))?;
                 }
-                by => send(by, &socket, &number)?,
+                By::Write
+                | By::Sendmsg
+                | By::Sendmmsg
+                | By::Sendfile
+                | By::Splice
+                | By::ZeroCopy
+                | By::Ring
+                | By::RingWorker
+                | By::RingThread
+                | By::RingSplice => send(by, &socket, &number)?,
             }
             await_return(&socket, &number)
         }

@@ -176,7 +176,7 @@ fn a_grant_ends_in_the_kernel_without_anybody_doing_something() {
     let (_server, address) = udp("127.0.0.1:0");
     let mut fixture = Fixture::new();
     let mut worker = fixture.worker();
-    let expires_at = in_boot_time(Duration::from_millis(600));
+    let expires_at = in_boot_time(Duration::from_secs(4));
     let permits = [to(Protocol::Udp, address), running(Path::new(TRUE))]
         .map(|permit| agentguard::allowlist::Permit { expires_at, ..permit });
     fixture.attach(Mode::Enforce, &permits);
@@ -185,7 +185,7 @@ fn a_grant_ends_in_the_kernel_without_anybody_doing_something() {
     for command in [connect.as_str(), "flow", &run] {
         assert_eq!(worker.told(command), "ok", "{command}");
     }
-    thread::sleep(Duration::from_millis(700));
+    thread::sleep(Duration::from_millis(4_100));
     assert_eq!(worker.told("flow"), "EPERM");
     assert_eq!(worker.told(&connect), "EPERM");
     assert_eq!(worker.told(&run), fixture.refused_exec().0);

@@ -35,18 +35,23 @@ fn a_process_that_moves_itself_out_in_audit_mode_keeps_its_tag() {
     assert_eq!(fixture.datapath.moved()[0].0, worker.pid());
 }
 
-#[test]
-fn a_child_born_in_another_cgroup_is_killed() {
-    let mut fixture = Fixture::new();
-    let outside = fixture.outside();
-    let mut worker = fixture.worker();
-    let clone = format!("clone-into {}", outside.display());
-    assert_eq!(worker.told(&clone), "lives", "before");
-    fixture.attach(Mode::Enforce, &[]);
-    let fate = worker.told(&clone);
-    assert_eq!(fate, "killed", "attached: {:?}", fixture.counters().iter().collect::<Vec<_>>());
-    fixture.detach();
-    assert_eq!(worker.told(&clone), "lives", "detached");
+/// What needs a kernel that lets a program end a task other than its own.
+mod end_others {
+    use super::*;
+
+    #[test]
+    fn a_child_born_in_another_cgroup_is_killed() {
+        let mut fixture = Fixture::new();
+        let outside = fixture.outside();
+        let mut worker = fixture.worker();
+        let clone = format!("clone-into {}", outside.display());
+        assert_eq!(worker.told(&clone), "lives", "before");
+        fixture.attach(Mode::Enforce, &[]);
+        let fate = worker.told(&clone);
+        assert_eq!(fate, "killed", "attached: {:?}", fixture.counters().iter().collect::<Vec<_>>());
+        fixture.detach();
+        assert_eq!(worker.told(&clone), "lives", "detached");
+    }
 }
 
 #[test]

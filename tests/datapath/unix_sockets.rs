@@ -95,34 +95,38 @@ fn a_full_table_of_unix_sockets_takes_nothing_of_an_allow_list() {
     assert_eq!(entries(&fixture, "unix_sockets"), 0);
 }
 
-#[test]
-fn a_granted_socket_is_reached_each_time_its_server_makes_it_anew_and_its_neighbour_is_not() {
-    requires(Layer::Lsm);
-    let mut fixture = Fixture::new();
-    let directory = Directory::new("granted");
-    let mut worker = fixture.worker();
-    let name = UnixName::path(b"tool.sock").unwrap();
-    fixture.datapath.name_unix_socket(&name, NAME).unwrap();
-    fixture.attach(Mode::Enforce, &[directory.permit(NAME)]);
-    let (tool, other) = (directory.socket("tool.sock"), directory.socket("other.sock"));
-    let _other = UnixListener::bind(&other).unwrap();
-    for _ in 0..2 {
-        let server = UnixListener::bind(&tool).unwrap();
-        assert_eq!(worker.told(&stream(&tool)), "ok");
-        assert_eq!(worker.told(&stream(&other)), "EPERM");
-        drop(server);
-        fs::remove_file(&tool).unwrap();
+mod lsm {
+    use super::*;
+
+    #[test]
+    fn a_granted_socket_is_reached_each_time_its_server_makes_it_anew_and_its_neighbour_is_not() {
+        requires(Layer::Lsm);
+        let mut fixture = Fixture::new();
+        let directory = Directory::new("granted");
+        let mut worker = fixture.worker();
+        let name = UnixName::path(b"tool.sock").unwrap();
+        fixture.datapath.name_unix_socket(&name, NAME).unwrap();
+        fixture.attach(Mode::Enforce, &[directory.permit(NAME)]);
+        let (tool, other) = (directory.socket("tool.sock"), directory.socket("other.sock"));
+        let _other = UnixListener::bind(&other).unwrap();
+        for _ in 0..2 {
+            let server = UnixListener::bind(&tool).unwrap();
+            assert_eq!(worker.told(&stream(&tool)), "ok");
+            assert_eq!(worker.told(&stream(&other)), "EPERM");
+            drop(server);
+            fs::remove_file(&tool).unwrap();
+        }
+        // The same name in another directory is another socket.
+        let elsewhere = Directory::new("elsewhere");
+        let _elsewhere = UnixListener::bind(elsewhere.socket("tool.sock")).unwrap();
+        assert_eq!(worker.told(&stream(&elsewhere.socket("tool.sock"))), "EPERM");
+        let denied: u64 = fixture
+            .counters()
+            .iter()
+            .filter(|(hook, ..)| *hook == Hook::UnixStreamConnect)
+            .filter(|(_, _, verdict, _)| verdict.reason().is_some())
+            .map(|(.., count)| count)
+            .sum();
+        assert_eq!(denied, 3);
     }
-    // The same name in another directory is another socket.
-    let elsewhere = Directory::new("elsewhere");
-    let _elsewhere = UnixListener::bind(elsewhere.socket("tool.sock")).unwrap();
-    assert_eq!(worker.told(&stream(&elsewhere.socket("tool.sock"))), "EPERM");
-    let denied: u64 = fixture
-        .counters()
-        .iter()
-        .filter(|(hook, ..)| *hook == Hook::UnixStreamConnect)
-        .filter(|(_, _, verdict, _)| verdict.reason().is_some())
-        .map(|(.., count)| count)
-        .sum();
-    assert_eq!(denied, 3);
 }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Attacks end within three seconds; the rest is for a busy machine and for the launch.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What to run.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long the daemon may take for a step that it is asked for.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// The scope that every guard knows: the API, and the attack program.
 pub const BASE_SCOPE: &str = "test:base";
 

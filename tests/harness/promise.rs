@@ -6,7 +6,7 @@
 //! fails. A test that needs more than the portable layer stands in a module of the promise's name
 //! (`lsm::…`), at any depth: by that name the runner knows what to leave out on a row that does not
 //! promise it, and reports each by name. A test that belongs there and stands elsewhere fails on
-//! such a row, since [`requires`](crate::requires) asks the variable.
+//! such a row, since `requires` of the harness asks the variable.
 
 /// By which the runner tells the tests what their row promises.
 pub const VARIABLE: &str = "AGENTGUARD_TEST_PROMISES";

@@ -15,6 +15,7 @@ mod interrupt;
 mod netns;
 mod object;
 #[path = "../../tests/harness/promise.rs"]
+#[cfg_attr(not(test), expect(dead_code, reason = "the tests read what this program writes"))]
 mod promise;
 mod run;
 mod setup;

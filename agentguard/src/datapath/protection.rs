@@ -241,9 +241,8 @@ pub(super) fn gaps(states: &[(Door, DoorState)]) -> Vec<String> {
     let active = |program: &&str| {
         states.iter().any(|(door, state)| door.program == *program && *state == DoorState::Active)
     };
-    let open = GAPS
-        .iter()
-        .filter(|gap| gap.closed_by.is_empty() || !gap.closed_by.iter().all(|door| active(&door)));
+    let open =
+        GAPS.iter().filter(|gap| gap.closed_by.is_empty() || !gap.closed_by.iter().all(&active));
     open.map(|gap| gap.says.to_owned()).collect()
 }
 
