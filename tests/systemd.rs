@@ -60,7 +60,10 @@ mod systemd {
             if !Path::new(PROGRAM).exists() {
                 fs::copy(program(), PROGRAM).unwrap();
             }
-            assert!(UNIT.contains("ExecStart=/usr/bin/agentguard run\n"), "the unit runs the daemon");
+            assert!(
+                UNIT.contains("ExecStart=/usr/bin/agentguard run\n"),
+                "the unit runs the daemon"
+            );
             let unit = UNIT.replace("/usr/bin/agentguard", PROGRAM);
             fs::write(format!("{UNITS}/{SERVICE}"), unit).unwrap();
             let drop_in = format!("{UNITS}/{SERVICE}.d");
@@ -90,8 +93,11 @@ mod systemd {
             );
             let mut selected = workload("agent", "/", IDENTITY, "enforce");
             selected["spec"]["select"] = json!({"systemdUnit": AGENT});
-            let documents =
-                [("scope", scope), ("grant", grant("agent", IDENTITY, "agent:api")), ("agent", selected)];
+            let documents = [
+                ("scope", scope),
+                ("grant", grant("agent", IDENTITY, "agent:api")),
+                ("agent", selected),
+            ];
             for (name, document) in documents {
                 let path = format!("/etc/agentguard/manifests/{name}.yaml");
                 fs::write(path, format!("{document:#}\n")).unwrap();

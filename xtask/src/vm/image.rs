@@ -80,11 +80,7 @@ fn machine(kernel: &Kernel, job: &Job<'_>) -> String {
         Manager::None => "none",
         Manager::Systemd => "systemd",
     };
-    format!(
-        "visible='{}'\nmodules='{}'\nmanager={manager}\n",
-        visible.join(" "),
-        modules.display()
-    )
+    format!("visible='{}'\nmodules='{}'\nmanager={manager}\n", visible.join(" "), modules.display())
 }
 
 /// The modules in the order in which they load, unpacked.
