@@ -283,8 +283,10 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
     }
     // What goes and comes in one scan is changed, and held all the while.
     gone.retain(|gone| appeared.iter().all(|found| found.cgroup != *gone));
-    let mut engine = shared.engine();
+    let has_changed = !gone.is_empty() || !appeared.is_empty();
+    // Each by itself, so that others get their turn while many come or go.
     for cgroup in gone {
+        let mut engine = shared.engine();
         let cgroup = below(&engine, &cgroup);
         let id = engine
             .workload_at(&cgroup)
@@ -295,10 +297,15 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
         }
     }
     for workload in appeared {
-        if let Err(error) = take_in(&mut engine, &workload) {
+        if let Err(error) = take_in(&mut shared.engine(), &workload) {
             tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
             sources.waiting.push(workload);
         }
+    }
+    if has_changed {
+        // One that a restart does not know is held for as long as its cgroup is there, whatever the
+        // manifests say by then.
+        super::save(shared);
     }
 }
 
