@@ -7,6 +7,7 @@
 mod systemd {
     use std::{
         fs,
+        io::{self, Write as _},
         path::Path,
         process::Command,
         thread,
@@ -149,6 +150,11 @@ mod systemd {
         }
     }
 
+    /// Says a figure also where the test passes.
+    fn tell(text: &str) {
+        writeln!(io::stderr(), "{text}").expect("standard error is open");
+    }
+
     #[track_caller]
     fn systemctl(arguments: &[&str]) -> String {
         let mut command = Command::new("systemctl");
@@ -240,7 +246,7 @@ mod systemd {
         kill(hangs, Signal::SIGSTOP).unwrap();
         let begin = Instant::now();
         next_daemon(hangs);
-        println!("replaced after {:?}, with WatchdogSec={WATCHDOG}", begin.elapsed());
+        tell(&format!("replaced after {:?}, with WatchdogSec={WATCHDOG}", begin.elapsed()));
         assert_held_since(settled);
         assert_ne!(property(SERVICE, "NRestarts"), "0");
     }
@@ -251,12 +257,13 @@ mod systemd {
         installed.first_round();
         let settled = rounds().len() + 5;
         rounds_after(settled, 1);
-        let mut old = daemon();
+        let (mut old, agent) = (daemon(), property(AGENT, "MainPID"));
         for _ in 0..3 {
             kill(old, Signal::SIGKILL).unwrap();
             old = next_daemon(old);
         }
         assert_held_since(settled);
+        assert_eq!(property(AGENT, "MainPID"), agent, "the agent was started anew");
     }
 
     #[test]
@@ -273,16 +280,72 @@ mod systemd {
         assert_held_since(settled);
     }
 
+    /// Selecting by unit works on a cgroup that is there: who is quick has begun by then. This is
+    /// told, and no more is promised.
     #[test]
-    fn an_agent_that_requires_the_service_is_held_from_its_first_instruction_on() {
+    fn an_agent_that_is_selected_by_its_unit_is_held_once_it_is_found() {
         let installed = Installed::started();
-        installed.write_agent("Requires");
-        systemctl(&["daemon-reload"]);
+        let mut before = 0;
         for _ in 0..5 {
-            let first = installed.first_round();
-            assert_eq!(first, "refused open");
+            let _none_yet = fs::remove_file(LOG);
+            systemctl(&["start", AGENT]);
+            let rounds = rounds_after(0, 5);
+            before += rounds.iter().take_while(|round| *round != "refused open").count();
+            assert_eq!(rounds[4], "refused open", "{rounds:?}");
             systemctl(&["stop", AGENT]);
         }
+        tell(&format!("5 starts, {before} rounds before the agent was found"));
+        drop(installed);
+    }
+
+    #[test]
+    fn an_agent_that_is_started_by_exec_is_held_from_its_first_instruction_on() {
+        let installed = Installed::started();
+        let unit = fs::read_to_string(format!("{UNITS}/{AGENT}")).unwrap();
+        let by_exec = format!("ExecStart={PROGRAM} exec --scope agent:api --ttl 1h -- /bin/bash");
+        let unit = unit.replace("ExecStart=/bin/bash", &by_exec);
+        fs::write(format!("{UNITS}/agent-by-exec.service"), unit).unwrap();
+        systemctl(&["daemon-reload"]);
+        for _ in 0..5 {
+            let _none_yet = fs::remove_file(LOG);
+            systemctl(&["start", "agent-by-exec.service"]);
+            assert_eq!(rounds_after(0, 1)[0], "refused open");
+            systemctl(&["stop", "agent-by-exec.service"]);
+        }
+        drop(installed);
+    }
+
+    /// A unit in a slice that is held is born held: what is not granted does not even begin.
+    #[test]
+    fn an_agent_in_a_slice_that_is_held_is_held_before_its_first_instruction() {
+        let installed = Installed::started();
+        let mut slice = workload("slice", "/agents.slice", IDENTITY, "enforce");
+        slice["metadata"]["name"] = json!("slice");
+        fs::write("/etc/agentguard/manifests/slice.yaml", format!("{slice:#}\n")).unwrap();
+        fs::write(
+            format!("{UNITS}/in-slice.service"),
+            format!(
+                "[Unit]\nAfter={SERVICE}\nWants={SERVICE}\n[Service]\nType=oneshot\n\
+                 Slice=agents.slice\nExecStart=/usr/bin/touch /run/in-slice.ran\n\
+                 StandardOutput=null\nStandardError=null\n"
+            ),
+        )
+        .unwrap();
+        systemctl(&["daemon-reload"]);
+        systemctl(&["start", "agents.slice"]);
+        within("the slice is held", || {
+            let mut workloads = Command::new(PROGRAM);
+            workloads.args(["workloads", "--output", "json"]);
+            let said = run(&mut workloads, PATIENCE).stdout;
+            said.contains("\"/agents.slice\"").then_some(())
+        });
+        for _ in 0..5 {
+            let mut start = Command::new("systemctl");
+            start.args(["start", "in-slice.service"]);
+            assert!(!run(&mut start, PATIENCE).status.success(), "what is not granted ended well");
+        }
+        assert!(!Path::new("/run/in-slice.ran").exists(), "what is not granted ran");
+        drop(installed);
     }
 
     #[test]
@@ -310,6 +373,6 @@ mod systemd {
         analyze.arg(format!("{UNITS}/{SERVICE}"));
         let said = run(&mut analyze, PATIENCE).expect_success("systemd-analyze").stdout;
         let figure = said.lines().find(|line| line.contains("Overall exposure level"));
-        println!("{}", figure.expect("a figure"));
+        tell(figure.expect("a figure"));
     }
 }

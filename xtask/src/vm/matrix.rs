@@ -67,8 +67,8 @@ impl Boot {
 /// Which tests a row runs of those that its promises allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tests {
-    /// Those by which a kernel is known: every hook and table of the kernel half, and every attack
-    /// by exec in enforce mode, which no two layers refuse alike.
+    /// Those by which a kernel is known: every hook and table of the kernel half. The attacks are run
+    /// there by `--all`, which takes longer than a run of every test may.
     Kernel,
     /// As `Kernel`, without those that load a kernel for long.
     Hooks,

@@ -319,6 +319,7 @@ impl<'a> Host<'a> {
             row: row.name.to_owned(),
             release: kernel.release.clone(),
             lsm_parameter: row.boot.parameters().to_owned(),
+            manager: row.manager,
             promises: row.promises.to_vec(),
             found: read.ok(),
             total,
