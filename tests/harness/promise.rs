@@ -20,10 +20,12 @@ pub enum Promise {
     Lsm,
     /// Ending a task other than the one that asks, before it runs on: `bpf_send_signal_task`.
     EndOthers,
+    /// A machine of its own whose first process is systemd.
+    Systemd,
 }
 
 impl Promise {
-    pub const ALL: [Self; 3] = [Self::Portable, Self::Lsm, Self::EndOthers];
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Lsm, Self::EndOthers, Self::Systemd];
 
     /// Its name in [`VARIABLE`], and the module of the tests that need it.
     #[must_use]
@@ -32,6 +34,7 @@ impl Promise {
             Self::Portable => "portable",
             Self::Lsm => "lsm",
             Self::EndOthers => "end_others",
+            Self::Systemd => "systemd",
         }
     }
 

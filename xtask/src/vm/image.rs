@@ -21,11 +21,21 @@ const DIRECTORIES: [&str; 5] = ["bin", "dev", "modules", "proc", "sys"];
 const INIT: &str = include_str!("guest/init.sh");
 const GUEST: &str = include_str!("guest/guest.sh");
 
+/// Who is the first process while a job runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manager {
+    /// Nobody who would start services.
+    None,
+    /// The host's own systemd; the job is one of its services.
+    Systemd,
+}
+
 /// What one run is about.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Job<'a> {
     /// What the shell runs, as root.
     pub(super) script: &'a str,
+    pub(super) manager: Manager,
     /// Directories that the script needs beyond those of the system.
     pub(super) visible: &'a [&'a Path],
 }
@@ -66,7 +76,11 @@ fn machine(kernel: &Kernel, job: &Job<'_>) -> String {
         .chain([modules.as_path()])
         .map(|path| path.display().to_string())
         .collect();
-    format!("visible='{}'\nmodules='{}'\n", visible.join(" "), modules.display())
+    let manager = match job.manager {
+        Manager::None => "none",
+        Manager::Systemd => "systemd",
+    };
+    format!("visible='{}'\nmodules='{}'\nmanager={manager}\n", visible.join(" "), modules.display())
 }
 
 /// The modules in the order in which they load, unpacked.

@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    image::{self, Job},
+    image::{self, Job, Manager},
     kernels::Kernel,
 };
 use crate::{
@@ -251,7 +251,8 @@ pub(super) fn probe(kernel: &Kernel, virtiofsd: &Path, cache: &Path) -> Result<A
             limit: PROBE,
             console: cache.join("probe.console"),
         };
-        let ended = machine.run(&Job { script: "exit 0", visible: &[] }, |_| {})?;
+        let job = Job { script: "exit 0", manager: Manager::None, visible: &[] };
+        let ended = machine.run(&job, |_| {})?;
         if ended.code == Some(0) { Accelerator::Kvm } else { Accelerator::Tcg }
     };
     let word = match accelerator {

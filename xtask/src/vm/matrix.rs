@@ -3,6 +3,7 @@
 //! Its one job is the table. A row declares; nothing here looks at a kernel. Whether one keeps what
 //! its row promises is found by [`verdict`](super::verdict) and by the tests themselves.
 
+use super::image::Manager;
 use crate::promise::Promise;
 
 /// A kernel, how it is booted, and what it gives.
@@ -13,6 +14,7 @@ pub(super) struct Row {
     /// The suite of Debian whose cloud kernel it is.
     pub(super) suite: Suite,
     pub(super) boot: Boot,
+    pub(super) manager: Manager,
     /// What fails the run when it is missing.
     pub(super) promises: &'static [Promise],
     pub(super) tests: Tests,
@@ -70,6 +72,8 @@ pub(super) enum Tests {
     Kernel,
     /// As `Kernel`, without those that load a kernel for long.
     Hooks,
+    /// Those of one suite.
+    Of(&'static str),
 }
 
 impl Tests {
@@ -77,23 +81,26 @@ impl Tests {
     pub(super) fn include(self, suite: &str, test: &str) -> bool {
         let loads = || test.starts_with("counting::") || test.starts_with("generations::");
         match (self, suite) {
+            (Self::Of(name), _) => suite == name,
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
-            (_, _) => false,
+            (Self::Kernel | Self::Hooks, _) => false,
         }
     }
 }
 
 const WITHOUT_LSM: &[Promise] = &[Promise::Portable];
 const BOTH_LAYERS: &[Promise] = &[Promise::Portable, Promise::Lsm];
-const EVERYTHING: &[Promise] = &Promise::ALL;
+const END_OTHERS: &[Promise] = &[Promise::Portable, Promise::Lsm, Promise::EndOthers];
+const SYSTEMD: &[Promise] = &[Promise::Portable, Promise::Lsm, Promise::Systemd];
 
 /// The matrix, oldest first.
-pub(super) const ROWS: [Row; 5] = [
+pub(super) const ROWS: [Row; 6] = [
     Row {
         name: "5.10",
         suite: Suite::Bullseye,
         boot: Boot::WithBpfLsm,
+        manager: Manager::None,
         promises: BOTH_LAYERS,
         tests: Tests::Hooks,
     },
@@ -101,6 +108,7 @@ pub(super) const ROWS: [Row; 5] = [
         name: "5.10-nolsm",
         suite: Suite::Bullseye,
         boot: Boot::WithoutBpfLsm,
+        manager: Manager::None,
         promises: WITHOUT_LSM,
         tests: Tests::Hooks,
     },
@@ -108,6 +116,7 @@ pub(super) const ROWS: [Row; 5] = [
         name: "6.1",
         suite: Suite::Bookworm,
         boot: Boot::ByDefault,
+        manager: Manager::None,
         promises: BOTH_LAYERS,
         tests: Tests::Hooks,
     },
@@ -115,6 +124,7 @@ pub(super) const ROWS: [Row; 5] = [
         name: "6.12",
         suite: Suite::Trixie,
         boot: Boot::ByDefault,
+        manager: Manager::None,
         promises: BOTH_LAYERS,
         tests: Tests::Hooks,
     },
@@ -122,7 +132,16 @@ pub(super) const ROWS: [Row; 5] = [
         name: "newest",
         suite: Suite::TrixieBackports,
         boot: Boot::ByDefault,
-        promises: EVERYTHING,
+        manager: Manager::None,
+        promises: END_OTHERS,
         tests: Tests::Kernel,
+    },
+    Row {
+        name: "systemd",
+        suite: Suite::Bookworm,
+        boot: Boot::ByDefault,
+        manager: Manager::Systemd,
+        promises: SYSTEMD,
+        tests: Tests::Of("systemd"),
     },
 ];

@@ -178,6 +178,7 @@ fn by_hand(command: &str, daemon: &Path, wanted: &Wanted<'_>) -> Result<()> {
         let ended = host.machine(row, wanted)?.run(
             &Job {
                 script: &format!("export AGENTGUARD_BIN='{}'\n{command}\n", daemon.display()),
+                manager: row.manager,
                 visible: &host.visible(),
             },
             |line| println!("{line}"),
@@ -277,7 +278,7 @@ impl<'a> Host<'a> {
         ));
         let script = self.script(row, &selections);
         let mut reader = Reader::default();
-        let job = Job { script: &script, visible: &self.visible() };
+        let job = Job { script: &script, manager: row.manager, visible: &self.visible() };
         let ended = self.machine(row, wanted)?.run(&job, |line| {
             reader.line(line);
             say(line);
@@ -318,6 +319,7 @@ impl<'a> Host<'a> {
             row: row.name.to_owned(),
             release: kernel.release.clone(),
             lsm_parameter: row.boot.parameters().to_owned(),
+            manager: row.manager,
             promises: row.promises.to_vec(),
             found: read.ok(),
             total,

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::verdict::Found;
+use super::{image::Manager, verdict::Found};
 use crate::{
     counting::Total,
     promise::Promise,
@@ -37,6 +37,7 @@ pub(super) struct Outcome {
     pub(super) release: String,
     /// What the kernel was told about LSMs; empty: nothing.
     pub(super) lsm_parameter: String,
+    pub(super) manager: Manager,
     pub(super) promises: Vec<Promise>,
     /// `None`: `doctor` did not say.
     pub(super) found: Option<Found>,
@@ -81,6 +82,7 @@ impl Outcome {
             "row": self.row,
             "kernel": self.release,
             "lsm": self.lsm_parameter,
+            "systemd": self.manager == Manager::Systemd,
             "good": self.is_good(),
             "promises": self.promises.iter().map(|promise| promise.as_str()).collect::<Vec<_>>(),
             "protection": self.found.as_ref().map_or("none", |found| &found.protection),
@@ -179,6 +181,7 @@ fn table(results: &Value) -> Result<String> {
             "" => String::new(),
             parameter => format!(", `{parameter}`"),
         };
+        let booted = if row["systemd"] == true { ", under systemd".to_owned() } else { booted };
         let hooks = |hooks: &Value| match (hooks["active"].as_u64(), hooks["all"].as_u64()) {
             (Some(0) | None, _) | (_, Some(0) | None) => "–".to_owned(),
             (Some(active), Some(all)) if active == all => format!("all {all} hooks"),

@@ -35,6 +35,8 @@ done
 cd /root
 $b mkdir -p dev proc sys run tmp root home mnt srv var/cache var/lib var/log var/tmp
 $b chmod 1777 tmp var/tmp
+# A mount, so that a service manager makes none over it.
+$b mount -t tmpfs -o mode=755 run run
 $b ln -s /run var/run
 # What programs expect there to be written to, is not here to stay.
 $b mkdir -p run/etc/upper run/etc/work
@@ -49,4 +51,4 @@ $b cp /bin/busybox /guest.sh /job.sh /machine run/
 for system in proc sys dev; do
     $b mount --move "/$system" "/root/$system"
 done
-exec $b switch_root /root /run/busybox sh /run/guest.sh
+exec $b switch_root /root /run/busybox sh /run/guest.sh begin
