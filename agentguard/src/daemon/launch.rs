@@ -22,14 +22,39 @@ const HEAD: usize = 256;
 /// `#!/usr/bin/env name`.
 #[must_use]
 pub fn files(executable: &Path, search_path: &str) -> Vec<PathBuf> {
-    let mut files = vec![executable.to_owned()];
-    let mut script = executable.to_owned();
+    follow(executable.to_owned(), &open, &|program| find(program, search_path))
+}
+
+/// What starting a container runs: the files behind the first word of its command, and nothing for
+/// one that is not there. `search_path` is the container's `PATH`.
+#[must_use]
+pub fn of_container(mounts: &Resolver, command: &str, search_path: &str) -> Vec<FileId> {
+    let find = |program: &str| {
+        let is_there = |path: &PathBuf| id_in(mounts, path).is_ok();
+        if program.contains('/') {
+            return Some(PathBuf::from(program));
+        }
+        search_path.split(':').map(|directory| Path::new(directory).join(program)).find(is_there)
+    };
+    let Some(executable) = find(command) else { return Vec::new() };
+    let open = |path: &Path| mounts.open_file(path).ok();
+    let files = follow(executable, &open, &find);
+    files.iter().filter_map(|file| id_in(mounts, file).ok()).collect()
+}
+
+fn follow(
+    executable: PathBuf,
+    open: &dyn Fn(&Path) -> Option<File>,
+    find: &dyn Fn(&str) -> Option<PathBuf>,
+) -> Vec<PathBuf> {
+    let mut files = vec![executable.clone()];
+    let mut script = executable;
     for _ in 0..DEPTH {
-        let Some((interpreter, argument)) = interpreter(&script) else { break };
+        let Some((interpreter, argument)) = open(&script).and_then(interpreter) else { break };
         files.push(interpreter.clone());
         if interpreter.file_name().is_some_and(|name| name == "env")
             && let Some(program) = argument.as_deref().and_then(program_of_env)
-            && let Some(found) = find(program, search_path)
+            && let Some(found) = find(program)
         {
             files.push(found.clone());
             script = found;
@@ -53,10 +78,14 @@ pub fn resolve(files: &[PathBuf]) -> Vec<FileId> {
 /// Why it is none that can be run.
 pub fn file_id(path: &Path) -> Result<FileId, String> {
     let real = fs::canonicalize(path).map_err(|error| error.to_string())?;
-    let text = real.to_str().ok_or("its path is not UTF-8")?;
+    id_in(&Resolver::new(PathBuf::from("/")), &real)
+}
+
+/// The same in `mounts`, where symbolic links on the way lead to what they lead to there.
+fn id_in(mounts: &Resolver, path: &Path) -> Result<FileId, String> {
+    let text = path.to_str().ok_or("its path is not UTF-8")?;
     let pattern: ExecutablePattern = text.parse().map_err(|error| format!("its path {error}"))?;
-    let resolution =
-        Resolver::new(PathBuf::from("/")).resolve(&pattern).map_err(|error| error.to_string())?;
+    let resolution = mounts.resolve(&pattern).map_err(|error| error.to_string())?;
     match (resolution.files.first(), resolution.problems.first()) {
         (Some(file), _) => Ok(file.id),
         (None, Some(problem)) => Err(problem.to_string()),
@@ -65,21 +94,12 @@ pub fn file_id(path: &Path) -> Result<FileId, String> {
 }
 
 /// What stands behind `#!`: the interpreter and, in one piece, its argument.
-fn interpreter(script: &Path) -> Option<(PathBuf, Option<String>)> {
+fn interpreter(script: File) -> Option<(PathBuf, Option<String>)> {
     let mut head = Vec::with_capacity(HEAD);
-    // The caller names it: opening a pipe or a device would wait, or do something.
-    if !fs::metadata(script).ok()?.is_file() {
+    if !script.metadata().ok()?.is_file() {
         return None;
     }
-    let file = File::options()
-        .read(true)
-        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-        .open(script)
-        .ok()?;
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
-    file.take(HEAD as u64).read_to_end(&mut head).ok()?;
+    script.take(HEAD as u64).read_to_end(&mut head).ok()?;
     let line = head.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
     let line = std::str::from_utf8(line).ok()?.trim();
     let (interpreter, argument) = match line.split_once([' ', '\t']) {
@@ -87,6 +107,15 @@ fn interpreter(script: &Path) -> Option<(PathBuf, Option<String>)> {
         None => (line, None),
     };
     (!interpreter.is_empty()).then(|| (interpreter.into(), argument))
+}
+
+/// A file of the host. The caller names it: opening a pipe or a device would wait, or do something.
+fn open(script: &Path) -> Option<File> {
+    if !fs::metadata(script).ok()?.is_file() {
+        return None;
+    }
+    let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
+    File::options().read(true).custom_flags(flags).open(script).ok()
 }
 
 /// The program that `env` is asked to run: `env [-S] [NAME=VALUE…] program`.

@@ -49,6 +49,19 @@ const SYNTHETIC: [&str; 8] =
 #[derive(Clone, Debug)]
 pub struct Resolver {
     root: PathBuf,
+    /// The directory in `/proc` of a process that sees these mounts, where the root does not tell.
+    process: Option<PathBuf>,
+    volumes: Volumes,
+}
+
+/// What to make of files that lie on another mount than the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Volumes {
+    /// The host's: who may write there is the host's affair.
+    Granted,
+    /// A container's: what lies on one that can be written to was put there by the workload or by
+    /// whoever shares the volume with it, and is granted to nobody.
+    ReadOnly,
 }
 
 /// The files that patterns mean, each once, and what is wrong.
@@ -78,6 +91,12 @@ pub enum ResolveProblem {
     NotAFile { path: PathBuf },
     #[error("{} has no execute bit; set one, or remove the path from the scope", path.display())]
     NotExecutable { path: PathBuf },
+    #[error(
+        "{} lies on a volume that can be written to and is not granted; put it into the image, or \
+         mount the volume read-only",
+        path.display()
+    )]
+    OnVolume { path: PathBuf },
     #[error(
         "{pattern} means more than {MAX_FILES} files; the rest is not granted, name smaller trees"
     )]
@@ -172,6 +191,7 @@ pub(super) struct OpenRoot {
     id: RootId,
     directory: OwnedFd,
     mounts: HashMap<u64, Mount>,
+    volumes: Volumes,
 }
 
 /// What a mount's files have in common.
@@ -180,6 +200,7 @@ struct Mount {
     /// numbers of their own, which the kernel half never sees.
     device: u32,
     synthetic: bool,
+    writable: bool,
 }
 
 /// All that one pattern means, before it is compared with anything.
@@ -199,7 +220,33 @@ impl Resolver {
     /// workload's processes.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, process: None, volumes: Volumes::Granted }
+    }
+
+    /// A resolver for the mounts of a container: those that the process whose directory in `/proc`
+    /// is `process` sees, with the root at `root` as that process names it. That is `/` once the
+    /// container runs, and the directory that will be its root while the runtime sets it up.
+    ///
+    /// Grants nothing on volumes that can be written to.
+    #[must_use]
+    pub fn of_container(process: &Path, root: &Path) -> Self {
+        let below = root.strip_prefix("/").unwrap_or(root);
+        Self {
+            root: process.join("root").join(below),
+            process: Some(process.to_owned()),
+            volumes: Volumes::ReadOnly,
+        }
+    }
+
+    /// Opens a file of these mounts for reading, without waiting for a pipe or a device.
+    ///
+    /// # Errors
+    ///
+    /// When the root is gone, or there is no such file.
+    pub fn open_file(&self, path: &Path) -> Result<File, ResolveError> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let opened = self.open()?.open_at(path, flags);
+        opened.map(File::from).map_err(|error| ResolveError::Root { path: path.to_owned(), error })
     }
 
     /// What `pattern` means at this moment, each file once, with no regard to what it meant
@@ -245,7 +292,8 @@ impl Resolver {
             let (major, minor) = info.majmin.split_once(':')?;
             let device = kernel_device(major.parse().ok()?, minor.parse().ok()?);
             let synthetic = SYNTHETIC.contains(&info.fs_type.as_str());
-            Some((number, Mount { device, synthetic }))
+            let writable = !info.mount_options.contains_key("ro");
+            Some((number, Mount { device, synthetic, writable }))
         });
         let mounts = mounts.collect();
 
@@ -254,11 +302,14 @@ impl Resolver {
             std::fs::metadata(&path).map_err(|error| ResolveError::Mounts { path, error })?;
         let mount_namespace = namespace.ino();
         let id = RootId { mount_namespace, mount: status.stx_mnt_id, inode: status.stx_ino };
-        Ok(OpenRoot { id, directory, mounts })
+        Ok(OpenRoot { id, directory, mounts, volumes: self.volumes })
     }
 
     /// The directory in `/proc` of a process that sees these mounts.
     fn process(&self) -> PathBuf {
+        if let Some(process) = &self.process {
+            return process.clone();
+        }
         let parent =
             self.root.parent().filter(|_| self.root.file_name() == Some(OsStr::new("root")));
         match parent {
@@ -421,6 +472,9 @@ impl OpenRoot {
             () if !is_executable(&status) => {
                 Err(Some(ResolveProblem::NotExecutable { path: path.to_owned() }))
             }
+            () if !self.is_grantable(&status) => {
+                Err(Some(ResolveProblem::OnVolume { path: path.to_owned() }))
+            }
             () => Ok(self.pin(&status)),
         }
     }
@@ -503,7 +557,12 @@ impl OpenRoot {
                             }
                             Ok((FileType::Directory, _)) => left.push((path, depth + 1)),
                             Ok((FileType::RegularFile, Some(status))) if is_executable(&status) => {
-                                lookup.add(directory.join(path), self.pin(&status));
+                                let path = directory.join(path);
+                                if self.is_grantable(&status) {
+                                    lookup.add(path, self.pin(&status));
+                                } else {
+                                    lookup.problems.push(ResolveProblem::OnVolume { path });
+                                }
                             }
                             Ok(_) => {}
                             Err(error) => lookup.note(directory.join(path), error),
@@ -547,6 +606,17 @@ impl OpenRoot {
         }
         let status = rustix::fs::statx(directory, name, AtFlags::SYMLINK_NOFOLLOW, wanted())?;
         Ok((FileType::from_raw_mode(status.stx_mode.into()), Some(status)))
+    }
+
+    /// Whether the mount that a file lies on is one whose files may be granted.
+    fn is_grantable(&self, status: &Statx) -> bool {
+        match self.volumes {
+            Volumes::Granted => true,
+            Volumes::ReadOnly => {
+                let mount = self.mounts.get(&status.stx_mnt_id);
+                status.stx_mnt_id == self.id.mount || mount.is_some_and(|mount| !mount.writable)
+            }
+        }
     }
 
     /// Whether only root can have put the file at `path` there, by itself and by its directory.

@@ -1,0 +1,420 @@
+//! Containers of this node, and which of them are workloads.
+//!
+//! The runtimes and the cluster say what there is ([`Node`]); [`Rules::place`] says what follows
+//! from it ([`Placement`]). Pure: who asks a runtime, and who tags a cgroup, is elsewhere.
+//!
+//! A pod is one workload, and the workload's cgroup is the pod's: what is made below it later (a
+//! container that restarts, an ephemeral one, a process of `kubectl exec`) is born tagged. Where a
+//! pod has no cgroup of its own, or the template gives its containers identities of their own, each
+//! container is one.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use agentguard_common::Mode;
+
+use super::pod::{Labels, Marked, Marking, Pod, PodUid};
+use super::spiffe::SpiffeId;
+use super::template::{IdentityTemplate, Values};
+
+/// A process, told from a later one with the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProcessRef {
+    pub pid: u32,
+    /// When it started, in ticks since boot (`starttime` of `proc_pid_stat(5)`).
+    pub started: u64,
+}
+
+impl ProcessRef {
+    /// The process that has this number now.
+    #[must_use]
+    pub fn of(pid: u32) -> Option<Self> {
+        let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
+        let stat = process.stat().ok()?;
+        // One that has ended and was not waited for has no mounts and no cgroup any more.
+        (stat.state != 'Z' && stat.state != 'X').then_some(Self { pid, started: stat.starttime })
+    }
+
+    /// Whether it is there still.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        Self::of(self.pid) == Some(*self)
+    }
+
+    /// Its directory in `/proc`.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.pid))
+    }
+}
+
+/// A pod's sandbox, as the runtime has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sandbox {
+    pub id: String,
+    /// What the runtime knows of the pod; it knows no service account.
+    pub pod: Pod,
+    /// The runtime handler that runs it; empty for the runtime's default.
+    pub handler: String,
+    /// Absolute below the cgroup v2 root.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A container that is being made or runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    pub id: String,
+    /// The sandbox it is in; `None` where there are no pods.
+    pub sandbox: Option<String>,
+    pub name: String,
+    pub labels: Labels,
+    /// Absolute below the cgroup v2 root.
+    pub cgroup: PathBuf,
+    pub process: ProcessRef,
+    /// What will be its root, as [`Self::process`] names it: `/` once it runs.
+    pub root: PathBuf,
+    /// The first word of its command and its `PATH`; `None` where the runtime does not tell.
+    pub command: Option<Command>,
+}
+
+/// What a container was made to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    pub executable: String,
+    pub search_path: String,
+}
+
+/// All that is known of this node's pods and containers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// What the cluster says.
+    pub pods: BTreeMap<PodUid, Pod>,
+    /// Labels of the namespaces, as the cluster says.
+    pub namespaces: BTreeMap<String, Labels>,
+    /// What the runtimes say.
+    pub sandboxes: BTreeMap<String, Sandbox>,
+    pub containers: BTreeMap<String, Container>,
+}
+
+/// How workloads are made of containers.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    pub marking: Marking,
+    pub template: IdentityTemplate,
+    pub trust_domain: String,
+    /// Runtime handlers whose containers have a kernel of their own.
+    pub sandboxed: Vec<String>,
+}
+
+/// A pod as records name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodName {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+/// A workload that should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// What people call it.
+    pub name: String,
+    /// The identity, or why it is not known.
+    pub identity: Result<SpiffeId, String>,
+    pub mode: Mode,
+    /// Absolute below the cgroup v2 root.
+    pub cgroup: PathBuf,
+    pub pod: Option<PodName>,
+    /// In the order of their ids.
+    pub containers: Vec<Container>,
+    /// What is wrong with what its labels say.
+    pub problem: Option<String>,
+    /// Whether this kernel sees what it does; not in a sandbox with a kernel of its own.
+    pub is_seen: bool,
+}
+
+impl Rules {
+    /// The workloads of a node, in the order of their cgroups.
+    #[must_use]
+    pub fn place(&self, node: &Node) -> Vec<Placement> {
+        let mut placements: BTreeMap<PathBuf, Placement> = BTreeMap::new();
+        for container in node.containers.values() {
+            let placed = match &container.sandbox {
+                Some(sandbox) => node
+                    .sandboxes
+                    .get(sandbox)
+                    .and_then(|sandbox| self.place_in_pod(node, sandbox, Some(container))),
+                None => self.place_alone(container),
+            };
+            if let Some(placement) = placed {
+                placements
+                    .entry(placement.cgroup.clone())
+                    .and_modify(|known| known.containers.push(container.clone()))
+                    .or_insert(placement);
+            }
+        }
+        // A pod whose sandbox runs is tagged before there is a container in it.
+        for sandbox in node.sandboxes.values() {
+            if let Some(placement) = self.place_in_pod(node, sandbox, None) {
+                placements.entry(placement.cgroup.clone()).or_insert(placement);
+            }
+        }
+        placements.into_values().collect()
+    }
+
+    fn place_in_pod(
+        &self,
+        node: &Node,
+        sandbox: &Sandbox,
+        container: Option<&Container>,
+    ) -> Option<Placement> {
+        // The cluster knows more of the pod, and its labels as they are now.
+        let pod = node.pods.get(&sandbox.pod.uid).unwrap_or(&sandbox.pod);
+        let of_namespace = node.namespaces.get(&pod.namespace);
+        let Marked::Agent { mode, problem } =
+            self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace)
+        else {
+            return None;
+        };
+        let inside = container.map(|container| container.cgroup.as_path());
+        let of_pod = inside
+            .or(sandbox.cgroup.as_deref())
+            .and_then(|cgroup| pod_cgroup(cgroup, &sandbox.pod.uid));
+        let by_container = self.template.tells_containers_apart() || of_pod.is_none();
+        let (cgroup, name, container_name) = if by_container {
+            let container = container?;
+            let name = format!("{}/{}/{}", pod.namespace, pod.name, container.name);
+            (container.cgroup.clone(), name, Some(container.name.as_str()))
+        } else {
+            (of_pod?, format!("{}/{}", pod.namespace, pod.name), None)
+        };
+        let identity = self.template.render(&Values {
+            trust_domain: &self.trust_domain,
+            namespace: Some(&pod.namespace),
+            service_account: pod.service_account.as_deref(),
+            pod: Some(&pod.name),
+            container: container_name,
+            labels: &pod.labels,
+        });
+        Some(Placement {
+            name,
+            identity: identity.map_err(|error| error.to_string()),
+            mode,
+            cgroup,
+            pod: Some(PodName {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                uid: pod.uid.as_str().to_owned(),
+            }),
+            containers: container.cloned().into_iter().collect(),
+            problem,
+            is_seen: !self.sandboxed.contains(&sandbox.handler),
+        })
+    }
+
+    fn place_alone(&self, container: &Container) -> Option<Placement> {
+        let Marked::Agent { mode, problem } = self.marking.judge(None, &container.labels, None)
+        else {
+            return None;
+        };
+        let identity = self.template.render(&Values {
+            trust_domain: &self.trust_domain,
+            namespace: None,
+            service_account: None,
+            pod: None,
+            container: Some(&container.name),
+            labels: &container.labels,
+        });
+        Some(Placement {
+            name: container.name.clone(),
+            identity: identity.map_err(|error| error.to_string()),
+            mode,
+            cgroup: container.cgroup.clone(),
+            pod: None,
+            containers: vec![container.clone()],
+            problem,
+            is_seen: true,
+        })
+    }
+}
+
+/// The cgroup of the pod in which a container's lies, as kubelet names it: `pod<uid>`, or
+/// `kubepods-<class>-pod<uid>.slice` with `_` for `-` where systemd makes cgroups (kubelet,
+/// `pkg/kubelet/cm/pod_container_manager_linux.go` and `cgroup_manager_linux.go`).
+#[must_use]
+pub fn pod_cgroup(cgroup: &Path, uid: &PodUid) -> Option<PathBuf> {
+    let plain = format!("pod{}", uid.as_str());
+    let slice = format!("-pod{}.slice", uid.as_str().replace('-', "_"));
+    let is_pods = |name: &str| name == plain || name.ends_with(&slice);
+    cgroup
+        .ancestors()
+        .skip(1)
+        .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(is_pods))
+        // The outermost: what a container makes below its own cgroup can have any name.
+        .last()
+        .map(Path::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::pod::{AGENT, MODE};
+
+    const UID: &str = "5c1a6f0e-7e0e-4b5e-9a52-8a1f0f6f3b11";
+
+    fn rules(template: &str) -> Rules {
+        Rules {
+            marking: Marking {
+                selectors: Vec::new(),
+                exempt: vec!["kube-system".to_owned()],
+                mode: Mode::Enforce,
+            },
+            template: template.parse().unwrap(),
+            trust_domain: "example.org".to_owned(),
+            sandboxed: vec!["runsc".to_owned()],
+        }
+    }
+
+    fn pod(namespace: &str, labels: &[(&str, &str)]) -> Pod {
+        Pod {
+            uid: PodUid::new(UID).unwrap(),
+            namespace: namespace.to_owned(),
+            name: "researcher-0".to_owned(),
+            service_account: None,
+            labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            host_network: false,
+            runtime_class: None,
+        }
+    }
+
+    fn sandbox(pod: Pod, handler: &str) -> Sandbox {
+        Sandbox {
+            id: "s".to_owned(),
+            pod,
+            handler: handler.to_owned(),
+            cgroup: Some(format!("/kubepods/burstable/pod{UID}/s").into()),
+        }
+    }
+
+    fn container(id: &str, sandbox: Option<&str>, cgroup: &str) -> Container {
+        Container {
+            id: id.to_owned(),
+            sandbox: sandbox.map(str::to_owned),
+            name: format!("{id}-name"),
+            labels: Labels::new(),
+            cgroup: cgroup.into(),
+            process: ProcessRef { pid: 1, started: 0 },
+            root: "/".into(),
+            command: None,
+        }
+    }
+
+    fn node(pod: Pod, handler: &str) -> Node {
+        let mut node = Node::default();
+        node.sandboxes.insert("s".to_owned(), sandbox(pod, handler));
+        for id in ["a", "b"] {
+            let cgroup = format!("/kubepods/burstable/pod{UID}/{id}");
+            node.containers.insert(id.to_owned(), container(id, Some("s"), &cgroup));
+        }
+        node
+    }
+
+    #[test]
+    fn a_pod_is_one_workload_and_its_cgroup_is_tagged() {
+        let mut node = node(pod("agents", &[(AGENT, "true")]), "");
+        let rules = rules(IdentityTemplate::DEFAULT);
+        // The runtime alone does not know the service account.
+        let placed = rules.place(&node);
+        assert_eq!(placed.len(), 1);
+        assert!(placed[0].identity.as_ref().is_err_and(|why| why.contains("service account")));
+        let known = Pod {
+            service_account: Some("researcher".to_owned()),
+            ..pod("agents", &[(AGENT, "true"), (MODE, "audit")])
+        };
+        node.pods.insert(known.uid.clone(), known);
+        let placed = rules.place(&node);
+        assert_eq!(placed.len(), 1);
+        let placement = &placed[0];
+        let identity = placement.identity.as_ref().unwrap();
+        assert_eq!(identity.as_str(), "spiffe://example.org/ns/agents/sa/researcher");
+        assert_eq!(placement.cgroup, PathBuf::from(format!("/kubepods/burstable/pod{UID}")));
+        assert_eq!(placement.mode, Mode::Audit);
+        assert_eq!(placement.name, "agents/researcher-0");
+        let ids: Vec<&str> = placement.containers.iter().map(|one| one.id.as_str()).collect();
+        assert_eq!(ids, ["a", "b"]);
+        // Also before its first container is there, and after its last.
+        node.containers.clear();
+        assert_eq!(rules.place(&node).len(), 1);
+    }
+
+    #[test]
+    fn containers_that_the_template_tells_apart_are_workloads_of_their_own() {
+        let node = node(pod("agents", &[(AGENT, "true")]), "");
+        let placed = rules("spiffe://{trust_domain}/{pod}/{container}").place(&node);
+        let identities: Vec<&str> =
+            placed.iter().map(|one| one.identity.as_ref().unwrap().as_str()).collect();
+        assert_eq!(
+            identities,
+            [
+                "spiffe://example.org/researcher-0/a-name",
+                "spiffe://example.org/researcher-0/b-name"
+            ]
+        );
+        assert_eq!(placed[0].cgroup, PathBuf::from(format!("/kubepods/burstable/pod{UID}/a")));
+    }
+
+    #[test]
+    fn a_pod_that_is_no_agent_or_exempt_is_no_workload() {
+        let rules = rules(IdentityTemplate::DEFAULT);
+        assert_eq!(rules.place(&node(pod("agents", &[]), "")), []);
+        assert_eq!(rules.place(&node(pod("kube-system", &[(AGENT, "true")]), "")), []);
+    }
+
+    #[test]
+    fn a_sandboxed_pod_is_told_apart() {
+        let rules = rules(IdentityTemplate::DEFAULT);
+        let placed = rules.place(&node(pod("agents", &[(AGENT, "true")]), "runsc"));
+        assert!(!placed[0].is_seen);
+    }
+
+    #[test]
+    fn a_container_without_a_pod_is_marked_by_its_own_labels() {
+        let mut node = Node::default();
+        let mut alone = container("d", None, "/docker/d");
+        node.containers.insert("d".to_owned(), alone.clone());
+        let rules = rules("spiffe://{trust_domain}/docker/{container}");
+        assert_eq!(rules.place(&node), []);
+        alone.labels.insert(AGENT.to_owned(), "true".to_owned());
+        node.containers.insert("d".to_owned(), alone);
+        let placed = rules.place(&node);
+        assert_eq!(
+            placed[0].identity.as_ref().unwrap().as_str(),
+            "spiffe://example.org/docker/d-name"
+        );
+        assert_eq!(placed[0].cgroup, PathBuf::from("/docker/d"));
+    }
+
+    #[test]
+    fn the_cgroup_of_a_pod_is_known_by_either_driver() {
+        let uid = PodUid::new(UID).unwrap();
+        let under = UID.replace('-', "_");
+        let slice =
+            format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice");
+        for (cgroup, of_pod) in [
+            (
+                format!("/kubepods/besteffort/pod{UID}/c"),
+                Some(format!("/kubepods/besteffort/pod{UID}")),
+            ),
+            (format!("{slice}/cri-containerd-c.scope"), Some(slice.clone())),
+            (
+                format!("/system.slice/kind/kubepods/pod{UID}/c/below"),
+                Some(format!("/system.slice/kind/kubepods/pod{UID}")),
+            ),
+            ("/k8s.io/c".to_owned(), None),
+            (format!("/kubepods/pod{UID}/c/pod{UID}/d"), Some(format!("/kubepods/pod{UID}"))),
+            (format!("/kubepods/pod{UID}"), None),
+        ] {
+            assert_eq!(pod_cgroup(Path::new(&cgroup), &uid), of_pod.map(PathBuf::from), "{cgroup}");
+        }
+    }
+}
