@@ -17,4 +17,5 @@ pub mod metrics;
 pub mod name;
 pub mod pattern;
 pub mod reconcile;
+pub mod runtimes;
 pub mod scope;

@@ -68,6 +68,8 @@ fn workload(name: &str, identity: &str, owner: Option<u32>) -> WorkloadView {
         generation: 7,
         created: "2026-11-22T09:00:00Z".parse().unwrap(),
         owner,
+        pod: None,
+        containers: Vec::new(),
         denied: 3,
     }
 }
@@ -356,6 +358,10 @@ impl Service for Memory {
             expires_at: None,
             warnings: vec![],
         })
+    }
+
+    async fn announce(&self, announcement: &Announcement) -> Result<Announced, ServiceError> {
+        Ok(Announced { workload: Some(announcement.id.clone()), identity: None })
     }
 
     async fn set_diagnostics(&self, _: bool) -> Result<(), ServiceError> {
@@ -721,6 +727,12 @@ fn each_role_may_do_what_the_table_says_and_no_more() {
             Some(Route::Diagnostics),
             ("PUT", "/v1/diagnostics", Some(json!({"enabled": true}))),
             204,
+            403,
+        ),
+        (
+            Some(Route::Announce),
+            ("POST", "/v1/containers", Some(json!({"id": "c", "pid": 1, "root": "/"}))),
+            200,
             403,
         ),
         (Some(Route::RefreshExecutables), ("POST", "/v1/executables/refresh", None), 200, 403),

@@ -22,7 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["main"],
     &["cli"],
     &["daemon"],
-    &["api", "reconcile"],
+    &["api", "reconcile", "runtimes"],
     &["config"],
     &[
         "allowlist",

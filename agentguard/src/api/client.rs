@@ -20,8 +20,8 @@ use tokio::net::UnixStream;
 use super::route::{Method, Route};
 use super::service::EventFilter;
 use super::types::{
-    Confine, Confined, Diagnostics, ExplainRequest, Explanation, GrantView, LastDenial, Problem,
-    Refreshed, Revoke, Status, WorkloadView,
+    Announced, Announcement, Confine, Confined, Diagnostics, ExplainRequest, Explanation,
+    GrantView, LastDenial, Problem, Refreshed, Revoke, Status, WorkloadView,
 };
 
 /// Where the daemon listens unless told otherwise.
@@ -133,6 +133,14 @@ impl Client {
     /// See [`ClientError`].
     pub fn confine(&self, request: &Confine) -> Result<Confined, ClientError> {
         self.ask(Route::Confine, "", Some(self.body(request)?))
+    }
+
+    /// Tells of a container whose first process waits for the answer.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn announce(&self, announcement: &Announcement) -> Result<Announced, ClientError> {
+        self.ask(Route::Announce, "", Some(self.body(announcement)?))
     }
 
     /// # Errors

@@ -13,8 +13,8 @@ use utoipa::{PartialSchema, ToSchema};
 use super::caller::Role;
 use super::route::{Access, Method, Route};
 use super::types::{
-    Confine, Confined, Diagnostics, ExplainRequest, Explanation, GrantView, LastDenial, Problem,
-    Refreshed, Revoke, Status, WorkloadView,
+    Announced, Announcement, Confine, Confined, Diagnostics, ExplainRequest, Explanation,
+    GrantView, LastDenial, Problem, Refreshed, Revoke, Status, WorkloadView,
 };
 
 /// The document, as JSON.
@@ -110,6 +110,9 @@ fn bodies(
         Route::Confine => {
             (Some(named::<Confine>(schemas)), Some((JSON, named::<Confined>(schemas))))
         }
+        Route::Announce => {
+            (Some(named::<Announcement>(schemas)), Some((JSON, named::<Announced>(schemas))))
+        }
         Route::Events => (None, Some(("application/x-ndjson", any_object()))),
         Route::Diagnostics => (Some(named::<Diagnostics>(schemas)), None),
         Route::RefreshExecutables => (None, Some((JSON, named::<Refreshed>(schemas)))),
@@ -134,6 +137,7 @@ fn parameters(route: Route) -> Vec<Parameter> {
         | Route::AddGrant
         | Route::Explain
         | Route::Confine
+        | Route::Announce
         | Route::Diagnostics
         | Route::RefreshExecutables
         | Route::OpenApi => Vec::new(),

@@ -18,6 +18,7 @@ pub enum Route {
     Explain,
     ExplainLast,
     Confine,
+    Announce,
     Events,
     Diagnostics,
     RefreshExecutables,
@@ -53,7 +54,7 @@ pub enum Access {
 }
 
 impl Route {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Status,
         Self::Workloads,
         Self::Workload,
@@ -64,6 +65,7 @@ impl Route {
         Self::Explain,
         Self::ExplainLast,
         Self::Confine,
+        Self::Announce,
         Self::Events,
         Self::Diagnostics,
         Self::RefreshExecutables,
@@ -85,6 +87,7 @@ impl Route {
             | Self::RevokeGrant
             | Self::Explain
             | Self::Confine
+            | Self::Announce
             | Self::RefreshExecutables => Method::Post,
             Self::Diagnostics => Method::Put,
         }
@@ -103,6 +106,7 @@ impl Route {
             Self::Explain => "/v1/explain",
             Self::ExplainLast => "/v1/explain/last",
             Self::Confine => "/v1/confine",
+            Self::Announce => "/v1/containers",
             Self::Events => "/v1/events",
             Self::Diagnostics => "/v1/diagnostics",
             Self::RefreshExecutables => "/v1/executables/refresh",
@@ -124,6 +128,7 @@ impl Route {
             Self::Explain => "explain",
             Self::ExplainLast => "explain_last_denial",
             Self::Confine => "confine",
+            Self::Announce => "announce_container",
             Self::Events => "events",
             Self::Diagnostics => "set_diagnostics",
             Self::RefreshExecutables => "refresh_executables",
@@ -145,6 +150,7 @@ impl Route {
             Self::Explain => "What would happen to a request of a workload, and why",
             Self::ExplainLast => "Why the last denied request was denied",
             Self::Confine => "Make the calling process a workload",
+            Self::Announce => "Hold a container before its first instruction",
             Self::Events => "Records as JSON lines: the newest, or a stream",
             Self::Diagnostics => "Turn the datapath's own diagnostics on or off",
             Self::RefreshExecutables => "Look for the granted executables again",
@@ -167,6 +173,7 @@ impl Route {
             | Self::Explain
             | Self::ExplainLast
             | Self::Confine
+            | Self::Announce
             | Self::Events
             | Self::RefreshExecutables
             | Self::OpenApi => 200,
@@ -191,6 +198,7 @@ impl Route {
                 | Self::Confine
                 | Self::Events => Access::Own,
                 Self::AddGrant
+                | Self::Announce
                 | Self::RevokeGrant
                 | Self::Diagnostics
                 | Self::RefreshExecutables => Access::Denied,

@@ -46,7 +46,8 @@ use super::route::{Access, Method, Route};
 use super::service::{EventFilter, Outcome, Service, ServiceError};
 use super::ttl::parse_ttl;
 use super::types::{
-    Confine, Diagnostics, ExplainRequest, Explanation, Problem, Revoke, Status, WorkloadView,
+    Announcement, Confine, Diagnostics, ExplainRequest, Explanation, Problem, Revoke, Status,
+    WorkloadView,
 };
 
 /// What a caller can use up.
@@ -490,6 +491,7 @@ fn handler<S: Service>(route: Route) -> MethodRouter<Arc<App<S>>> {
         Route::Explain => with(route, explain::<S>),
         Route::ExplainLast => with(route, explain_last::<S>),
         Route::Confine => with(route, confine::<S>),
+        Route::Announce => with(route, announce::<S>),
         Route::Events => with(route, events::<S>),
         Route::Diagnostics => with(route, diagnostics::<S>),
         Route::RefreshExecutables => with(route, refresh_executables::<S>),
@@ -823,6 +825,14 @@ async fn confine<S: Service>(
         detached(async move { service.confine(&admitted.caller, &identity, &request).await })
             .await?;
     Ok(Json(confined).into_response())
+}
+
+async fn announce<S: Service>(State(app): Shared<S>, body: Body) -> Result<Response, Refusal> {
+    let announcement: Announcement = read_json(&app, body).await?;
+    let service = app.service.clone();
+    // A runtime that gives up waiting leaves a container that is half made: it is tagged all the same.
+    let announced = detached(async move { service.announce(&announcement).await }).await?;
+    Ok(Json(announced).into_response())
 }
 
 /// The identity that a process is confined under.

@@ -11,8 +11,8 @@ use tokio::sync::broadcast;
 use super::caller::{Caller, Role, Viewer};
 use super::route::Route;
 use super::types::{
-    Confine, Confined, ExplainRequest, Explanation, GrantView, LastDenial, Refreshed, Status,
-    WorkloadView,
+    Announced, Announcement, Confine, Confined, ExplainRequest, Explanation, GrantView, LastDenial,
+    Refreshed, Status, WorkloadView,
 };
 
 /// Why a verb did not do what was asked.
@@ -128,6 +128,13 @@ pub trait Service: Send + Sync + 'static {
         identity: &str,
         request: &Confine,
     ) -> impl Future<Output = Result<Confined, ServiceError>> + Send;
+
+    /// Takes a container in that a runtime is about to start: when this returns, what its first
+    /// process does is decided by the tag of its workload, if it is an agent's.
+    fn announce(
+        &self,
+        announcement: &Announcement,
+    ) -> impl Future<Output = Result<Announced, ServiceError>> + Send;
 
     fn set_diagnostics(
         &self,

@@ -3,6 +3,7 @@
 //! Wire types only: they carry words and numbers and know nothing of how they come about. A request
 //! with an unknown field is refused, so that a misspelt restriction is never dropped in silence.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -268,6 +269,12 @@ pub struct WorkloadView {
     pub created: Timestamp,
     /// Who started it with `agentguard exec`; absent for what was found.
     pub owner: Option<u32>,
+    /// The pod that it is, or is in; absent for what is in none.
+    #[serde(default)]
+    pub pod: Option<PodView>,
+    /// Names of the containers in it.
+    #[serde(default)]
+    pub containers: Vec<String>,
     /// Verdicts `deny`, in any mode.
     pub denied: u64,
 }
@@ -561,6 +568,58 @@ pub struct Confine {
     /// cgroup it was made in, so no scope holds it.
     #[serde(default)]
     pub inherited: Vec<InheritedSocket>,
+}
+
+/// A container that a runtime is about to start: its first process waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Announcement {
+    /// The runtime's identifier.
+    pub id: String,
+    /// Its first process, as the host sees it.
+    pub pid: u32,
+    /// What will be its root, as that process names it now.
+    #[schema(value_type = String)]
+    pub root: PathBuf,
+    /// Its name; empty for a sandbox.
+    #[serde(default)]
+    pub name: String,
+    /// Whether it is a pod's sandbox.
+    #[serde(default)]
+    pub is_sandbox: bool,
+    /// The sandbox that it is in, or its own identifier where it is one; absent without pods.
+    #[serde(default)]
+    pub sandbox: Option<String>,
+    /// The pod that it is of; absent without pods.
+    #[serde(default)]
+    pub pod: Option<PodView>,
+    /// Its labels, where it is in no pod.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// The first word of its command.
+    #[serde(default)]
+    pub command: Option<String>,
+    /// Its `PATH`.
+    #[serde(default)]
+    pub search_path: Option<String>,
+}
+
+/// A Kubernetes pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PodView {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+/// What became of a container that was announced: it may be started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Announced {
+    /// The workload that it belongs to; absent where it is no agent's.
+    pub workload: Option<String>,
+    /// Absent where it is no agent's, or the identity is not known yet.
+    pub identity: Option<String>,
 }
 
 /// An IP socket that a command would have inherited, or has.

@@ -7,7 +7,7 @@
 use std::fmt::{self, Write};
 
 use schemars::generate::SchemaSettings;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
 use super::Configuration;
@@ -137,7 +137,7 @@ impl<'de> Deserialize<'de> for Ordered {
             type Value = Ordered;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("an object, a word, a number or nothing")
+                formatter.write_str("an object, a list, a word, a number or nothing")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
@@ -155,6 +155,14 @@ impl<'de> Deserialize<'de> for Ordered {
 
             fn visit_u64<E>(self, number: u64) -> Result<Ordered, E> {
                 Ok(Ordered::Value(number.into()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Ordered, A::Error> {
+                let mut values = Vec::new();
+                while let Some(value) = list.next_element::<Value>()? {
+                    values.push(value);
+                }
+                Ok(Ordered::Value(Value::Array(values)))
             }
 
             fn visit_unit<E>(self) -> Result<Ordered, E> {

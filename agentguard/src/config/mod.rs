@@ -12,6 +12,7 @@
 mod default_file;
 pub mod value;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,11 +23,12 @@ use schemars::JsonSchema;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Serialize};
 
+use crate::identity::IdentityTemplate;
 use crate::{audit, logging};
 pub use default_file::{Key, default_file, describe};
 use value::{
     AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval, Listen,
-    NodeName, RelativePath, RingBytes, TrustDomainName, ValueError,
+    NodeName, RelativePath, RingBytes, Template, TrustDomainName, ValueError,
 };
 
 /// Where the configuration is looked for when no file is named.
@@ -64,6 +66,8 @@ pub struct Configuration {
     pub manifests_directory: AbsolutePath,
     /// The control API.
     pub api: Api,
+    /// Agents that run in containers.
+    pub containers: Containers,
     /// Metrics for Prometheus.
     pub metrics: Metrics,
     /// The audit log.
@@ -80,6 +84,30 @@ pub struct Configuration {
 pub struct Api {
     /// The unix socket of the control API. Every user may connect; who calls decides what is answered.
     pub socket: AbsolutePath,
+}
+
+/// Agents that run in containers: which they are, and where it is asked what there is. A pod or a
+/// container is an agent if it has the label `agentguard.dev/agent: "true"`, or its namespace has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Containers {
+    /// Unix sockets of container runtimes that speak CRI, as `/run/containerd/containerd.sock`.
+    pub runtimes: Vec<AbsolutePath>,
+    /// Unix socket of the Docker API, as `/run/docker.sock`. Null: not asked.
+    pub docker: Option<AbsolutePath>,
+    /// How SPIFFE IDs are made: a text with the variables `{trust_domain}`, `{namespace}`,
+    /// `{service_account}`, `{pod}`, `{container}` and `{label:KEY}`. An agent of which a variable
+    /// is not known is denied everything.
+    pub identity: Template,
+    /// Labels that mark agents beside `agentguard.dev/agent`: whoever has all labels of one entry
+    /// is one.
+    pub agent_selectors: Vec<BTreeMap<String, String>>,
+    /// Namespaces in which nothing is an agent, whatever its labels say: those of what a node needs
+    /// to run agentguard.
+    pub exempt_namespaces: Vec<String>,
+    /// Runtime handlers whose containers have a kernel of their own, which this one does not see
+    /// into: their agents are shown with protection `none`.
+    pub sandboxed_handlers: Vec<String>,
 }
 
 /// Metrics for Prometheus.
@@ -270,6 +298,7 @@ impl Default for Configuration {
             runtime_directory: absolute("/run/agentguard"),
             manifests_directory: absolute("/etc/agentguard/manifests"),
             api: Api::default(),
+            containers: Containers::default(),
             metrics: Metrics::default(),
             audit: Audit::default(),
             log: Log::default(),
@@ -281,6 +310,31 @@ impl Default for Configuration {
 impl Default for Api {
     fn default() -> Self {
         Self { socket: absolute("/run/agentguard/agentguard.sock") }
+    }
+}
+
+impl Default for Containers {
+    fn default() -> Self {
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        Self {
+            runtimes: Vec::new(),
+            docker: None,
+            identity: match IdentityTemplate::DEFAULT.parse() {
+                Ok(template) => template,
+                // A constant, which a test reads.
+                Err(error) => unreachable!("{error}"),
+            },
+            agent_selectors: Vec::new(),
+            exempt_namespaces: words(&["kube-system", "agentguard"]),
+            sandboxed_handlers: words(&[
+                "runsc",
+                "gvisor",
+                "kata",
+                "kata-qemu",
+                "kata-clh",
+                "kata-fc",
+            ]),
+        }
     }
 }
 

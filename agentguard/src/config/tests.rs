@@ -45,6 +45,13 @@ state_directory: /srv/agentguard
 runtime_directory: /run/other
 manifests_directory: /srv/manifests
 api: {socket: /run/other/api.sock}
+containers:
+  runtimes: [/run/containerd/containerd.sock]
+  docker: /run/docker.sock
+  identity: spiffe://{trust_domain}/ns/{namespace}/pod/{pod}
+  agent_selectors: [{app: agent}, {tier: ai, team: research}]
+  exempt_namespaces: [kube-system]
+  sandboxed_handlers: [runsc]
 metrics: {listen: off, max_identities: 3}
 audit: {output: stdout, max_file_bytes: 1048576, max_files: 2}
 log: {level: debug, format: json}

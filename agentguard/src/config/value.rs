@@ -15,6 +15,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::identity::template::{IdentityTemplate, TemplateError};
+
 /// A value that a key can not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{given}` {remedy}")]
@@ -177,6 +179,35 @@ impl fmt::Display for TrustDomainName {
 }
 
 spelled!(TrustDomainName, "TrustDomainName");
+
+/// The template of the SPIFFE IDs of pods and containers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template(IdentityTemplate);
+
+impl Template {
+    #[must_use]
+    pub const fn get(&self) -> &IdentityTemplate {
+        &self.0
+    }
+}
+
+impl FromStr for Template {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        text.parse()
+            .map(Self)
+            .map_err(|error: TemplateError| ValueError::new(text, error.to_string()))
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.0.as_str())
+    }
+}
+
+spelled!(Template, "Template");
 
 /// The name of a node: 1 to 253 printable ASCII characters without spaces.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,8 +18,6 @@ use crate::grant::{Expiry, GrantDocument, Ttl};
 use crate::identity::{SpiffeId, Subject};
 use crate::scope::ScopeName;
 
-/// Where commands are looked for when the caller does not say.
-const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Workloads of one name that may run at once.
 const NAMESAKES: u32 = 10_000;
 /// Tries to make a cgroup whose parent comes and goes.
@@ -73,7 +71,7 @@ pub fn confine(
     }
     let added = engine.add(NewWorkload {
         name: name.clone(),
-        identity: identity.clone(),
+        identity: Some(identity.clone()),
         cgroup: path.clone(),
         mode: Mode::from(request.mode),
         source: WorkloadSource::Exec,
@@ -81,6 +79,8 @@ pub fn confine(
         unit: None,
         launch,
         inherited: request.inherited.clone(),
+        pod: None,
+        containers: Vec::new(),
     });
     let workload = match added {
         Ok(workload) => workload,
@@ -179,7 +179,8 @@ fn choose(
         request.executable.file_name().and_then(|name| name.to_str()).unwrap_or("command")
     }));
     let is_taken = |name: &str| engine.workloads().any(|workload| workload.name == name);
-    let is_running = |id: &SpiffeId| engine.workloads().any(|workload| workload.identity == *id);
+    let is_running =
+        |id: &SpiffeId| engine.workloads().any(|workload| workload.identity.as_ref() == Some(id));
     if request.identity.is_some() && candidate.uid != 0 && is_running(&wanted) {
         return Err(ServiceError::Conflict {
             error: format!(
@@ -288,7 +289,7 @@ fn search_path(pid: u32) -> String {
         .find_map(|entry| entry.strip_prefix(b"PATH="))
         .and_then(|path| std::str::from_utf8(path).ok())
         .filter(|path| !path.is_empty())
-        .unwrap_or(SEARCH_PATH)
+        .unwrap_or(launch::SEARCH_PATH)
         .to_owned()
 }
 

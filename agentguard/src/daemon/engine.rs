@@ -20,7 +20,8 @@ use agentguard_common::{
 };
 use jiff::{SignedDuration, Timestamp};
 
-use super::names::{Names, WorkloadName};
+use super::container_files::{ContainerFiles, ContainerRef};
+use super::names::{Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
 use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
@@ -40,6 +41,7 @@ use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::identity::SpiffeId;
+use crate::identity::container::PodName;
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
 use crate::scope::executables::{Admission, Pinned, Resolver};
@@ -75,7 +77,8 @@ const LAUNCH: &str = "agentguard:launch";
 pub struct Workload {
     pub id: WorkloadId,
     pub name: String,
-    pub identity: SpiffeId,
+    /// `None` while it is known to be an agent but not which: it is denied everything.
+    pub identity: Option<SpiffeId>,
     /// The directory of its cgroup.
     pub cgroup: PathBuf,
     pub cgroup_id: CgroupId,
@@ -88,6 +91,29 @@ pub struct Workload {
     pub launch: Vec<FileId>,
     /// Whether a process has been in it yet.
     pub populated: bool,
+    /// The pod that it is, or is in.
+    pub pod: Option<PodName>,
+    /// The containers in it: executables are looked up in their mounts. Without one, in the host's.
+    pub containers: Vec<ContainerRef>,
+}
+
+impl Workload {
+    fn is(&self, identity: &SpiffeId) -> bool {
+        self.identity.as_ref() == Some(identity)
+    }
+
+    /// All files that were named to start it: that may run without a scope.
+    fn launched(&self) -> Vec<FileId> {
+        let of_containers = self.containers.iter().flat_map(|container| &container.launch);
+        self.launch.iter().chain(of_containers).copied().collect()
+    }
+}
+
+/// In whose mounts the executables of an identity are looked up.
+#[derive(Clone, Debug, Default)]
+struct Homes {
+    host: bool,
+    containers: Vec<ContainerRef>,
 }
 
 /// Where cgroups are.
@@ -119,6 +145,8 @@ pub enum WorkloadSource {
     Manifest,
     /// `agentguard exec`.
     Exec,
+    /// A container runtime.
+    Container,
 }
 
 impl WorkloadSource {
@@ -127,6 +155,7 @@ impl WorkloadSource {
         match self {
             Self::Manifest => "manifest",
             Self::Exec => "exec",
+            Self::Container => "container",
         }
     }
 }
@@ -135,7 +164,7 @@ impl WorkloadSource {
 #[derive(Clone, Debug)]
 pub struct NewWorkload {
     pub name: String,
-    pub identity: SpiffeId,
+    pub identity: Option<SpiffeId>,
     pub cgroup: PathBuf,
     pub mode: Mode,
     pub source: WorkloadSource,
@@ -144,6 +173,8 @@ pub struct NewWorkload {
     pub launch: Vec<FileId>,
     /// IP sockets that its first process had already.
     pub inherited: Vec<InheritedSocket>,
+    pub pod: Option<PodName>,
+    pub containers: Vec<ContainerRef>,
 }
 
 /// The allow-list of an identity, in force.
@@ -196,6 +227,7 @@ pub struct Engine {
     installed: BTreeMap<SpiffeId, Installed>,
     tables: TableSet,
     executables: Pinned,
+    container_files: ContainerFiles,
     socket_directories: SocketDirectories,
     /// When they were last looked at.
     looked: Instant,
@@ -255,6 +287,7 @@ impl Engine {
             installed: BTreeMap::new(),
             tables: TableSet::default(),
             executables: Pinned::default(),
+            container_files: ContainerFiles::default(),
             socket_directories: SocketDirectories::default(),
             looked: Instant::now(),
             unix_names,
@@ -317,6 +350,20 @@ impl Engine {
         &self.executable_problems
     }
 
+    /// The mounts in which the files of a workload are looked up: those of its containers, or the
+    /// host's.
+    #[must_use]
+    pub fn mounts_of(workload: &Workload) -> Vec<Resolver> {
+        match workload.source {
+            WorkloadSource::Manifest | WorkloadSource::Exec => {
+                vec![Resolver::new(PathBuf::from("/"))]
+            }
+            WorkloadSource::Container => {
+                workload.containers.iter().map(ContainerRef::mounts).collect()
+            }
+        }
+    }
+
     /// The generation of the newest allow-list.
     #[must_use]
     pub const fn generation(&self) -> u64 {
@@ -336,7 +383,8 @@ impl Engine {
     /// The tag of a workload, as the kernel has it.
     #[must_use]
     pub fn tag(&self, workload: &Workload) -> Option<Tag> {
-        self.installed.get(&workload.identity).map(|installed| installed.tag(workload.mode))
+        let installed = self.installed.get(workload.identity.as_ref()?)?;
+        Some(installed.tag(workload.mode))
     }
 
     /// Counters by identity, and those of the row that further identities share.
@@ -421,7 +469,7 @@ impl Engine {
 
     fn compile_all(&mut self, now: Timestamp) -> BTreeMap<SpiffeId, CompiledAllowlist> {
         let identities: BTreeSet<SpiffeId> =
-            self.workloads.values().map(|workload| workload.identity.clone()).collect();
+            self.workloads.values().filter_map(|workload| workload.identity.clone()).collect();
         let mut wanted = BTreeMap::new();
         let mut problems = BTreeSet::new();
         self.name_unix_sockets(&mut problems);
@@ -475,6 +523,7 @@ impl Engine {
             })
             .cloned()
             .collect();
+        let homes = self.homes(identity);
         let mut permits = Vec::new();
         for StoredGrant { document: grant, boot_expiry: expires_at, .. } in grants {
             let number = self.names.grant(grant.id.as_str());
@@ -486,23 +535,38 @@ impl Engine {
                     ));
                     continue;
                 };
-                permits.push(self.permit(&scope, number, expires_at, problems));
+                permits.push(self.permit(&scope, number, expires_at, &homes, problems));
             }
         }
         let launched = self
             .workloads
             .values()
-            .filter(|workload| workload.identity == *identity && !workload.launch.is_empty());
-        permits.extend(launched.map(|workload| Permit {
+            .filter(|workload| workload.is(identity))
+            .map(|workload| (workload, workload.launched()))
+            .filter(|(_, launched)| !launched.is_empty());
+        permits.extend(launched.map(|(workload, launched)| Permit {
             scope: self.names.scope(LAUNCH),
             grant: self.names.grant(&launch_grant(&workload.name)),
             expires_at: NEVER,
             egress: Vec::new(),
-            executables: workload.launch.clone(),
+            executables: launched,
             unix_sockets: Vec::new(),
             listening: Vec::new(),
         }));
         permits
+    }
+
+    fn homes(&self, identity: &SpiffeId) -> Homes {
+        let mut homes = Homes::default();
+        for workload in self.workloads.values().filter(|workload| workload.is(identity)) {
+            match workload.source {
+                WorkloadSource::Manifest | WorkloadSource::Exec => homes.host = true,
+                WorkloadSource::Container => {
+                    homes.containers.extend(workload.containers.iter().cloned());
+                }
+            }
+        }
+        homes
     }
 
     fn permit(
@@ -510,6 +574,7 @@ impl Engine {
         scope: &ScopeDocument,
         grant: GrantNumber,
         expires_at: u64,
+        homes: &Homes,
         problems: &mut BTreeSet<String>,
     ) -> Permit {
         Permit {
@@ -517,18 +582,22 @@ impl Engine {
             grant,
             expires_at,
             egress: egress(scope),
-            executables: self.resolve(scope, problems),
-            unix_sockets: self.resolve_unix_sockets(scope, problems),
+            executables: self.resolve(scope, homes, problems),
+            unix_sockets: self.resolve_unix_sockets(scope, homes, problems),
             listening: scope.listen.iter().map(port_range).collect(),
         }
     }
 
-    /// What each scope of the catalogue permits, for as long as anybody asks.
+    /// What each scope of the catalogue permits to a workload, for as long as anybody asks.
     #[must_use]
-    pub fn scope_permits(&mut self) -> Vec<(String, Permit)> {
+    pub fn scope_permits(&mut self, workload: Option<&Workload>) -> Vec<(String, Permit)> {
         let scopes: Vec<ScopeDocument> = self.manifests.catalogue.iter().cloned().collect();
+        let homes = match workload.and_then(|workload| workload.identity.as_ref()) {
+            Some(identity) => self.homes(identity),
+            None => Homes { host: true, containers: Vec::new() },
+        };
         let permits = scopes.iter().map(|scope| {
-            let permit = self.permit(scope, GrantNumber::NONE, NEVER, &mut BTreeSet::new());
+            let permit = self.permit(scope, GrantNumber::NONE, NEVER, &homes, &mut BTreeSet::new());
             (scope.scope.to_string(), permit)
         });
         permits.collect()
@@ -539,7 +608,33 @@ impl Engine {
         self.dirty = true;
     }
 
-    fn resolve(&mut self, scope: &ScopeDocument, problems: &mut BTreeSet<String>) -> Vec<FileId> {
+    fn resolve(
+        &mut self,
+        scope: &ScopeDocument,
+        homes: &Homes,
+        problems: &mut BTreeSet<String>,
+    ) -> Vec<FileId> {
+        if scope.exec.is_empty() {
+            return Vec::new();
+        }
+        let mut files: Vec<FileId> = homes
+            .containers
+            .iter()
+            .flat_map(|container| self.container_files.executables(container, scope, problems))
+            .collect();
+        if homes.host {
+            files.extend(self.resolve_on_host(scope, problems));
+        }
+        files.sort_unstable();
+        files.dedup();
+        files
+    }
+
+    fn resolve_on_host(
+        &mut self,
+        scope: &ScopeDocument,
+        problems: &mut BTreeSet<String>,
+    ) -> Vec<FileId> {
         let resolved = self.executables.resolve(&self.mounts, &scope.exec, Admission::OnRefresh);
         match resolved {
             Ok(resolution) => {
@@ -557,6 +652,7 @@ impl Engine {
     fn resolve_unix_sockets(
         &mut self,
         scope: &ScopeDocument,
+        homes: &Homes,
         problems: &mut BTreeSet<String>,
     ) -> Vec<UnixSocket> {
         // Most scopes have none, and looking them up begins with reading all mounts.
@@ -564,31 +660,48 @@ impl Engine {
             return Vec::new();
         }
         let paths: Vec<PathBuf> = scope.unix_sockets.iter().filter_map(path_of).collect();
-        let sockets = paths.iter().map(PathBuf::as_path);
-        let directories = match self.socket_directories.resolve(&self.mounts, sockets) {
-            Ok((directories, told)) => {
-                let told = told.iter();
-                problems.extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
-                directories
+        let mut places = Vec::new();
+        for container in &homes.containers {
+            let found =
+                self.container_files.socket_directories(container, &scope.scope, &paths, problems);
+            places.push(found);
+        }
+        if homes.host {
+            let sockets = paths.iter().map(PathBuf::as_path);
+            match self.socket_directories.resolve(&self.mounts, sockets) {
+                Ok((directories, told)) => {
+                    let told = told.iter();
+                    problems
+                        .extend(told.map(|problem| format!("scope {}: {problem}", scope.scope)));
+                    places.push(
+                        directories.into_iter().map(|(path, id)| (path.to_owned(), id)).collect(),
+                    );
+                }
+                Err(error) => {
+                    problems.insert(format!("scope {}: {error}", scope.scope));
+                }
             }
-            Err(error) => {
-                problems.insert(format!("scope {}: {error}", scope.scope));
-                BTreeMap::new()
-            }
-        };
-        let granted = scope.unix_sockets.iter().filter_map(|socket| {
+        }
+        let mut granted = Vec::new();
+        for socket in &scope.unix_sockets {
             // One without a number was told of when it did not get one.
-            let name = self.unix_names.number(&name_of(socket)?)?;
+            let name = name_of(socket).and_then(|name| self.unix_names.number(&name));
+            let Some(name) = name else { continue };
             match path_of(socket) {
-                None => Some(UnixSocket { directory: 0, device: 0, name }),
-                Some(path) => directories.get(path.as_path()).map(|directory| UnixSocket {
-                    directory: directory.inode,
-                    device: directory.device,
-                    name,
-                }),
+                None => granted.push(UnixSocket { directory: 0, device: 0, name }),
+                Some(path) => {
+                    let directories = places.iter().filter_map(|place| place.get(&path));
+                    granted.extend(directories.map(|directory| UnixSocket {
+                        directory: directory.inode,
+                        device: directory.device,
+                        name,
+                    }));
+                }
             }
-        });
-        granted.collect()
+        }
+        granted.sort_unstable();
+        granted.dedup();
+        granted
     }
 
     /// Gives every name of a unix socket that scopes mention its number, in the kernel too: no row
@@ -633,6 +746,7 @@ impl Engine {
     /// Looks at every granted file and directory again and takes what is there now.
     pub fn refresh_executables(&mut self) -> usize {
         self.executables.refresh();
+        self.container_files.refresh();
         self.socket_directories.refresh();
         self.reconcile();
         self.installed.values().map(|installed| installed.rows.executables.len()).sum()
@@ -682,7 +796,7 @@ impl Engine {
         let of_identity: Vec<(WorkloadId, Mode)> = self
             .workloads
             .values()
-            .filter(|workload| workload.identity == *identity)
+            .filter(|workload| workload.is(identity))
             // Those get their tag when there is room for it.
             .filter(|workload| !self.unfit.contains_key(&workload.id))
             .map(|workload| (workload.id, workload.mode))
@@ -719,7 +833,7 @@ impl Engine {
         let counters = self.counter_row(identity);
         let allowlist = self.next_allowlist;
         self.next_allowlist.0 += 1;
-        for workload in self.workloads.values().filter(|workload| workload.identity == *identity) {
+        for workload in self.workloads.values().filter(|workload| workload.is(identity)) {
             let tag = Tag::new(number, workload.mode, allowlist, RuleSetId::NONE, counters);
             if let Err(error) = self.datapath.switch(workload.id, tag) {
                 tracing::error!(%error, workload = workload.name, "a workload keeps what was revoked; trying again");
@@ -758,8 +872,19 @@ impl Engine {
     ///
     /// When it can not be done whole; then nothing of it is left.
     pub fn add(&mut self, new: NewWorkload) -> Result<WorkloadId, EngineError> {
-        let NewWorkload { name, identity, cgroup, mode, source, owner, unit, launch, inherited } =
-            new;
+        let NewWorkload {
+            name,
+            identity,
+            cgroup,
+            mode,
+            source,
+            owner,
+            unit,
+            launch,
+            inherited,
+            pod,
+            containers,
+        } = new;
         let cgroup_id = cgroup_id(&cgroup)?;
         if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
             return Err(EngineError::Taken { path: cgroup });
@@ -779,19 +904,21 @@ impl Engine {
             unit,
             launch,
             populated: false,
+            pod,
+            containers,
         });
         self.reconcile();
         fault::point("add.compiled");
         if let Err(error) = self.hold(id) {
             let is_there = cgroup.exists();
             match source {
-                // What a manifest selects runs already. Where there is no room to hold it to its
+                // What a manifest selects, or a runtime started, runs already. Where there is no room to hold it to its
                 // allow-list, it is held to nothing at all until there is.
-                WorkloadSource::Manifest if is_there => {
+                WorkloadSource::Manifest | WorkloadSource::Container if is_there => {
                     tracing::error!(%error, cgroup = %cgroup.display(), "a workload is refused everything; trying again");
                     self.unfit.insert(id, error.to_string());
                 }
-                WorkloadSource::Manifest | WorkloadSource::Exec => {
+                WorkloadSource::Manifest | WorkloadSource::Container | WorkloadSource::Exec => {
                     self.drop_workload(id);
                     // What was permitted for its sake ends with it.
                     self.reconcile();
@@ -813,27 +940,51 @@ impl Engine {
     pub fn change(
         &mut self,
         id: WorkloadId,
-        identity: SpiffeId,
+        identity: Option<SpiffeId>,
         mode: Mode,
     ) -> Result<(), EngineError> {
+        let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
+        let containers = workload.containers.clone();
+        self.change_with(id, identity, mode, containers)
+    }
+
+    /// The same, and with other containers in it.
+    ///
+    /// # Errors
+    ///
+    /// When the tag can not be switched; all is then what it was.
+    pub fn change_with(
+        &mut self,
+        id: WorkloadId,
+        identity: Option<SpiffeId>,
+        mode: Mode,
+        containers: Vec<ContainerRef>,
+    ) -> Result<(), EngineError> {
         let Some(workload) = self.workloads.get_mut(&id) else { return Ok(()) };
-        let before = (workload.identity.clone(), workload.mode);
-        if before == (identity.clone(), mode) {
+        let has_changed = (&workload.identity, workload.mode) != (&identity, mode);
+        if !has_changed && workload.containers == containers {
             return Ok(());
         }
-        (workload.identity, workload.mode) = (identity, mode);
+        let before = (
+            std::mem::replace(&mut workload.identity, identity),
+            std::mem::replace(&mut workload.mode, mode),
+            std::mem::replace(&mut workload.containers, containers),
+        );
         // Retires the old identity's allow-list, which stays readable for as long as a program may
         // still hold the old tag.
         self.reconcile();
+        self.dirty = true;
+        if !has_changed {
+            return Ok(());
+        }
         if let Err(error) = self.hold(id) {
             if let Some(workload) = self.workloads.get_mut(&id) {
-                (workload.identity, workload.mode) = before;
+                (workload.identity, workload.mode, workload.containers) = before;
             }
             self.reconcile();
             return Err(error);
         }
         self.record_workload(id, WorkloadChange::Changed, &[]);
-        self.dirty = true;
         Ok(())
     }
 
@@ -847,8 +998,12 @@ impl Engine {
     fn enlist(&mut self, workload: Workload) {
         let below = workload.cgroup.strip_prefix(&self.cgroups.root).unwrap_or(&workload.cgroup);
         let cgroup = format!("/{}", below.display());
-        let name =
-            WorkloadName { name: workload.name.clone(), cgroup, unit: workload.unit.clone() };
+        let name = WorkloadName {
+            name: workload.name.clone(),
+            cgroup,
+            unit: workload.unit.clone(),
+            pod: workload.pod.clone(),
+        };
         self.names.name_workload(workload.id, name);
         self.workloads.insert(workload.id, workload);
     }
@@ -879,13 +1034,20 @@ impl Engine {
     /// Forgets words and rows of identities that are gone.
     fn forget_unused(&mut self) {
         let identities: BTreeSet<&SpiffeId> =
-            self.workloads.values().map(|workload| &workload.identity).collect();
+            self.workloads.values().filter_map(|workload| workload.identity.as_ref()).collect();
         // A row of its own is kept, as it would tell another's verdicts as this one's.
         self.counter_rows.retain(|identity, row| *row != OTHER || identities.contains(identity));
         let identities: BTreeSet<&str> =
             identities.into_iter().map(|identity| identity.as_str()).collect();
         let grants: BTreeSet<&str> =
             self.store.grants().map(|stored| stored.document.id.as_str()).collect();
+        let containers: BTreeSet<&str> = self
+            .workloads
+            .values()
+            .flat_map(|workload| &workload.containers)
+            .map(|container| container.id.as_str())
+            .collect();
+        self.container_files.retain(|id| containers.contains(id));
         let launched: BTreeSet<String> =
             self.workloads.values().map(|workload| launch_grant(&workload.name)).collect();
         let catalogue = &self.manifests.catalogue;
@@ -1122,13 +1284,13 @@ impl Engine {
         self.audit.append(RecordBody::Workload(Box::new(WorkloadRecord {
             change,
             workload: NamedWorkload {
-                identity: Some(Text::new(workload.identity.as_str())),
+                identity: workload.identity.as_ref().map(|id| Text::new(id.as_str())),
                 name: Text::new(&workload.name),
                 cgroup_id: workload.cgroup_id.0,
                 cgroup: name.map(|name| Text::new(name.cgroup)),
                 unit: workload.unit.as_ref().map(Text::new),
                 container: None,
-                pod: None,
+                pod: workload.pod.as_ref().map(pod_record),
             },
             mode: Word(workload.mode),
             protection,
@@ -1250,7 +1412,7 @@ impl Engine {
                 self.forgotten.push((Instant::now(), id));
                 match source {
                     WorkloadSource::Exec => self.end_grant(&name),
-                    WorkloadSource::Manifest => {}
+                    WorkloadSource::Manifest | WorkloadSource::Container => {}
                 }
             }
         }

@@ -12,6 +12,8 @@ use nix::fcntl::OFlag;
 use crate::scope::ExecutablePattern;
 use crate::scope::executables::Resolver;
 
+/// Where commands are looked for when nobody says.
+pub const SEARCH_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Interpreters of interpreters that are followed; the kernel follows five
 /// (`search_binary_handler`, fs/exec.c).
 const DEPTH: usize = 5;
@@ -30,7 +32,7 @@ pub fn files(executable: &Path, search_path: &str) -> Vec<PathBuf> {
 #[must_use]
 pub fn of_container(mounts: &Resolver, command: &str, search_path: &str) -> Vec<FileId> {
     let find = |program: &str| {
-        let is_there = |path: &PathBuf| id_in(mounts, path).is_ok();
+        let is_there = |path: &PathBuf| file_id(mounts, path).is_ok();
         if program.contains('/') {
             return Some(PathBuf::from(program));
         }
@@ -39,7 +41,7 @@ pub fn of_container(mounts: &Resolver, command: &str, search_path: &str) -> Vec<
     let Some(executable) = find(command) else { return Vec::new() };
     let open = |path: &Path| mounts.open_file(path).ok();
     let files = follow(executable, &open, &find);
-    files.iter().filter_map(|file| id_in(mounts, file).ok()).collect()
+    files.iter().filter_map(|file| file_id(mounts, file).ok()).collect()
 }
 
 fn follow(
@@ -68,7 +70,7 @@ fn follow(
 /// The files, as the kernel half knows them; what is not there is left out, since it can not run.
 #[must_use]
 pub fn resolve(files: &[PathBuf]) -> Vec<FileId> {
-    files.iter().filter_map(|file| file_id(file).ok()).collect()
+    files.iter().filter_map(|file| host_file_id(file).ok()).collect()
 }
 
 /// A file of the host, as the kernel half knows it.
@@ -76,13 +78,18 @@ pub fn resolve(files: &[PathBuf]) -> Vec<FileId> {
 /// # Errors
 ///
 /// Why it is none that can be run.
-pub fn file_id(path: &Path) -> Result<FileId, String> {
+fn host_file_id(path: &Path) -> Result<FileId, String> {
     let real = fs::canonicalize(path).map_err(|error| error.to_string())?;
-    id_in(&Resolver::new(PathBuf::from("/")), &real)
+    file_id(&Resolver::new(PathBuf::from("/")), &real)
 }
 
-/// The same in `mounts`, where symbolic links on the way lead to what they lead to there.
-fn id_in(mounts: &Resolver, path: &Path) -> Result<FileId, String> {
+/// A file of some workload's mounts, as the kernel half knows it. Symbolic links on the way lead to
+/// what they lead to there.
+///
+/// # Errors
+///
+/// Why it is none that can be run.
+pub fn file_id(mounts: &Resolver, path: &Path) -> Result<FileId, String> {
     let text = path.to_str().ok_or("its path is not UTF-8")?;
     let pattern: ExecutablePattern = text.parse().map_err(|error| format!("its path {error}"))?;
     let resolution = mounts.resolve(&pattern).map_err(|error| error.to_string())?;

@@ -335,14 +335,14 @@ fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
     if let Some(known) = engine.workload_at(&cgroup) {
         let id = known.id;
         if known.cgroup_id == found.id {
-            return engine.change(id, found.identity.clone(), found.mode);
+            return engine.change(id, Some(found.identity.clone()), found.mode);
         }
         // Another cgroup of the same name; the one that was held is gone.
         engine.remove(id);
     }
     engine.add(NewWorkload {
         name: found.name.clone(),
-        identity: found.identity.clone(),
+        identity: Some(found.identity.clone()),
         cgroup,
         mode: found.mode,
         source: WorkloadSource::Manifest,
@@ -350,6 +350,8 @@ fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
         unit: None,
         launch: Vec::new(),
         inherited: Vec::new(),
+        pod: None,
+        containers: Vec::new(),
     })?;
     Ok(())
 }

@@ -5,6 +5,8 @@
 //! put in force stays, until `agentguard uninstall`.
 
 pub mod confine;
+mod container_files;
+mod containers;
 pub mod doctor;
 pub mod engine;
 mod last_good;
@@ -43,6 +45,7 @@ pub use self::service::protection_view;
 pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
+use self::containers::Containers;
 use self::engine::{Cgroups, Engine, protection_of};
 use self::lock::Locks;
 use self::names::Names;
@@ -135,6 +138,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     tasks.spawn(keep_recent(Arc::clone(&shared), lines));
     tasks.spawn(tick(Arc::clone(&shared)));
     tasks.spawn(manifests::watch(Arc::clone(&shared), sources));
+    tasks.spawn(containers::watch(Arc::clone(&shared)));
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(server::serve_control(
         socket,
@@ -232,7 +236,6 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     pump_diagnostics(&mut engine, &stop);
     let shared = Arc::new(Shared {
         engine: Mutex::new(engine),
-        configuration,
         node,
         metrics,
         audit,
@@ -241,6 +244,8 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         started,
         ready: AtomicBool::new(false),
         saving: Mutex::new(None),
+        containers: Arc::new(Containers::new(&configuration)),
+        configuration,
     });
     let mut sources = manifests::Sources::new(&shared);
     manifests::load_documents(&shared, &mut sources);

@@ -10,6 +10,10 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use agentguard_common::{GrantId, IdentityId, ScopeId, WorkloadId};
 use serde::{Deserialize, Serialize};
 
+use crate::audit::record;
+use crate::audit::text::Text;
+use crate::identity::container::PodName;
+
 /// Words by number, from 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "SavedNumbered", into = "SavedNumbered")]
@@ -99,6 +103,14 @@ pub struct WorkloadName {
     /// Below the cgroup root, with a leading slash.
     pub cgroup: String,
     pub unit: Option<String>,
+    pub pod: Option<PodName>,
+}
+
+/// A pod, as records have it.
+#[must_use]
+pub fn pod_record(pod: &PodName) -> record::Pod {
+    let PodName { namespace, name, uid } = pod;
+    record::Pod { namespace: Text::new(namespace), name: Text::new(name), uid: Text::new(uid) }
 }
 
 #[derive(Debug, Default)]

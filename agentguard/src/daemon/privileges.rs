@@ -17,9 +17,8 @@ const LOOKED_AT: usize = 64;
 #[must_use]
 pub fn decisive(cgroup: &Path) -> Option<String> {
     let own = fs::read_link("/proc/self/ns/user").ok()?;
-    let pids = fs::read_to_string(cgroup.join("cgroup.procs")).ok()?;
     let mut found = 0;
-    for pid in pids.lines().take(LOOKED_AT).filter_map(|pid| pid.parse().ok()) {
+    for pid in processes(cgroup).into_iter().take(LOOKED_AT) {
         let in_host = fs::read_link(format!("/proc/{pid}/ns/user")).is_ok_and(|ns| ns == own);
         let status = Process::new(pid).and_then(|process| process.status());
         if let (true, Ok(status)) = (in_host, status) {
@@ -29,6 +28,18 @@ pub fn decisive(cgroup: &Path) -> Option<String> {
     let names: Vec<&str> =
         DECISIVE.iter().filter(|(bit, _)| found & bit != 0).map(|(_, name)| *name).collect();
     (!names.is_empty()).then(|| names.join(" and "))
+}
+
+/// Processes in a cgroup and below it.
+fn processes(cgroup: &Path) -> Vec<i32> {
+    let own = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut pids: Vec<i32> = own.lines().filter_map(|pid| pid.parse().ok()).collect();
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if pids.len() < LOOKED_AT && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            pids.extend(processes(&entry.path()));
+        }
+    }
+    pids
 }
 
 #[cfg(test)]

@@ -19,7 +19,8 @@ use jiff::Timestamp;
 use tokio::sync::broadcast;
 
 use super::confine::{Candidate, confine, launch_files};
-use super::engine::{Engine, Failed, Workload, now};
+use super::containers::{self, Containers, Report};
+use super::engine::{Engine, Failed, Workload, WorkloadSource, now};
 use super::launch::file_id;
 use super::privileges::decisive;
 use super::recent::Recent;
@@ -29,10 +30,10 @@ use crate::allowlist::specification::Specification;
 use crate::api::caller::{Caller, Viewer};
 use crate::api::service::{EventFilter, Outcome, Service, ServiceError};
 use crate::api::types::{
-    Confine, Confined, EventCounts, Expiry as ExpiryView, ExplainRequest, Explanation, GrantCounts,
-    GrantState, GrantView, HeldManifest, LastDenial, Layer, LayerState, ManifestErrorView,
-    Manifests, Mode, Protection as ProtectionView, ProtectionLevel, Protocol as ProtocolView,
-    Refreshed, Status, Target, Totals, WorkloadView,
+    Announced, Announcement, Confine, Confined, EventCounts, Expiry as ExpiryView, ExplainRequest,
+    Explanation, GrantCounts, GrantState, GrantView, HeldManifest, LastDenial, Layer, LayerState,
+    ManifestErrorView, Manifests, Mode, PodView, Protection as ProtectionView, ProtectionLevel,
+    Protocol as ProtocolView, Refreshed, Status, Target, Totals, WorkloadView,
 };
 use crate::audit::AuditLog;
 use crate::audit::family::Family;
@@ -41,6 +42,7 @@ use crate::config::Configuration;
 use crate::datapath::{Datapath, DoorState, Protection};
 use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
+use crate::identity::container::{Placement, PodName};
 use crate::manifest::{Creation, Manifest, parse_text};
 use crate::metrics::{self, Metrics, VerdictRow};
 use crate::scope::executables::Resolver;
@@ -61,6 +63,7 @@ pub struct Shared {
     /// Held while the state is written: of two states the later must be the one that stays. Why the
     /// last one was not written.
     pub saving: Mutex<Option<String>>,
+    pub containers: Arc<Containers>,
 }
 
 impl Shared {
@@ -214,6 +217,14 @@ impl Service for Daemon {
         gaps.extend(engine.executable_problems().iter().cloned());
         gaps.extend(unwritten);
         gaps.extend(engine.unfit());
+        let Report { unseen, problems } = shared.containers.report();
+        gaps.extend(problems);
+        gaps.extend(unseen.iter().map(|placement| {
+            format!(
+                "{} runs in a sandbox with a kernel of its own: nothing of it is enforced here; give it a runtime class without one",
+                placement.name
+            )
+        }));
         let undecodable = shared.denials.undecodable();
         if undecodable > 0 {
             gaps.push(format!(
@@ -262,11 +273,17 @@ impl Service for Daemon {
 
     async fn workloads(&self) -> Result<Vec<WorkloadView>, ServiceError> {
         let engine = self.0.engine();
-        Ok(engine.workloads().map(|workload| workload_view(&engine, workload)).collect())
+        let held = engine.workloads().map(|workload| workload_view(&engine, workload));
+        let unseen = self.0.containers.report().unseen;
+        Ok(held.chain(unseen.iter().map(|placement| unseen_view(&engine, placement))).collect())
     }
 
     async fn workload(&self, name: &str) -> Result<WorkloadView, ServiceError> {
         let engine = self.0.engine();
+        let unseen = self.0.containers.report().unseen;
+        if let Some(placement) = unseen.iter().find(|placement| placement.name == name) {
+            return Ok(unseen_view(&engine, placement));
+        }
         find(&engine, name).map(|workload| workload_view(&engine, workload))
     }
 
@@ -318,7 +335,11 @@ impl Service for Daemon {
 
     async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ServiceError> {
         let target = request.target.clone();
-        let asked = tokio::task::spawn_blocking(move || resolve(&target))
+        let mounts = {
+            let engine = self.0.engine();
+            Engine::mounts_of(find(&engine, &request.workload)?)
+        };
+        let asked = tokio::task::spawn_blocking(move || resolve(&target, &mounts))
             .await
             .map_err(|error| internal(&error))??;
         let mut engine = self.0.engine();
@@ -330,7 +351,7 @@ impl Service for Daemon {
         };
         let whose = Whose {
             name: &workload.name,
-            identity: Some(workload.identity.as_str()),
+            identity: workload.identity.as_ref().map(|identity| identity.as_str()),
             mode: workload.mode,
         };
         let hook = answering(&engine.datapath, &resolved);
@@ -365,6 +386,10 @@ impl Service for Daemon {
                 (Some(_) | None, _) => Ok(None),
             },
         }
+    }
+
+    async fn announce(&self, announcement: &Announcement) -> Result<Announced, ServiceError> {
+        containers::announce(&self.0, announcement).await
     }
 
     async fn set_diagnostics(&self, enabled: bool) -> Result<(), ServiceError> {
@@ -443,14 +468,22 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
     }
     let mut identities: BTreeMap<&str, u64> = BTreeMap::new();
     for workload in engine.workloads() {
-        *identities.entry(workload.identity.as_str()).or_default() += 1;
+        let identity = workload.identity.as_ref().map_or("", |identity| identity.as_str());
+        *identities.entry(identity).or_default() += 1;
     }
-    metrics.set_workload_protection(&layers, &identities);
+    let unseen = shared.containers.report().unseen;
+    let mut unseen_identities: BTreeMap<&str, u64> = BTreeMap::new();
+    for placement in &unseen {
+        let identity = placement.identity.as_ref().map_or("", |identity| identity.as_str());
+        *unseen_identities.entry(identity).or_default() += 1;
+    }
+    metrics.set_workload_protection(&layers, &identities, &unseen_identities);
     let workloads: Vec<_> = agentguard_common::Mode::ALL
         .into_iter()
-        .map(|mode| {
-            let count = engine.workloads().filter(|workload| workload.mode == mode).count();
-            (mode, protection, count as u64)
+        .flat_map(|mode| {
+            let held = engine.workloads().filter(|workload| workload.mode == mode).count();
+            let open = unseen.iter().filter(|placement| placement.mode == mode).count();
+            [(mode, protection, held as u64), (mode, metrics::Protection::None, open as u64)]
         })
         .collect();
     metrics.set_workloads(&workloads);
@@ -490,12 +523,16 @@ fn no_grant(id: &str) -> ServiceError {
     ServiceError::NotFound { what: "grant", name: id.to_owned() }
 }
 
+fn is(workload: &Workload, identity: &str) -> bool {
+    workload.identity.as_ref().is_some_and(|known| known.as_str() == identity)
+}
+
 /// A workload by name, identity or cgroup.
 fn find<'a>(engine: &'a Engine, wanted: &str) -> Result<&'a Workload, ServiceError> {
     let cgroup = engine.cgroup_root().join(wanted.trim_start_matches('/'));
     let by_name = engine.workloads().find(|workload| workload.name == wanted);
     by_name
-        .or_else(|| engine.workloads().find(|workload| workload.identity.as_str() == wanted))
+        .or_else(|| engine.workloads().find(|workload| is(workload, wanted)))
         .or_else(|| engine.workload_at(&cgroup).filter(|_| wanted.starts_with('/')))
         .ok_or_else(|| ServiceError::NotFound { what: "workload", name: wanted.to_owned() })
 }
@@ -575,7 +612,7 @@ fn workload_view(engine: &Engine, workload: &Workload) -> WorkloadView {
     });
     WorkloadView {
         name: workload.name.clone(),
-        identity: Some(workload.identity.to_string()),
+        identity: workload.identity.as_ref().map(ToString::to_string),
         cgroup: format!("/{}", below.display()),
         mode: workload.mode.into(),
         protection: level(&engine.datapath.protection()),
@@ -584,8 +621,38 @@ fn workload_view(engine: &Engine, workload: &Workload) -> WorkloadView {
         generation: tag.map_or(0, |tag| u64::from(tag.allowlist.0)),
         created: workload.created,
         owner: workload.owner,
+        pod: workload.pod.as_ref().map(pod_view),
+        containers: workload.containers.iter().map(|container| container.name.clone()).collect(),
         denied,
     }
+}
+
+/// A workload that this kernel does not see into.
+fn unseen_view(engine: &Engine, placement: &Placement) -> WorkloadView {
+    WorkloadView {
+        name: placement.name.clone(),
+        identity: placement.identity.as_ref().ok().map(ToString::to_string),
+        cgroup: placement.cgroup.display().to_string(),
+        mode: placement.mode.into(),
+        protection: ProtectionLevel::None,
+        source: WorkloadSource::Container.as_str().to_owned(),
+        processes: processes(
+            &engine
+                .cgroup_root()
+                .join(placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup)),
+        ),
+        generation: 0,
+        created: Timestamp::now(),
+        owner: None,
+        pod: placement.pod.as_ref().map(pod_view),
+        containers: placement.containers.iter().map(|container| container.name.clone()).collect(),
+        denied: 0,
+    }
+}
+
+fn pod_view(pod: &PodName) -> PodView {
+    let PodName { namespace, name, uid } = pod.clone();
+    PodView { namespace, name, uid }
 }
 
 /// Processes in a cgroup and all below it.
@@ -647,7 +714,7 @@ impl Asked {
 }
 
 /// The request that a target stands for.
-fn resolve(target: &Target) -> Result<Asked, ServiceError> {
+fn resolve(target: &Target, mounts: &[Resolver]) -> Result<Asked, ServiceError> {
     let invalid = |error: String| ServiceError::Invalid(vec![error]);
     let destination = |host: &str, port: u16, protocol: ProtocolView| {
         let address = match host.parse::<IpAddr>() {
@@ -687,15 +754,17 @@ fn resolve(target: &Target) -> Result<Asked, ServiceError> {
                     path.display()
                 ))
             })?;
-            let directory = SocketDirectories::at_present(&Resolver::new("/".into()), path)
-                .map_err(|error| internal(&error))?;
+            let found = mounts.iter().map(|mounts| SocketDirectories::at_present(mounts, path));
+            let directory = first(found).unwrap_or(Ok(None)).map_err(|error| internal(&error))?;
             return Ok(Asked::Unix { directory, name: name.as_bytes().to_vec() });
         }
         Target::Abstract { name } => {
             return Ok(Asked::Abstract { name: name.as_bytes().to_vec() });
         }
         Target::Exec { path } => {
-            let file = file_id(path).map_err(|error| {
+            let found = mounts.iter().map(|mounts| file_id(mounts, path));
+            let nowhere = || Err("the workload has no container now".to_owned());
+            let file = first(found).unwrap_or_else(nowhere).map_err(|error| {
                 invalid(format!(
                     "target.path: {}: {error}; name a file that is there",
                     path.display()
@@ -704,6 +773,19 @@ fn resolve(target: &Target) -> Result<Asked, ServiceError> {
             Request::Exec(file, Naming::Named)
         }
     }))
+}
+
+/// The first that was found, else why the last was not.
+fn first<T, E>(found: impl Iterator<Item = Result<T, E>>) -> Option<Result<T, E>> {
+    let mut last = None;
+    for found in found {
+        let is_found = found.is_ok();
+        last = Some(found);
+        if is_found {
+            break;
+        }
+    }
+    last
 }
 
 const fn number(protocol: ProtocolView) -> u8 {
@@ -819,7 +901,7 @@ fn explanation(
     let fate = Fate::of(verdict, whose.mode, hook.is_some());
     let because = because(verdict, scope.as_deref(), grant.as_deref(), whose.identity, fate);
     let permitting_scopes = match verdict {
-        Verdict::Deny(_) => permitting_scopes(engine, &target, request),
+        Verdict::Deny(_) => permitting_scopes(engine, whose.name, &target, request),
         Verdict::Allow | Verdict::Unmanaged => Vec::new(),
     };
     Explanation {
@@ -939,7 +1021,12 @@ fn answering(datapath: &Datapath, request: &Request) -> Option<Hook> {
 }
 
 /// Scopes of the catalogue that would permit a request, by the naive reading of each.
-fn permitting_scopes(engine: &mut Engine, target: &Target, request: &Request) -> Vec<String> {
+fn permitting_scopes(
+    engine: &mut Engine,
+    workload: &str,
+    target: &Target,
+    request: &Request,
+) -> Vec<String> {
     if let Request::UnixConnect(socket, _) | Request::UnixSend(socket, _) = request
         && !socket.name.is_some()
     {
@@ -964,8 +1051,9 @@ fn permitting_scopes(engine: &mut Engine, target: &Target, request: &Request) ->
     }
     let permits =
         |permit: Permit| Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow;
+    let workload = engine.workloads().find(|known| known.name == workload).cloned();
     engine
-        .scope_permits()
+        .scope_permits(workload.as_ref())
         .into_iter()
         .filter(|(_, permit)| permits(permit.clone()))
         .map(|(scope, _)| scope)

@@ -13,10 +13,12 @@ use agentguard_common::{CgroupId, FileId, Mode, WorkloadId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::container_files::ContainerRef;
 use super::engine::{Workload, WorkloadSource};
 use super::names::SavedNames;
 use crate::fault;
 use crate::grant::snapshot::Snapshot;
+use crate::identity::container::{PodName, ProcessRef};
 
 /// The name of the file in the state directory.
 const FILE: &str = "state.json";
@@ -44,7 +46,7 @@ pub struct SavedState {
 pub struct SavedWorkload {
     id: u32,
     name: String,
-    identity: String,
+    identity: Option<String>,
     cgroup: PathBuf,
     cgroup_id: u64,
     mode: u8,
@@ -53,7 +55,71 @@ pub struct SavedWorkload {
     owner: Option<u32>,
     unit: Option<String>,
     /// Inode, device and generation.
-    launch: Vec<(u64, u32, u32)>,
+    launch: Vec<SavedFile>,
+    #[serde(default)]
+    pod: Option<SavedPod>,
+    #[serde(default)]
+    containers: Vec<SavedContainer>,
+}
+
+type SavedFile = (u64, u32, u32);
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedPod {
+    namespace: String,
+    name: String,
+    uid: String,
+}
+
+/// A container: while its process is there, its files can be looked up before its runtime answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedContainer {
+    id: String,
+    name: String,
+    pid: u32,
+    started: u64,
+    root: PathBuf,
+    launch: Vec<SavedFile>,
+}
+
+fn saved(files: &[FileId]) -> Vec<SavedFile> {
+    files.iter().map(|file| (file.inode, file.device, file.generation)).collect()
+}
+
+fn files(saved: Vec<SavedFile>) -> Vec<FileId> {
+    let file = |(inode, device, generation)| FileId { inode, device, generation };
+    saved.into_iter().map(file).collect()
+}
+
+impl From<ContainerRef> for SavedContainer {
+    fn from(container: ContainerRef) -> Self {
+        let ContainerRef { id, name, process: ProcessRef { pid, started }, root, launch } =
+            container;
+        Self { id, name, pid, started, root, launch: saved(&launch) }
+    }
+}
+
+impl From<SavedContainer> for ContainerRef {
+    fn from(container: SavedContainer) -> Self {
+        let SavedContainer { id, name, pid, started, root, launch } = container;
+        Self { id, name, process: ProcessRef { pid, started }, root, launch: files(launch) }
+    }
+}
+
+impl From<PodName> for SavedPod {
+    fn from(pod: PodName) -> Self {
+        let PodName { namespace, name, uid } = pod;
+        Self { namespace, name, uid }
+    }
+}
+
+impl From<SavedPod> for PodName {
+    fn from(pod: SavedPod) -> Self {
+        let SavedPod { namespace, name, uid } = pod;
+        Self { namespace, name, uid }
+    }
 }
 
 impl From<&Workload> for SavedWorkload {
@@ -71,11 +137,13 @@ impl From<&Workload> for SavedWorkload {
             unit,
             launch,
             populated: _,
+            pod,
+            containers,
         } = workload.clone();
         Self {
             id: id.0,
             name,
-            identity: identity.to_string(),
+            identity: identity.as_ref().map(ToString::to_string),
             cgroup,
             cgroup_id: cgroup_id.0,
             mode: mode as u8,
@@ -83,7 +151,9 @@ impl From<&Workload> for SavedWorkload {
             created,
             owner,
             unit,
-            launch: launch.iter().map(|file| (file.inode, file.device, file.generation)).collect(),
+            launch: saved(&launch),
+            pod: pod.map(SavedPod::from),
+            containers: containers.into_iter().map(SavedContainer::from).collect(),
         }
     }
 }
@@ -94,7 +164,7 @@ impl SavedState {
     pub fn exec_cgroups(&self) -> Vec<PathBuf> {
         let made = self.workloads.iter().filter(|workload| match workload.source {
             WorkloadSource::Exec => true,
-            WorkloadSource::Manifest => false,
+            WorkloadSource::Manifest | WorkloadSource::Container => false,
         });
         made.map(|workload| workload.cgroup.clone()).collect()
     }
@@ -119,11 +189,13 @@ impl SavedWorkload {
             owner,
             unit,
             launch,
+            pod,
+            containers,
         } = self;
+        let parsed = identity.as_deref().map(str::parse).transpose();
         Ok(Workload {
             id: WorkloadId(id),
-            identity: identity
-                .parse()
+            identity: parsed
                 .map_err(|error| format!("workload {name}: identity {identity:?} {error}"))?,
             mode: Mode::try_from(mode)
                 .map_err(|unknown| format!("workload {name}: mode {} is unknown", unknown.0))?,
@@ -134,11 +206,10 @@ impl SavedWorkload {
             created,
             owner,
             unit,
-            launch: launch
-                .into_iter()
-                .map(|(inode, device, generation)| FileId { inode, device, generation })
-                .collect(),
+            launch: files(launch),
             populated: true,
+            pod: pod.map(PodName::from),
+            containers: containers.into_iter().map(ContainerRef::from).collect(),
         })
     }
 }

@@ -14,7 +14,7 @@ use agentguard_common::event::{Event, Hook, Process as KnownProcess, RequestKind
 use agentguard_common::{Mode, Verdict};
 use jiff::Timestamp;
 
-use super::names::Names;
+use super::names::{Names, pod_record};
 use crate::audit::record::{
     Ancestor, BoundName, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
     Workload,
@@ -165,9 +165,9 @@ impl Witness {
                 name: Text::new(name.as_ref().map_or("unknown", |name| &name.name)),
                 cgroup_id: event.cgroup,
                 cgroup: name.as_ref().map(|name| Text::new(&name.cgroup)),
-                unit: name.and_then(|name| name.unit).map(Text::new),
+                unit: name.as_ref().and_then(|name| name.unit.as_ref()).map(Text::new),
                 container: None,
-                pod: None,
+                pod: name.and_then(|name| name.pod).as_ref().map(pod_record),
             },
             process: self.process(event, exec_path(record)),
             request,

@@ -68,6 +68,8 @@ pub struct Container {
     pub sandbox: Option<String>,
     pub name: String,
     pub labels: Labels,
+    /// Whether it is what a sandbox runs to be there (`/pause`), and none of the pod's own.
+    pub is_sandbox: bool,
     /// Absolute below the cgroup v2 root.
     pub cgroup: PathBuf,
     pub process: ProcessRef,
@@ -182,7 +184,7 @@ impl Rules {
             .and_then(|cgroup| pod_cgroup(cgroup, &sandbox.pod.uid));
         let by_container = self.template.tells_containers_apart() || of_pod.is_none();
         let (cgroup, name, container_name) = if by_container {
-            let container = container?;
+            let container = container.filter(|container| !container.is_sandbox)?;
             let name = format!("{}/{}/{}", pod.namespace, pod.name, container.name);
             (container.cgroup.clone(), name, Some(container.name.as_str()))
         } else {
@@ -302,6 +304,7 @@ mod tests {
             sandbox: sandbox.map(str::to_owned),
             name: format!("{id}-name"),
             labels: Labels::new(),
+            is_sandbox: false,
             cgroup: cgroup.into(),
             process: ProcessRef { pid: 1, started: 0 },
             root: "/".into(),

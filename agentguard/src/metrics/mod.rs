@@ -489,16 +489,21 @@ impl Metrics {
     }
 
     /// How many workloads each identity has, and what each layer can enforce for them. To be
-    /// called after [`Self::set_verdicts`], which says who has a label of its own.
+    /// called after [`Self::set_verdicts`], which says who has a label of its own. `unseen` are those
+    /// that no layer enforces anything for.
     pub fn set_workload_protection(
         &self,
         layers: &[(Layer, Protection)],
         identities: &BTreeMap<&str, u64>,
+        unseen: &BTreeMap<&str, u64>,
     ) {
         let mut state = self.rows();
-        let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut counts: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
         for (identity, count) in identities {
-            *counts.entry(state.labels.known(identity)).or_default() += count;
+            counts.entry(state.labels.known(identity)).or_default().0 += count;
+        }
+        for (identity, count) in unseen {
+            counts.entry(state.labels.known(identity)).or_default().1 += count;
         }
         let series = |layer: Layer, protection: Protection, label: &str| {
             self.workload_protection.with_label_values(&[
@@ -507,11 +512,12 @@ impl Metrics {
                 label,
             ])
         };
-        for (label, count) in &counts {
+        for (label, (seen, unseen)) in &counts {
             for (layer, held) in layers {
                 for protection in Protection::ALL {
-                    let count = if protection == *held { *count as i64 } else { 0 };
-                    series(*layer, protection, label).set(count);
+                    let seen = if protection == *held { *seen } else { 0 };
+                    let unseen = if protection == Protection::None { *unseen } else { 0 };
+                    series(*layer, protection, label).set((seen + unseen) as i64);
                 }
             }
         }
@@ -745,6 +751,7 @@ mod tests {
         metrics.set_workload_protection(
             &[(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::None)],
             &BTreeMap::from([("spiffe://example.org/git", 2), ("spiffe://example.org/new", 3)]),
+            &BTreeMap::new(),
         );
         metrics.set_workloads(&[(Mode::Enforce, Protection::Partial, 4)]);
         metrics.set_grants(GrantCounts { active: 2, standing: 1, ..GrantCounts::default() });
@@ -853,7 +860,7 @@ mod tests {
         let layers = [(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::Partial)];
         let set = |identities: &[(&str, u64)]| {
             let identities = identities.iter().copied().collect();
-            metrics.set_workload_protection(&layers, &identities);
+            metrics.set_workload_protection(&layers, &identities, &BTreeMap::new());
         };
         let value = |label| value(&metrics, &["workload_protection{", label, "lsm", "partial"]);
         set(&[("spiffe://t/a", 1), ("spiffe://t/b", 2), ("spiffe://t/c", 3)]);

@@ -1,0 +1,589 @@
+//! Containers as workloads: what the runtimes, the cluster and the runtimes' hooks say, put together
+//! and held.
+//!
+//! A source that does not answer takes nothing away: what it last said stays, and nothing is let go
+//! before every source has spoken once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use agentguard_common::FileId;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::container_files::ContainerRef;
+use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
+use super::launch;
+use super::service::Shared;
+use crate::api::service::ServiceError;
+use crate::api::types::{Announced, Announcement};
+use crate::config::Configuration;
+use crate::datapath::cgroup_id;
+use crate::identity::container::{Command, Container, Node, Placement, ProcessRef, Rules, Sandbox};
+use crate::identity::pod::{Labels, Marking, Pod, PodUid};
+use crate::runtimes::{Listing, Runtime};
+
+/// How long a runtime's hook waits until it is known whose container it is about to start.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a sandbox waits for the cluster to speak of its pod: nothing of the pod's own runs in it.
+const SANDBOX_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a runtime that did not answer is left alone at first, and at most.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// What has not changed is looked at again after this time: a tag that could not be given before.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Containers that were announced and never listed are believed in for this long.
+const BELIEVED: Duration = Duration::from_secs(600);
+
+/// What is known of containers, shared by all who hear of them.
+#[derive(Debug)]
+pub struct Containers {
+    rules: Rules,
+    inputs: Mutex<Inputs>,
+    /// Something was heard.
+    heard: Notify,
+    /// Somebody waits for what the runtimes say.
+    wanted: Notify,
+    /// What starting each container runs, looked up once.
+    launches: Mutex<BTreeMap<String, (ProcessRef, Vec<FileId>)>>,
+    report: Mutex<Report>,
+    /// Held while what should be is compared with what is: of two views the later must stay.
+    holding: Mutex<()>,
+}
+
+/// What operators are told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Workloads in sandboxes with a kernel of their own, which this one does not see.
+    pub unseen: Vec<Placement>,
+    /// What is wrong, one sentence each.
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, Default)]
+struct Inputs {
+    cluster: Option<Cluster>,
+    /// Whether there is a cluster to hear of.
+    has_cluster: bool,
+    runtimes: BTreeMap<String, RuntimeInput>,
+    announced: BTreeMap<String, Heard>,
+    /// Grows with everything that is heard.
+    version: u64,
+}
+
+#[derive(Debug, Default)]
+struct RuntimeInput {
+    listing: Option<Listing>,
+    failure: Option<String>,
+}
+
+#[derive(Debug)]
+struct Heard {
+    at: Instant,
+    container: Container,
+    sandbox: Option<Sandbox>,
+}
+
+/// What the cluster says of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cluster {
+    pub pods: BTreeMap<PodUid, Pod>,
+    pub namespaces: BTreeMap<String, Labels>,
+}
+
+impl Containers {
+    #[must_use]
+    pub fn new(configuration: &Configuration) -> Self {
+        let containers = &configuration.containers;
+        let rules = Rules {
+            marking: Marking {
+                selectors: containers.agent_selectors.clone(),
+                exempt: containers.exempt_namespaces.clone(),
+                mode: configuration.mode.into(),
+            },
+            template: containers.identity.get().clone(),
+            trust_domain: configuration.trust_domain.to_string(),
+            sandboxed: containers.sandboxed_handlers.clone(),
+        };
+        Self {
+            rules,
+            inputs: Mutex::default(),
+            heard: Notify::new(),
+            wanted: Notify::new(),
+            launches: Mutex::default(),
+            report: Mutex::default(),
+            holding: Mutex::default(),
+        }
+    }
+
+    /// Says that there is a cluster to be heard before anything is let go.
+    pub fn expect_cluster(&self) {
+        self.inputs().has_cluster = true;
+    }
+
+    /// Takes what the cluster says of this node, all of it.
+    pub fn set_cluster(&self, cluster: Cluster) {
+        let mut inputs = self.inputs();
+        if inputs.cluster.as_ref() != Some(&cluster) {
+            inputs.cluster = Some(cluster);
+            inputs.version += 1;
+            drop(inputs);
+            self.heard.notify_one();
+        }
+    }
+
+    /// What operators should know.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn inputs(&self) -> MutexGuard<'_, Inputs> {
+        self.inputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_runtime(&self, endpoint: &str, listing: Result<Listing, String>) {
+        let mut inputs = self.inputs();
+        let input = inputs.runtimes.entry(endpoint.to_owned()).or_default();
+        match listing {
+            Ok(listing) => {
+                let is_new = input.listing.as_ref() != Some(&listing) || input.failure.is_some();
+                input.listing = Some(listing);
+                input.failure = None;
+                if !is_new {
+                    return;
+                }
+            }
+            Err(failure) => input.failure = Some(failure),
+        }
+        inputs.version += 1;
+        drop(inputs);
+        self.heard.notify_one();
+    }
+
+    /// What starting a container runs. Looks at files of the image, which may take any time.
+    fn launch(&self, container: &Container) -> Vec<FileId> {
+        let known = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((process, files)) = known.get(&container.id)
+            && *process == container.process
+        {
+            return files.clone();
+        }
+        drop(known);
+        let Some(Command { executable, search_path }) = &container.command else {
+            return Vec::new();
+        };
+        let mounts = crate::scope::executables::Resolver::of_container(
+            &container.process.directory(),
+            &container.root,
+        );
+        let files = launch::of_container(&mounts, executable, search_path);
+        if !container.process.is_alive() {
+            return Vec::new();
+        }
+        let mut known = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(container.id.clone(), (container.process, files.clone()));
+        files
+    }
+
+    fn reference(&self, container: &Container) -> ContainerRef {
+        ContainerRef {
+            id: container.id.clone(),
+            name: container.name.clone(),
+            process: container.process,
+            root: container.root.clone(),
+            launch: self.launch(container),
+        }
+    }
+}
+
+impl Inputs {
+    /// Everything together: what runtimes list goes before what their hooks announced.
+    fn node(&self) -> Node {
+        let mut node = Node::default();
+        for heard in self.announced.values() {
+            node.containers.insert(heard.container.id.clone(), heard.container.clone());
+            if let Some(sandbox) = &heard.sandbox {
+                let known = node.sandboxes.entry(sandbox.id.clone());
+                let known = known.or_insert_with(|| sandbox.clone());
+                // Only the sandbox's own announcement tells its cgroup.
+                known.cgroup = known.cgroup.take().or(sandbox.cgroup.clone());
+            }
+        }
+        for listing in self.runtimes.values().filter_map(|runtime| runtime.listing.as_ref()) {
+            node.sandboxes.extend(listing.sandboxes.clone());
+            for (id, listed) in &listing.containers {
+                let mut container = listed.clone();
+                if let Some(heard) = self.announced.get(id) {
+                    // The hook has read the command; not every runtime tells.
+                    container.command = container.command.or(heard.container.command.clone());
+                }
+                node.containers.insert(id.clone(), container);
+            }
+        }
+        if let Some(Cluster { pods, namespaces }) = &self.cluster {
+            node.pods.clone_from(pods);
+            node.namespaces.clone_from(namespaces);
+        }
+        node
+    }
+
+    /// Whether every source has spoken: what none of them knows of is not there.
+    fn is_complete(&self) -> bool {
+        (!self.has_cluster || self.cluster.is_some())
+            && self.runtimes.values().all(|runtime| runtime.listing.is_some())
+    }
+
+    /// Forgets announced containers that ended.
+    fn prune(&mut self) {
+        let listed: BTreeSet<String> = self
+            .runtimes
+            .values()
+            .filter_map(|runtime| runtime.listing.as_ref())
+            .flat_map(|listing| listing.containers.keys().cloned())
+            .collect();
+        self.announced.retain(|id, heard| {
+            let is_young = heard.at.elapsed() < BELIEVED;
+            heard.container.process.is_alive() && (is_young || listed.contains(id))
+        });
+    }
+}
+
+/// Follows a runtime for as long as the daemon runs.
+pub async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
+    let mut pause = RETRY.0;
+    loop {
+        match runtime.list().await {
+            Ok(listing) => {
+                pause = RETRY.0;
+                containers.set_runtime(runtime.endpoint(), Ok(listing));
+                tokio::select! {
+                    () = runtime.changed() => {}
+                    () = containers.wanted.notified() => {}
+                }
+            }
+            Err(error) => {
+                let is_new = {
+                    let inputs = containers.inputs();
+                    let known = inputs.runtimes.get(runtime.endpoint());
+                    known.is_none_or(|known| known.failure.is_none())
+                };
+                if is_new {
+                    tracing::error!(%error, "what the container runtime said last stays in force");
+                }
+                containers.set_runtime(runtime.endpoint(), Err(error.to_string()));
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY.1);
+            }
+        }
+    }
+}
+
+/// Says that a runtime is to be heard before anything is let go.
+pub fn expect(containers: &Containers, endpoint: &str) {
+    containers.inputs().runtimes.entry(endpoint.to_owned()).or_default();
+}
+
+/// Holds what is heard of, for as long as the daemon runs.
+pub async fn watch(shared: Arc<Shared>) {
+    loop {
+        drop(tokio::time::timeout(AGAIN, shared.containers.heard.notified()).await);
+        let work = Arc::clone(&shared);
+        let held = tokio::task::spawn_blocking(move || hold(&work, None)).await;
+        if let Err(error) = held {
+            tracing::error!(%error, "containers were not looked at; what is in force stays");
+        }
+    }
+}
+
+/// Takes in what should be held and lets go what should not; only what `only` is in, if that is said.
+fn hold(shared: &Shared, only: Option<&str>) {
+    let containers = &shared.containers;
+    let _one_at_a_time = containers.holding.lock().unwrap_or_else(PoisonError::into_inner);
+    let (node, is_complete, failures) = {
+        let mut inputs = containers.inputs();
+        inputs.prune();
+        let failures: Vec<String> =
+            inputs.runtimes.values().filter_map(|runtime| runtime.failure.clone()).collect();
+        (inputs.node(), inputs.is_complete(), failures)
+    };
+    let placements = containers.rules.place(&node);
+    let mut problems = failures;
+    let mut has_changed = false;
+    for placement in &placements {
+        let is_meant = |id: &str| placement.containers.iter().any(|container| container.id == id);
+        if !placement.is_seen || only.is_some_and(|only| !is_meant(only)) {
+            continue;
+        }
+        problems.extend(
+            placement.problem.as_ref().map(|problem| format!("{}: {problem}", placement.name)),
+        );
+        if let Err(why) = &placement.identity {
+            problems.push(format!("{} is denied everything: {why}", placement.name));
+        }
+        let references: Vec<ContainerRef> =
+            placement.containers.iter().map(|container| containers.reference(container)).collect();
+        match take_in(&mut shared.engine(), placement, references) {
+            Ok(changed) => has_changed |= changed,
+            Err(error) => {
+                problems.push(format!("{}: {error}", placement.name));
+                tracing::error!(%error, workload = placement.name, "a container is not held; trying again");
+            }
+        }
+    }
+    if only.is_none() {
+        if is_complete {
+            has_changed |= let_go(shared, &placements);
+        }
+        let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        launches.retain(|id, _| node.containers.contains_key(id));
+        drop(launches);
+        let unseen = placements.into_iter().filter(|placement| !placement.is_seen).collect();
+        let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
+        *report = Report { unseen, problems };
+    }
+    if has_changed {
+        super::save(shared);
+    }
+}
+
+/// Whether something was changed.
+fn take_in(
+    engine: &mut Engine,
+    placement: &Placement,
+    containers: Vec<ContainerRef>,
+) -> Result<bool, EngineError> {
+    let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
+    let cgroup = engine.cgroup_root().join(below);
+    let id = match cgroup_id(&cgroup) {
+        Ok(id) => id,
+        // It ended; its runtime will say so.
+        Err(_) if !cgroup.exists() => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    let identity = placement.identity.as_ref().ok().cloned();
+    if let Some(known) = engine.workload_at(&cgroup) {
+        let (known_id, known_cgroup, source) = (known.id, known.cgroup_id, known.source);
+        if known_cgroup == id {
+            if source != WorkloadSource::Container {
+                return Err(EngineError::Taken { path: cgroup });
+            }
+            let is_same = (&known.identity, known.mode, &known.containers)
+                == (&identity, placement.mode, &containers);
+            if !is_same {
+                engine.change_with(known_id, identity, placement.mode, containers)?;
+            }
+            return Ok(!is_same);
+        }
+        // Another cgroup of the same name; the one that was held is gone.
+        engine.remove(known_id);
+    }
+    engine.add(NewWorkload {
+        name: placement.name.clone(),
+        identity,
+        cgroup,
+        mode: placement.mode,
+        source: WorkloadSource::Container,
+        owner: None,
+        unit: None,
+        launch: Vec::new(),
+        inherited: Vec::new(),
+        pod: placement.pod.clone(),
+        containers,
+    })?;
+    Ok(true)
+}
+
+fn let_go(shared: &Shared, placements: &[Placement]) -> bool {
+    let gone: Vec<_> = {
+        let engine = shared.engine();
+        let wanted: BTreeSet<PathBuf> = placements
+            .iter()
+            .filter(|placement| placement.is_seen)
+            .map(|placement| {
+                let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
+                engine.cgroup_root().join(below)
+            })
+            .collect();
+        engine
+            .workloads()
+            .filter(|workload| workload.source == WorkloadSource::Container)
+            .filter(|workload| !wanted.contains(&workload.cgroup))
+            .map(|workload| workload.id)
+            .collect()
+    };
+    for id in &gone {
+        shared.engine().remove(*id);
+    }
+    !gone.is_empty()
+}
+
+/// Takes in a container whose first process waits for the answer.
+///
+/// # Errors
+///
+/// When it is not a container, or it can not be told whose it is: it may be an agent's.
+pub async fn announce(
+    shared: &Arc<Shared>,
+    announcement: &Announcement,
+) -> Result<Announced, ServiceError> {
+    let heard = hear(announcement)?;
+    let containers = &shared.containers;
+    let exempt = &containers.rules.marking.exempt;
+    if announcement.pod.as_ref().is_some_and(|pod| exempt.contains(&pod.namespace)) {
+        return Ok(Announced { workload: None, identity: None });
+    }
+    let is_sandbox = announcement.is_sandbox;
+    let patience = if is_sandbox { SANDBOX_PATIENCE } else { PATIENCE };
+    let until = Instant::now() + patience;
+    let id = heard.container.id.clone();
+    let sandbox = heard.container.sandbox.clone();
+    {
+        let mut inputs = containers.inputs();
+        inputs.announced.insert(id.clone(), heard);
+        inputs.version += 1;
+    }
+    // Whose it is must be known before it runs: by the cluster, or by the runtime's own list.
+    loop {
+        let is_known = {
+            let inputs = containers.inputs();
+            let by_runtime = |sandbox: &String| {
+                let listings = inputs.runtimes.values().filter_map(|known| known.listing.as_ref());
+                listings.into_iter().any(|listing| listing.sandboxes.contains_key(sandbox))
+            };
+            let by_cluster = announcement.pod.as_ref().is_some_and(|pod| {
+                let uid = PodUid::new(&pod.uid);
+                let cluster = inputs.cluster.as_ref();
+                uid.is_some_and(|uid| cluster.is_some_and(|known| known.pods.contains_key(&uid)))
+            });
+            let cluster_is_enough = by_cluster || !inputs.has_cluster;
+            match &sandbox {
+                None => true,
+                Some(sandbox) => {
+                    (by_cluster || by_runtime(sandbox))
+                        && (cluster_is_enough || Instant::now() >= until)
+                }
+            }
+        };
+        if is_known {
+            break;
+        }
+        if Instant::now() >= until {
+            if is_sandbox {
+                break;
+            }
+            return Err(ServiceError::Unavailable {
+                error: format!(
+                    "neither the cluster nor the container runtime has spoken of the pod of container {id}"
+                ),
+                remedy: "see agentguard status; check containers.runtimes and kubernetes"
+                    .to_owned(),
+            });
+        }
+        containers.wanted.notify_waiters();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let work = Arc::clone(shared);
+    let only = id.clone();
+    tokio::task::spawn_blocking(move || hold(&work, Some(&only))).await.map_err(|error| {
+        ServiceError::Unavailable {
+            error: error.to_string(),
+            remedy: "see the daemon's log".to_owned(),
+        }
+    })?;
+    answer(shared, &id)
+}
+
+/// What became of the container.
+fn answer(shared: &Shared, id: &str) -> Result<Announced, ServiceError> {
+    let node = shared.containers.inputs().node();
+    let placements = shared.containers.rules.place(&node);
+    let of_it = |placement: &&Placement| {
+        placement.is_seen && placement.containers.iter().any(|container| container.id == id)
+    };
+    let Some(placement) = placements.iter().find(of_it) else {
+        return Ok(Announced { workload: None, identity: None });
+    };
+    let engine = shared.engine();
+    let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
+    let Some(workload) = engine.workload_at(&engine.cgroup_root().join(below)) else {
+        return Err(ServiceError::Unavailable {
+            error: format!("{} could not be held", placement.name),
+            remedy: "see agentguard status".to_owned(),
+        });
+    };
+    Ok(Announced {
+        workload: Some(workload.name.clone()),
+        identity: workload.identity.as_ref().map(ToString::to_string),
+    })
+}
+
+fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
+    let invalid = |error: String| ServiceError::Invalid(vec![error]);
+    let Announcement {
+        id,
+        pid,
+        root,
+        name,
+        is_sandbox,
+        sandbox,
+        pod,
+        labels,
+        command,
+        search_path,
+    } = announcement.clone();
+    if id.is_empty() || id.len() > 256 {
+        return Err(invalid(format!(
+            "id: {id:?} is no container's; give the runtime's identifier"
+        )));
+    }
+    if !root.is_absolute() {
+        return Err(invalid(format!("root: {} is not absolute", root.display())));
+    }
+    let process = ProcessRef::of(pid).ok_or_else(|| {
+        invalid(format!("pid: there is no process {pid}; name the container's first"))
+    })?;
+    let cgroup = cgroup_of(pid).ok_or_else(|| {
+        invalid(format!("pid: the process {pid} is in no cgroup v2; mount it at the cgroup root"))
+    })?;
+    if cgroup == Path::new("/") {
+        return Err(invalid(format!(
+            "pid: the process {pid} is in the root cgroup; the runtime must give each container one of its own"
+        )));
+    }
+    let sandbox_of = match (&pod, &sandbox) {
+        (Some(pod), Some(sandbox)) => Some(Sandbox {
+            id: sandbox.clone(),
+            pod: Pod {
+                uid: PodUid::new(&pod.uid)
+                    .ok_or_else(|| invalid(format!("pod.uid: {:?} is none", pod.uid)))?,
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                service_account: None,
+                labels: Labels::new(),
+                host_network: false,
+                runtime_class: None,
+            },
+            handler: String::new(),
+            cgroup: is_sandbox.then(|| cgroup.clone()),
+        }),
+        (None, _) | (_, None) => None,
+    };
+    let command = command.map(|executable| Command {
+        executable,
+        search_path: search_path.unwrap_or_else(|| launch::SEARCH_PATH.to_owned()),
+    });
+    let container =
+        Container { id, sandbox, name, labels, is_sandbox, cgroup, process, root, command };
+    Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of })
+}
+
+/// The cgroup of a process, absolute below the cgroup v2 root.
+#[must_use]
+pub fn cgroup_of(pid: u32) -> Option<PathBuf> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    // What lies outside of the cgroup namespace of whoever reads is told by `..`.
+    (path.starts_with('/') && !path.contains("/..")).then(|| PathBuf::from(path))
+}
