@@ -120,6 +120,30 @@ pub fn launch_files(candidate: &Candidate, request: &Confine) -> Vec<FileId> {
     launch::resolve(&launch::files(&request.executable, &search_path(candidate.pid)))
 }
 
+/// Removes cgroups that a daemon which died made for a process that it never moved there. The kernel
+/// removes none that has processes; one that was made just now is somebody else's.
+pub(super) fn remove_abandoned(parent: &Path, known: &[PathBuf]) -> Vec<PathBuf> {
+    let mut removed = Vec::new();
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_directory
+            && !known.contains(&path)
+            && is_stale(&path)
+            && fs::remove_dir(&path).is_ok()
+        {
+            tracing::info!(path = %path.display(), "removed a cgroup that an earlier daemon left empty");
+            removed.push(path);
+        }
+    }
+    removed
+}
+
+fn is_stale(cgroup: &Path) -> bool {
+    let made = fs::metadata(cgroup).and_then(|found| found.modified());
+    made.is_ok_and(|made| made.elapsed().is_ok_and(|age| age > STALE))
+}
+
 fn remove(cgroup: &Path) {
     if let Err(error) = remove_cgroup(cgroup) {
         tracing::debug!(%error, path = %cgroup.display(), "a cgroup stays");
@@ -227,10 +251,7 @@ fn make_cgroup(engine: &Engine, name: &str) -> Result<Option<PathBuf>, ServiceEr
             Err(there) if there.kind() == io::ErrorKind::AlreadyExists => {
                 // Left empty by a daemon that was killed while it made it. The kernel removes none
                 // that has processes; one that was made just now is somebody else's.
-                let is_stale = fs::metadata(&path)
-                    .and_then(|found| found.modified())
-                    .is_ok_and(|made| made.elapsed().is_ok_and(|age| age > STALE));
-                if !is_stale || fs::remove_dir(&path).is_err() {
+                if !is_stale(&path) || fs::remove_dir(&path).is_err() {
                     return Ok(None);
                 }
             }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
 
 use super::protection_view;
@@ -34,8 +35,13 @@ pub fn doctor(configuration: &Configuration) -> DoctorReport {
     let text = |value: Option<&std::ffi::OsStr>| {
         value.map_or_else(|| "unknown".to_owned(), |value| value.to_string_lossy().into_owned())
     };
-    let mut checks = vec![root(), btf(), cgroup(configuration), bpffs(), lsm()];
+    let mut checks = vec![root(), btf(), cgroup(configuration)];
+    checks.extend(layout(configuration));
+    checks.push(bpffs());
     let (protection, gaps) = try_programs(configuration, &mut checks);
+    if !protection.layers.is_empty() {
+        checks.push(lsm(&protection));
+    }
     DoctorReport {
         kernel: text(name.as_ref().map(|name| name.release())),
         architecture: text(name.as_ref().map(|name| name.machine())),
@@ -96,19 +102,55 @@ fn bpffs() -> Check {
     }
 }
 
-/// That the list names `bpf` does not mean that a program can be attached; what can be is tried.
-fn lsm() -> Check {
-    let listed = fs::read_to_string("/sys/kernel/security/lsm").ok();
-    let found = match &listed {
-        Some(list) if list.split(',').any(|name| name.trim() == "bpf") => {
-            "the kernel lists the BPF LSM; this version of agentguard has no programs for it yet"
-        }
-        Some(_) => "the kernel does not list the BPF LSM",
-        None => "securityfs is not mounted, so it is not known which LSMs there are",
+/// How cgroups are laid out: which hierarchies there are, who makes those of containers, and what
+/// this process sees of them.
+fn layout(configuration: &Configuration) -> Vec<Check> {
+    let Ok(root) = configuration.find_cgroup_root() else { return Vec::new() };
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let has_v1 = mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup"));
+    let hierarchy = if has_v1 {
+        "version 2 beside version 1 (hybrid); agents are held by version 2"
+    } else {
+        "version 2 alone"
     };
-    let remedy =
-        "the portable layer holds without it; see the gaps below for what that leaves open";
-    check("BPF LSM", CheckState::Warning, found, Some(remedy))
+    let driver = if root.join("kubepods.slice").exists() {
+        "; pods are made by systemd (kubepods.slice)"
+    } else if root.join("kubepods").exists() {
+        "; pods are made by kubelet itself (kubepods)"
+    } else {
+        ""
+    };
+    let mut checks =
+        vec![check("cgroup layout", CheckState::Ok, format!("{hierarchy}{driver}"), None)];
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/cgroup")).ok();
+    if namespace("self") != namespace("1") {
+        checks.push(check(
+            "cgroup namespace",
+            CheckState::Warning,
+            "this process has a cgroup namespace of its own, which hides where others are",
+            Some(
+                "run it in the host's (hostPID and a privileged container, or without a container)",
+            ),
+        ));
+    }
+    checks
+}
+
+/// That the kernel's list names `bpf` does not mean that a program can be attached: what became of
+/// the programs says it.
+fn lsm(protection: &Protection) -> Check {
+    let layers = protection.layers.iter().filter(|layer| layer.layer == Layer::Lsm.as_str());
+    let missing: Vec<_> = layers.filter(|layer| layer.reason.is_some()).collect();
+    let Some(first) = missing.first() else {
+        return check("BPF LSM", CheckState::Ok, "the kernel calls its programs", None);
+    };
+    let reason = first.reason.as_deref().unwrap_or_default();
+    check(
+        "BPF LSM",
+        CheckState::Warning,
+        format!("{} of its hooks can not be used, {} for one: {reason}", missing.len(), first.hook),
+        Some("the portable layer holds without it; see the gaps below for what that leaves open"),
+    )
 }
 
 fn try_programs(

@@ -227,6 +227,8 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let clock = Clock::read()?;
+    tell_kept_sizes(&datapath, &configuration);
+    confine::remove_abandoned(&cgroups.exec_parent, &saved.exec_cgroups());
     let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
     // Before the rings are read: what was recorded while no daemon was there has its names again.
     engine.restore(saved);
@@ -355,6 +357,23 @@ fn record_start(audit: &AuditLog, datapath: &Datapath) {
         adopted: datapath.adopted(),
         protection: vec![layer(Layer::Portable, record::Layer::Portable), lsm],
     }));
+}
+
+/// Says which tables keep the size that an earlier start gave them.
+fn tell_kept_sizes(datapath: &Datapath, configuration: &Configuration) {
+    match datapath.kept_sizes(&sizes(configuration)) {
+        Ok(kept) => {
+            for (key, has, asked) in kept {
+                tracing::warn!(
+                    key,
+                    has,
+                    asked,
+                    "a table keeps the size it was made with until agentguard uninstall"
+                );
+            }
+        }
+        Err(error) => tracing::error!(%error, "it is not known how large the tables are"),
+    }
 }
 
 async fn stopped() -> &'static str {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::confine::remove_abandoned;
 use super::engine::remove_cgroup;
 use super::lock::Locks;
 use super::{DaemonError, last_good, require_root, state};
@@ -57,7 +58,11 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
             )),
         }
     }
+    let parent = configuration.find_cgroup_parent()?;
+    for path in remove_abandoned(&parent, &[]) {
+        report.removed.push(format!("the cgroup {}, which was empty", path.display()));
+    }
     // Others run there, or it is gone already.
-    let _parent = fs::remove_dir(configuration.find_cgroup_parent()?);
+    let _parent = fs::remove_dir(parent);
     Ok(report)
 }

@@ -96,7 +96,10 @@ pub enum LoadError {
     Mount { path: PathBuf, source: nix::Error },
     #[error("pins can not be kept at {path}: {source}; free the path or set pin_directory")]
     Pin { path: PathBuf, source: io::Error },
-    #[error("the kernel half does not load: {source}; run `agentguard doctor` as root")]
+    #[error(
+        "the kernel half does not load: {}; see the kernel's log (dmesg), and make datapath.maps smaller where memory is short",
+        causes(source)
+    )]
     Load { source: Box<aya::EbpfError> },
     #[error(
         "{path} is kept by a version of agentguard that this one can not go on from; end what it holds with that version's `agentguard uninstall`, or reboot"
@@ -104,6 +107,19 @@ pub enum LoadError {
     ForeignState { path: PathBuf },
     #[error("the kernel half's {name} can not be used: {reason}")]
     Part { name: String, reason: String },
+}
+
+/// An error with all that led to it: aya's own first line names the table or the program, and only
+/// the last one says what the kernel answered.
+fn causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    let mut text = error.to_string();
+    for cause in causes.map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 impl LoadError {

@@ -63,6 +63,7 @@ pub(super) struct Tables {
     workloads: HashMap<MapData, WorkloadId, Tag>,
     cgroups: HashMap<MapData, CgroupId, Membership>,
     moved: HashMap<MapData, u32, Moved>,
+    tasks: HashMap<MapData, u64, Membership>,
     destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
     rules: HashMap<MapData, RuleSetId, RuleRow>,
     executables: HashMap<MapData, ExecutableKey, ExecutableEntry>,
@@ -79,6 +80,7 @@ impl Tables {
             workloads: open(pins, "WORKLOADS")?,
             cgroups: open(pins, "CGROUPS")?,
             moved: open(pins, "MOVED")?,
+            tasks: open(pins, "TASKS")?,
             destinations: open(pins, "DESTINATIONS")?,
             rules: open(pins, "RULES")?,
             executables: open(pins, "EXECUTABLES")?,
@@ -519,6 +521,36 @@ impl Datapath {
         u16::try_from(self.tables.counters.len()).unwrap_or(u16::MAX)
     }
 
+    /// The tables that are not of the size asked for, since an earlier start made them and they are
+    /// kept: each with the key that asks, what it has and what was asked.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not say.
+    pub fn kept_sizes(
+        &self,
+        sizes: &super::Sizes,
+    ) -> Result<Vec<(&'static str, u32, u32)>, DatapathError> {
+        let asked = [
+            ("datapath.maps.cgroups", "CGROUPS", sizes.cgroups),
+            ("datapath.maps.tasks", "TASKS", sizes.tasks),
+            ("metrics.max_identities", "COUNTERS", sizes.counters),
+            ("datapath.denied_ring_bytes", "DENIED", sizes.denied_ring),
+            ("datapath.events_ring_bytes", "ALLOWED", sizes.allowed_ring),
+        ];
+        let mut kept = Vec::new();
+        for (key, table, asked) in asked {
+            let has = MapData::from_pin(self.pins.map(table))
+                .and_then(|map| map.info())
+                .map_err(row(table))?
+                .max_entries();
+            if has != asked {
+                kept.push((key, has, asked));
+            }
+        }
+        Ok(kept)
+    }
+
     /// How full the tables are that can fill up.
     #[must_use]
     pub fn fill(&self, sizes: &super::Sizes) -> Vec<Fill> {
@@ -528,6 +560,7 @@ impl Datapath {
         vec![
             fill("workloads", tables.workloads.keys().count(), sizes.workloads),
             fill("cgroups", tables.cgroups.keys().count(), sizes.cgroups),
+            fill("tasks", tables.tasks.keys().count(), sizes.tasks),
             fill("destinations", tables.destinations.keys().count(), sizes.destinations),
             fill("rules", tables.rules.keys().count(), sizes.rules),
             fill("executables", tables.executables.keys().count(), sizes.executables),
