@@ -264,6 +264,7 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// An engine without workloads. `host` is where the host's files are.
     #[must_use]
     pub fn new(
         datapath: Datapath,
@@ -271,6 +272,7 @@ impl Engine {
         audit: AuditLog,
         names: Arc<Names>,
         clock: Clock,
+        host: PathBuf,
     ) -> Self {
         let (allowlist, rules, workload) = datapath.highest();
         let next_allowlist = AllowlistId(allowlist.0 + 1);
@@ -291,7 +293,7 @@ impl Engine {
             socket_directories: SocketDirectories::default(),
             looked: Instant::now(),
             unix_names,
-            mounts: Resolver::new(PathBuf::from("/")),
+            mounts: Resolver::new(host),
             executable_problems: Vec::new(),
             audit,
             cgroups,
@@ -353,11 +355,9 @@ impl Engine {
     /// The mounts in which the files of a workload are looked up: those of its containers, or the
     /// host's.
     #[must_use]
-    pub fn mounts_of(workload: &Workload) -> Vec<Resolver> {
+    pub fn mounts_of(&self, workload: &Workload) -> Vec<Resolver> {
         match workload.source {
-            WorkloadSource::Manifest | WorkloadSource::Exec => {
-                vec![Resolver::new(PathBuf::from("/"))]
-            }
+            WorkloadSource::Manifest | WorkloadSource::Exec => vec![self.mounts.clone()],
             WorkloadSource::Container => {
                 workload.containers.iter().map(ContainerRef::mounts).collect()
             }

@@ -9,6 +9,7 @@ mod container_files;
 mod containers;
 pub mod doctor;
 pub mod engine;
+mod host;
 mod last_good;
 mod launch;
 mod lock;
@@ -106,6 +107,7 @@ pub enum DaemonError {
 /// Why it did not start.
 pub fn run(configuration: Configuration) -> Result<(), DaemonError> {
     require_root()?;
+    host::see_cgroups();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -229,7 +231,8 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
     let clock = Clock::read()?;
     tell_kept_sizes(&datapath, &configuration);
     confine::remove_abandoned(&cgroups.exec_parent, &saved.exec_cgroups());
-    let mut engine = Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock);
+    let mut engine =
+        Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock, host::root());
     // Before the rings are read: what was recorded while no daemon was there has its names again.
     engine.restore(saved);
     fault::point("start.restored");

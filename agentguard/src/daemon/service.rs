@@ -337,7 +337,7 @@ impl Service for Daemon {
         let target = request.target.clone();
         let mounts = {
             let engine = self.0.engine();
-            Engine::mounts_of(find(&engine, &request.workload)?)
+            engine.mounts_of(find(&engine, &request.workload)?)
         };
         let asked = tokio::task::spawn_blocking(move || resolve(&target, &mounts))
             .await

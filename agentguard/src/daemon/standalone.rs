@@ -97,7 +97,8 @@ async fn supervise(
     super::record_start(&audit, &datapath);
     let names = Arc::new(Names::default());
     let clock = Clock::read().map_err(DaemonError::from)?;
-    let mut engine = Engine::new(datapath, cgroups, audit.clone(), names, clock);
+    let mut engine =
+        Engine::new(datapath, cgroups, audit.clone(), names, clock, PathBuf::from("/"));
     let denials = Arc::new(Denials::default());
     let stop = Arc::new(AtomicBool::new(false));
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
