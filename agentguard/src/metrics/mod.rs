@@ -695,6 +695,9 @@ fn histogram(registry: &Registry, doc: &MetricDoc) -> Result<Histogram, MetricsE
 }
 
 #[cfg(test)]
+mod deployed;
+
+#[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
     use std::io::Write;
