@@ -81,6 +81,7 @@ pub fn confine(
         inherited: request.inherited.clone(),
         pod: None,
         containers: Vec::new(),
+        owns_identity: false,
     });
     let workload = match added {
         Ok(workload) => workload,

@@ -391,6 +391,7 @@ fn take_in(
         inherited: Vec::new(),
         pod: placement.pod.clone(),
         containers,
+        owns_identity: placement.owns_identity,
     })?;
     Ok(true)
 }

@@ -40,8 +40,8 @@ use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
-use crate::identity::SpiffeId;
 use crate::identity::container::PodName;
+use crate::identity::{SpiffeId, Subject};
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
 use crate::scope::executables::{Admission, Pinned, Resolver};
@@ -95,6 +95,8 @@ pub struct Workload {
     pub pod: Option<PodName>,
     /// The containers in it: executables are looked up in their mounts. Without one, in the host's.
     pub containers: Vec<ContainerRef>,
+    /// Whether its identity is its own alone, and gone with it.
+    pub owns_identity: bool,
 }
 
 impl Workload {
@@ -175,6 +177,7 @@ pub struct NewWorkload {
     pub inherited: Vec<InheritedSocket>,
     pub pod: Option<PodName>,
     pub containers: Vec<ContainerRef>,
+    pub owns_identity: bool,
 }
 
 /// The allow-list of an identity, in force.
@@ -884,6 +887,7 @@ impl Engine {
             inherited,
             pod,
             containers,
+            owns_identity,
         } = new;
         let cgroup_id = cgroup_id(&cgroup)?;
         if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
@@ -906,6 +910,7 @@ impl Engine {
             populated: false,
             pod,
             containers,
+            owns_identity,
         });
         self.reconcile();
         fault::point("add.compiled");
@@ -1065,9 +1070,36 @@ impl Engine {
             return;
         }
         self.record_workload(id, WorkloadChange::Removed, &[]);
+        let gone = self.workloads.get(&id).filter(|workload| workload.owns_identity);
+        let gone = gone.and_then(|workload| workload.identity.clone());
         self.drop_workload(id);
+        if let Some(identity) = gone {
+            self.end_grants_of(&identity);
+        }
         self.reconcile();
         self.dirty = true;
+    }
+
+    /// Takes back what was granted at run time to an identity that is gone for good. What manifests
+    /// say is theirs to end.
+    fn end_grants_of(&mut self, identity: &SpiffeId) {
+        if self.workloads.values().any(|workload| workload.is(identity)) {
+            return;
+        }
+        let now = Timestamp::now();
+        let bound: Vec<GrantId> = self
+            .store
+            .grants()
+            .filter(|stored| matches!(stored.source, Source::Api { .. }))
+            .filter(|stored| stored.document.subject == Subject::Exact(identity.clone()))
+            .map(|stored| stored.document.id.clone())
+            .collect();
+        for id in bound {
+            let reason = format!("the identity {identity} is gone");
+            if let Err(error) = self.store.revoke(&id, "agentguard".to_owned(), reason, now) {
+                tracing::debug!(%error, "a grant was over before its identity");
+            }
+        }
     }
 
     fn drop_workload(&mut self, id: WorkloadId) {

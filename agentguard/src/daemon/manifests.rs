@@ -352,6 +352,7 @@ fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
         inherited: Vec::new(),
         pod: None,
         containers: Vec::new(),
+        owns_identity: false,
     })?;
     Ok(())
 }

@@ -60,6 +60,8 @@ pub struct SavedWorkload {
     pod: Option<SavedPod>,
     #[serde(default)]
     containers: Vec<SavedContainer>,
+    #[serde(default)]
+    owns_identity: bool,
 }
 
 type SavedFile = (u64, u32, u32);
@@ -139,6 +141,7 @@ impl From<&Workload> for SavedWorkload {
             populated: _,
             pod,
             containers,
+            owns_identity,
         } = workload.clone();
         Self {
             id: id.0,
@@ -154,6 +157,7 @@ impl From<&Workload> for SavedWorkload {
             launch: saved(&launch),
             pod: pod.map(SavedPod::from),
             containers: containers.into_iter().map(SavedContainer::from).collect(),
+            owns_identity,
         }
     }
 }
@@ -191,6 +195,7 @@ impl SavedWorkload {
             launch,
             pod,
             containers,
+            owns_identity,
         } = self;
         let parsed = identity.as_deref().map(str::parse).transpose();
         Ok(Workload {
@@ -210,6 +215,7 @@ impl SavedWorkload {
             populated: true,
             pod: pod.map(PodName::from),
             containers: containers.into_iter().map(ContainerRef::from).collect(),
+            owns_identity,
         })
     }
 }

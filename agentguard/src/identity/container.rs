@@ -133,6 +133,8 @@ pub struct Placement {
     pub problem: Option<String>,
     /// Whether this kernel sees what it does; not in a sandbox with a kernel of its own.
     pub is_seen: bool,
+    /// Whether its identity is its own alone, and gone with it.
+    pub owns_identity: bool,
 }
 
 impl Rules {
@@ -211,6 +213,7 @@ impl Rules {
             containers: container.cloned().into_iter().collect(),
             problem,
             is_seen: !self.sandboxed.contains(&sandbox.handler),
+            owns_identity: self.template.is_of_one_pod(),
         })
     }
 
@@ -236,6 +239,7 @@ impl Rules {
             containers: vec![container.clone()],
             problem,
             is_seen: true,
+            owns_identity: self.template.is_of_one_pod(),
         })
     }
 }

@@ -141,6 +141,12 @@ impl IdentityTemplate {
         self.parts.contains(&Part::Variable(Variable::Container))
     }
 
+    /// Whether an identity is one pod's or container's alone, so that it is gone for good with it.
+    #[must_use]
+    pub fn is_of_one_pod(&self) -> bool {
+        self.parts.contains(&Part::Variable(Variable::Pod)) || self.tells_containers_apart()
+    }
+
     /// The identity of what `values` describe.
     ///
     /// # Errors
