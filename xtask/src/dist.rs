@@ -16,6 +16,9 @@ use crate::{
     run::{cargo, heading, root, run, target_dir},
 };
 
+/// The version of cargo-deb that the package's description is written for.
+const CARGO_DEB: &str = "3.8.0";
+
 /// What is taken from the checkout as it is, if it is there.
 const FROM_THE_CHECKOUT: &[&str] =
     &["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "deploy"];
@@ -52,6 +55,29 @@ pub(crate) fn dist() -> Result<()> {
     }
     println!("{}", dist.display());
     Ok(())
+}
+
+/// Builds a Debian package of the release, and gives its path.
+///
+/// # Errors
+///
+/// The build fails, or cargo-deb can be neither found nor installed.
+pub(crate) fn deb() -> Result<PathBuf> {
+    crate::setup::cargo_tool("cargo-deb", CARGO_DEB)?;
+    dist()?;
+    heading("Debian package");
+    let directory = target_dir().join("debian");
+    fs::create_dir_all(&directory)?;
+    let mut build = cargo(&["deb", "--package", "agentguard", "--no-build", "--no-strip"]);
+    run(build.arg("--output").arg(&directory))?;
+    let made = files(&directory)?;
+    let package = made
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .max_by_key(|path| path.metadata().and_then(|made| made.modified()).ok())
+        .context("cargo-deb made no package")?;
+    println!("{}", package.display());
+    Ok(package)
 }
 
 /// Builds the daemon as it is shipped, and gives the path of the binary.

@@ -61,6 +61,8 @@ enum Command {
     Object,
     /// Build a release with completions and manual pages into `target/dist`
     Dist,
+    /// Build a Debian package of the release into `target/debian`
+    Deb,
     /// The measured side of `bench`: waits for a line on stdin, then runs the loops
     #[command(hide = true)]
     BenchWorker(bench::WorkerArguments),
@@ -89,6 +91,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Docs(arguments) => docs::docs(&arguments),
         Command::Object => object::object().map(|path| println!("{}", path.display())),
         Command::Dist => dist::dist(),
+        Command::Deb => dist::deb().map(drop),
         Command::BenchWorker(arguments) => bench::work(&arguments),
     }
 }

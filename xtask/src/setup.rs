@@ -164,7 +164,7 @@ fn rustup_component(name: &str, program: &str) -> Result<()> {
 }
 
 /// Finds a program that cargo installs, or has cargo build it.
-fn cargo_tool(name: &str, version: &str) -> Result<()> {
+pub(crate) fn cargo_tool(name: &str, version: &str) -> Result<()> {
     if let Some(path) = which(name) {
         println!("found     {name}: {}", path.display());
         return Ok(());
