@@ -55,26 +55,40 @@ impl Drop for Cgroup {
 ///
 /// When it is not.
 pub(crate) fn root() -> PathBuf {
+    let roots = mounted("cgroup2 ").into_iter().next();
+    roots.expect("cgroup v2 is not mounted; mount it on /sys/fs/cgroup")
+}
+
+/// Where file systems of a kind are mounted.
+fn mounted(kind: &str) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("procfs is mounted on /proc");
-    mounts
-        .lines()
-        .find_map(|line| {
-            let (first, second) = line.split_once(" - ")?;
-            second.starts_with("cgroup2 ").then(|| first.split(' ').nth(4)).flatten()
-        })
-        .map(PathBuf::from)
-        .expect("cgroup v2 is not mounted; mount it on /sys/fs/cgroup")
+    let points = mounts.lines().filter_map(|line| {
+        let (first, second) = line.split_once(" - ")?;
+        second.starts_with(kind).then(|| first.split(' ').nth(4)).flatten()
+    });
+    points.map(PathBuf::from).collect()
 }
 
 /// Removes what killed runs left behind.
 pub(crate) fn remove_stale() {
-    let root = root();
-    for name in unique::stale(&root) {
+    // Version 2 first: there is what runs in any of them.
+    for root in [root()].into_iter().chain(mounted("cgroup ")) {
+        for name in unique::stale(&root) {
+            remove(&root.join(name));
+        }
+    }
+}
+
+/// Removes a cgroup from the hierarchies of version 1, where container runtimes make the same ones as
+/// in version 2.
+pub(crate) fn remove_from_all(name: &str) {
+    for root in mounted("cgroup ") {
         remove(&root.join(name));
     }
 }
 
-fn remove(cgroup: &Path) {
+/// Removes a cgroup with its children, and kills what runs in them.
+pub(crate) fn remove(cgroup: &Path) {
     for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path());

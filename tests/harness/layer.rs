@@ -46,7 +46,7 @@ pub fn requires(layer: Layer) {
 
 /// Whoever runs a test by hand promises everything.
 #[track_caller]
-fn is_promised(needed: Promise) {
+pub(crate) fn is_promised(needed: Promise) {
     let Ok(promises) = env::var(VARIABLE) else { return };
     let promises = Promise::list(&promises)
         .unwrap_or_else(|| panic!("{VARIABLE}={promises:?} names a promise that is unknown"));

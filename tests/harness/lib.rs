@@ -9,11 +9,14 @@
 //! Tests run in parallel, as threads or as processes; nothing here is shared between them.
 
 mod attack;
+pub mod attempt;
 mod cgroup;
+pub mod containerd;
 pub mod daemon;
 mod facility;
 mod guard;
 mod layer;
+mod mounts;
 mod process;
 mod program;
 pub mod promise;
@@ -27,6 +30,7 @@ mod world;
 
 pub use attack::{Attack, Outcome, Report};
 pub use cgroup::Cgroup;
+pub use containerd::Containerd;
 pub use facility::{Facility, can_be_attacked_by};
 pub use guard::{BASE_SCOPE, Guard, Mode, wait_until};
 pub use layer::{Layer, requires};

@@ -1,4 +1,4 @@
-//! What a kernel is promised to give, and which tests count on it.
+//! What a machine and its kernel are promised to give, and which tests count on it.
 //!
 //! Its one job is the vocabulary that the runner (`cargo xtask test`, `cargo xtask vm`) and the
 //! tests share; the runner includes this file, so that there is one. A row of the matrix promises;
@@ -22,10 +22,13 @@ pub enum Promise {
     EndOthers,
     /// A machine of its own whose first process is systemd.
     Systemd,
+    /// A container runtime with its parts, which the runner installs.
+    Containers,
 }
 
 impl Promise {
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Lsm, Self::EndOthers, Self::Systemd];
+    pub const ALL: [Self; 5] =
+        [Self::Portable, Self::Lsm, Self::EndOthers, Self::Systemd, Self::Containers];
 
     /// Its name in [`VARIABLE`], and the module of the tests that need it.
     #[must_use]
@@ -35,6 +38,7 @@ impl Promise {
             Self::Lsm => "lsm",
             Self::EndOthers => "end_others",
             Self::Systemd => "systemd",
+            Self::Containers => "containers",
         }
     }
 

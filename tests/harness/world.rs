@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use crate::{
     Programs, attack_binary,
     cgroup::{self, Cgroup},
+    containerd, mounts,
     server::{self, Protocol, Servers},
     unique,
 };
@@ -269,6 +270,17 @@ impl Network {
             .expect("forwarding can be allowed");
     }
 
+    /// Lets the client side hand on what pods of this network send to the server side, and back.
+    ///
+    /// # Panics
+    ///
+    /// When that cannot be set.
+    pub fn lead_to_pods(&self, network: &str) {
+        self.allow_forwarding();
+        let near = address::CLIENT;
+        ip(&["-n", &self.server], &format!("route add {network} via {near}\n"));
+    }
+
     /// Has the server side offer `address` to whoever comes by multipath TCP, and the client side
     /// take such offers.
     ///
@@ -368,6 +380,9 @@ fn remove_stale() {
     }
     let temporary = std::env::temp_dir();
     for name in unique::stale(&temporary) {
+        containerd::remove_stale(&temporary.join(&name));
+        // First, or what is mounted there would be emptied.
+        mounts::unmount_below(&temporary.join(&name));
         // Another run may be removing it at the same time.
         let _gone = std::fs::remove_dir_all(temporary.join(name));
     }

@@ -121,6 +121,23 @@ pub(crate) fn next_daemon_binary() -> Result<PathBuf> {
     Ok(next)
 }
 
+/// Builds the program that runs in the containers of the tests, which hold no library, and puts it
+/// where their harness looks for it.
+///
+/// The ordinary one is built afterwards, or before: both have the same name.
+///
+/// # Errors
+///
+/// The build fails, or the binary cannot be put aside.
+pub(crate) fn static_agent_binary() -> Result<PathBuf> {
+    let mut build = cargo(&["rustc", "--locked", "--package", "agentguard-tests"]);
+    // Only what is linked last has to be told.
+    run(build.args(["--bin", "agentguard-agent", "--", "-C", "target-feature=+crt-static"]))?;
+    let binary = target_dir().join("static/agentguard-agent");
+    copy(&target_dir().join("debug/agentguard-agent"), &binary)?;
+    Ok(binary)
+}
+
 /// Copies one file, and makes the directories it needs.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let named = || format!("{}: cannot be copied to {}", from.display(), to.display());

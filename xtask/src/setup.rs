@@ -25,9 +25,11 @@ const BPF_LINKER: &str = "0.10.3";
 /// The version of cargo-deny that `deny.toml` is written for.
 const CARGO_DENY: &str = "0.20.2";
 
-/// Programs by the Debian package that holds them, and the least purpose that needs them.
+/// Programs by the Debian package that holds them, and the least purpose that needs them. What is on
+/// nobody's `PATH` is named with its directory.
 const PROGRAMS: &[(Purpose, &str, &str)] = &[
     (Purpose::Build, "cc", "build-essential"),
+    (Purpose::Build, "protoc", "protobuf-compiler"),
     (Purpose::Demo, "bpftool", "bpftool"),
     (Purpose::Demo, "curl", "curl"),
     (Purpose::Demo, "git", "git"),
@@ -36,16 +38,22 @@ const PROGRAMS: &[(Purpose, &str, &str)] = &[
     (Purpose::Demo, "python3", "python3"),
     (Purpose::Demo, "ssh", "openssh-client"),
     (Purpose::Demo, "sshd", "openssh-server"),
+    (Purpose::Test, "/usr/lib/cni/ptp", "containernetworking-plugins"),
+    (Purpose::Test, "containerd", "containerd"),
     (Purpose::Test, "node", "nodejs"),
     (Purpose::Test, "promtool", "prometheus"),
+    (Purpose::Test, "runc", "runc"),
     (Purpose::Vm, "busybox", "busybox-static"),
     (Purpose::Vm, "depmod", "kmod"),
     (Purpose::Vm, "xz", "xz-utils"),
 ];
 
 /// Packages that bring a service along, which nobody asked for here.
-const SERVICES: &[(&str, &str)] =
-    &[("openssh-server", "ssh.service"), ("prometheus", "prometheus.service")];
+const SERVICES: &[(&str, &str)] = &[
+    ("containerd", "containerd.service"),
+    ("openssh-server", "ssh.service"),
+    ("prometheus", "prometheus.service"),
+];
 
 /// What `invoke-rc.d` asks before it starts a service.
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";

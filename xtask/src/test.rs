@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     counting::{Reader, Total},
-    dist::{daemon_binary, next_daemon_binary},
+    dist::{daemon_binary, next_daemon_binary, static_agent_binary},
     promise::Promise,
     run::{cargo, heading, run},
     setup::{self, Purpose},
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// What this kernel is promised to give, if nothing else is said: what every supported one has.
-const THIS_KERNEL: &[Promise] = &[Promise::Portable];
+const THIS_KERNEL: &[Promise] = &[Promise::Portable, Promise::Containers];
 
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -70,6 +70,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     // would build it again for each part.
     heading("build");
     run(&mut cargo(&["test", "--locked", "--no-run"]))?;
+    static_agent_binary()?;
     let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
 

@@ -1,0 +1,359 @@
+//! A container runtime of a test's own: containerd with runc, in the node that a [`World`] is.
+//!
+//! Its one job is to start it, to have it run pods, and to take it away with all that it made, also
+//! when the test panics. It is never the machine's own: root, state and socket lie in the world's
+//! directory, its processes and its pods in the world's cgroup, and the node's network is the
+//! world's client side. So pods reach the world's servers through the node, and nothing else.
+
+mod cri;
+mod image;
+mod pod;
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use self::cri::Cri;
+pub use self::{
+    image::{PROGRAM, TOOL},
+    pod::{Container, ContainerPlan, Executed, Pod, PodPlan},
+};
+use crate::{
+    Layer, World, cgroup,
+    layer::is_promised,
+    mounts,
+    process::{Running, binary, run},
+    promise::Promise,
+    requires,
+};
+
+/// How long a start or a stop may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What containerd starts, it finds here.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where Debian, and where everyone else, puts network plugins.
+const PLUGINS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
+/// Where plugins' callers note what they set up; no configuration moves it.
+const NETWORK_RESULTS: &str = "/var/lib/cni/results";
+/// The network of pods.
+const PODS: &str = "10.244.0.0/24";
+/// The namespace in which containerd keeps what it runs for orchestrators.
+const NAMESPACE: &str = "k8s.io";
+
+/// A container runtime; dropped, it goes with everything it made.
+#[derive(Debug)]
+pub struct Containerd {
+    cri: Cri,
+    running: Option<Running>,
+    uids: AtomicU32,
+    // Last, because it holds the network and the cgroups of the rest.
+    world: World,
+}
+
+impl Containerd {
+    /// Starts one, with the images of the tests.
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started() -> Self {
+        Self::started_with("")
+    }
+
+    /// The same, with more in its configuration.
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started_with(more: &str) -> Self {
+        requires(Layer::Portable);
+        is_promised(Promise::Containers);
+        let world = World::new();
+        world.network().lead_to_pods(PODS);
+        let cri = Cri::new(&world.directory().join(SOCKET));
+        let mut containerd = Self { cri, running: None, uids: AtomicU32::new(0), world };
+        containerd.configure(more).expect("the world's directory is ours");
+        fs::create_dir(containerd.world.cgroup().path().join(NODE)).expect("the cgroup is ours");
+        containerd.start();
+        containerd.import_images();
+        containerd
+    }
+
+    /// The node it runs on.
+    #[must_use]
+    pub const fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// The socket it answers on.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path(SOCKET)
+    }
+
+    /// A pod that is yet to run.
+    pub fn pod(&self, name: &str) -> PodPlan<'_> {
+        PodPlan::new(self, name)
+    }
+
+    /// A container that was made before, by what the runtime calls it.
+    #[must_use]
+    pub fn container(&self, id: &str) -> Container<'_> {
+        Container::found(self, id)
+    }
+
+    /// Which versions of the API it says that it speaks: asked by the present one, and by the one
+    /// before.
+    ///
+    /// # Panics
+    ///
+    /// When it does not answer.
+    #[track_caller]
+    #[must_use]
+    pub fn api_versions(&self) -> [String; 2] {
+        self.cri.versions().map(|version| version.expect("it answers"))
+    }
+
+    /// Ends it as an upgrade does, and starts it again; containers run on.
+    ///
+    /// # Panics
+    ///
+    /// When it does not end or does not start.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.stop();
+        self.start();
+    }
+
+    /// Ends it; containers run on.
+    ///
+    /// # Panics
+    ///
+    /// When it does not end.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        assert!(self.end(), "containerd does not end within {PATIENCE:?}");
+    }
+
+    /// Starts it and waits until it can run containers.
+    ///
+    /// # Panics
+    ///
+    /// When it ends instead.
+    #[track_caller]
+    pub fn start(&mut self) {
+        let mut command = self.world.enter();
+        command.arg("--cgroup").arg(self.world.cgroup().path().join(NODE)).arg("--");
+        command.args(["containerd", "--config"]).arg(self.path(CONFIG)).env("PATH", PATH);
+        let running = self.running.insert(Running::start(&mut command));
+        let begin = Instant::now();
+        while let Err(missing) = self.cri.is_ready() {
+            if let Some(ended) = running.wait(Duration::ZERO) {
+                panic!("containerd ended, is it installed? `cargo xtask setup` does it: {ended:?}");
+            }
+            let said = || running.stderr();
+            assert!(begin.elapsed() < PATIENCE, "containerd is not ready: {missing}: {}", said());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    const fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.world.directory().join(name)
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.path("logs")
+    }
+
+    /// The cgroup of all pods, as the runtime is told it.
+    fn pods_cgroup(&self) -> String {
+        format!("/{}/pods", self.world.name())
+    }
+
+    fn next_uid(&self) -> String {
+        let number = self.uids.fetch_add(1, Ordering::Relaxed);
+        format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id())
+    }
+
+    fn configure(&self, more: &str) -> io::Result<()> {
+        // What containers are shown lies below, and not all of them are root's.
+        fs::set_permissions(self.world.directory(), fs::Permissions::from_mode(0o755))?;
+        let plugins = PLUGINS.into_iter().find(|directory| Path::new(directory).is_dir());
+        let plugins = plugins.unwrap_or_else(|| {
+            panic!("no network plugins in {PLUGINS:?}; `cargo xtask setup` installs them")
+        });
+        fs::create_dir(self.path("cni"))?;
+        let network = json!({
+            "cniVersion": "0.4.0",
+            "name": self.world.name(),
+            "plugins": [{
+                "type": "ptp",
+                "ipMasq": false,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": self.path("addresses"),
+                    "ranges": [[{"subnet": PODS}]],
+                    // To the servers of the world, and nowhere else.
+                    "routes": [
+                        {"dst": "192.0.2.0/24"},
+                        {"dst": "198.51.100.0/24"},
+                        {"dst": "169.254.169.254/32"},
+                    ],
+                },
+            }],
+        });
+        fs::write(self.path("cni/10-pods.conflist"), network.to_string())?;
+        let directory = self.world.directory().display();
+        let config = format!(
+            r#"version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+oom_score = 0
+# Each looks for what is not there, and takes its time.
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing",
+]
+[grpc]
+  address = "{directory}/{SOCKET}"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  disable_tcp_service = true
+  stream_server_address = "127.0.0.1"
+  netns_mounts_under_state_dir = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{plugins}"
+    conf_dir = "{directory}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        Root = "{directory}/runc"
+{more}
+"#,
+            pause = image::PAUSE,
+        );
+        fs::write(self.path(CONFIG), config)
+    }
+
+    #[track_caller]
+    fn import_images(&self) {
+        let archive = self.path("images.tar");
+        image::write(&agent_binary(), &archive).expect("an archive can be written");
+        let mut import = Command::new("ctr");
+        import.arg("--address").arg(self.socket()).args(["--namespace", NAMESPACE]);
+        import.args(["images", "import"]).arg(&archive).env("PATH", PATH);
+        run(&mut import, PATIENCE).expect_success("the import of the images");
+        fs::remove_file(archive).expect("it was just written");
+        // The part of containerd that answers orchestrators hears of them a moment later.
+        let begin = Instant::now();
+        while !(self.cri.has_image(image::PAUSE) && self.cri.has_image(image::AGENT)) {
+            assert!(begin.elapsed() < PATIENCE, "the images are not seen");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Asks it to end, and makes it; whether it ended by itself.
+    fn end(&mut self) -> bool {
+        let Some(mut running) = self.running.take() else { return true };
+        let pid = Pid::from_raw(running.pid().cast_signed());
+        // One that has ended already is waited for just as well.
+        let _gone = kill(pid, Signal::SIGTERM);
+        running.wait(PATIENCE).is_some()
+    }
+}
+
+/// Files of a runtime in `directory` that lie elsewhere, where no configuration moves them: the
+/// sockets of the processes that hold containers, and notes on the network of each pod.
+fn files_elsewhere(directory: &Path) -> Vec<PathBuf> {
+    let names = |directory: &Path| -> Vec<String> {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    };
+    let pods = names(&directory.join("root/io.containerd.grpc.v1.cri/sandboxes"));
+    let notes = names(Path::new(NETWORK_RESULTS)).into_iter();
+    let notes = notes.filter(|note| pods.iter().any(|pod| note.contains(pod)));
+    let tasks = directory.join("state/io.containerd.runtime.v2.task").join(NAMESPACE);
+    let tasks = fs::read_dir(tasks).into_iter().flatten().flatten();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.path().join("address")).ok())
+        .filter_map(|address| address.trim().strip_prefix("unix://").map(PathBuf::from))
+        .chain(notes.map(|note| Path::new(NETWORK_RESULTS).join(note)))
+        .collect()
+}
+
+/// Takes away what a killed run left outside its cgroups, its network and `directory`, while that is
+/// still there.
+pub(crate) fn remove_stale(directory: &Path) {
+    for file in files_elsewhere(directory) {
+        // Another run may be removing it at the same time.
+        let _gone = fs::remove_file(file);
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if thread::panicking()
+            && let Some(running) = &self.running
+        {
+            let said = running.stderr();
+            let last: Vec<_> = said.lines().rev().take(40).collect();
+            eprintln!("containerd said at last:");
+            last.iter().rev().for_each(|line| eprintln!("  {line}"));
+        }
+        if self.running.is_some() {
+            self.cri.remove_all();
+        }
+        let files = files_elsewhere(self.world.directory());
+        if !self.end() {
+            eprintln!("containerd did not end when it was asked to, and was killed");
+        }
+        // In this order: what runs in containers, then what holds them.
+        for name in ["pods", NODE] {
+            cgroup::remove(&self.world.cgroup().path().join(name));
+        }
+        cgroup::remove_from_all(self.world.name());
+        mounts::unmount_below(self.world.directory());
+        for file in files {
+            // What ended in order took its own away.
+            let _gone = fs::remove_file(file);
+        }
+    }
+}
+
+const SOCKET: &str = "containerd.sock";
+const CONFIG: &str = "containerd.toml";
+/// The cgroup of the runtime's own processes, in the world's.
+const NODE: &str = "node";
+
+/// The program in the images.
+fn agent_binary() -> PathBuf {
+    binary("../static/agentguard-agent", "AGENTGUARD_AGENT_BIN")
+}
