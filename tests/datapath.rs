@@ -19,6 +19,8 @@ mod leaving;
 mod lsm;
 #[path = "datapath/object.rs"]
 mod object;
+#[path = "datapath/runtimes.rs"]
+mod runtimes;
 #[path = "datapath/unix_sockets.rs"]
 mod unix_sockets;
 #[path = "datapath/worker.rs"]

@@ -38,6 +38,8 @@ pub struct KernelOffsets {
     pub task_tgid: u32,
     pub task_start_boottime: u32,
     pub task_real_parent: u32,
+    pub task_mm: u32,
+    pub mm_exe_file: u32,
     pub task_signal: u32,
     pub signal_live: u32,
     pub task_group_leader: u32,

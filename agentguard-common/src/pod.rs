@@ -7,7 +7,7 @@ use crate::allowlist::{
 };
 use crate::event::{Process, RequestKey};
 use crate::stats::Counters;
-use crate::{CgroupId, RuleSetId, UnixNameId, WorkloadId};
+use crate::{CgroupId, FileId, RuleSetId, UnixNameId, WorkloadId};
 
 macro_rules! pod {
     ($($record:ty),+ $(,)?) => {
@@ -28,6 +28,7 @@ pod!(
     DestinationKey,
     ExecutableEntry,
     ExecutableKey,
+    FileId,
     KernelOffsets,
     Membership,
     Moved,

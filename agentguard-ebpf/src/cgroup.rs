@@ -57,7 +57,13 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
     let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
-    let Some(workload) = workload else { return 0 };
+    let Some(workload) = workload else {
+        let cgroup = child.cgroup();
+        if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
+            entered(child);
+        }
+        return 0;
+    };
     if !maps::tie(child.address(), workload) {
         return without_room(Full::Tasks, child, child.cgroup(), workload);
     }
@@ -99,6 +105,7 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
             if !maps::tie(task.address(), workload) {
                 without_room(Full::Tasks, task, cgroup.id(), workload);
             }
+            entered(task);
         }
         (Some(origin), Some(destination)) if origin == destination => {
             maps::unfollow(task.tgid());
@@ -108,6 +115,18 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
         }
     }
     0
+}
+
+/// A task from outside is in a workload's cgroup now. Where a container runtime made it, it is the
+/// runtime's until it runs a program: `runc` has its child run a copy of itself that has no name,
+/// while or after it puts it there (`ensure_cloned_binary`, libcontainer/nsenter).
+#[inline(always)]
+fn entered(task: Task) {
+    if let Some(program) = task.parents_program()
+        && maps::is_runtime(&program)
+    {
+        maps::enter(task.address());
+    }
 }
 
 /// Whether the calling process, which moves another or itself, is a workload's.
@@ -167,6 +186,7 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
 pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
     maps::untie(task.address());
+    maps::settle(task.address());
     if task.is_last_thread() {
         maps::unfollow(task.tgid());
     }

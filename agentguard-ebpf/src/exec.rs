@@ -2,7 +2,7 @@
 //! the new program is in place and has not run yet.
 
 use agentguard_common::event::{Hook, PATH_BYTES};
-use agentguard_common::{Action, WorkloadId};
+use agentguard_common::{Action, Naming, WorkloadId};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::programs::{BtfTracePointContext, LsmContext};
 
@@ -26,22 +26,38 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
-    if kernel::exec_is_judged_by_lsm() {
+    let is_runtimes = is_runtimes_step(address, naming);
+    maps::settle(address);
+    if is_runtimes || kernel::exec_is_judged_by_lsm() {
         return Action::Pass;
     }
     let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
     judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
 }
 
+/// Whether it is a container runtime that runs a copy of itself, in the cgroup it has just put its
+/// child into. Nothing that the workload made has run in that task.
+#[inline(always)]
+fn is_runtimes_step(task: u64, naming: Naming) -> bool {
+    match naming {
+        Naming::Unnamed => maps::has_entered(task),
+        Naming::Named => false,
+    }
+}
+
 /// Argument of the LSM hook: `struct linux_binprm`. It is asked about the file that was named and
 /// then, where that is a script, about each interpreter in turn; all of it must be granted.
 #[inline(always)]
 pub(crate) fn check(ctx: &LsmContext) -> Action {
-    let Some(workload) = caller(cgroup::by_descent(kernel::current_task())) else {
+    let task = kernel::current_task();
+    let Some(workload) = caller(cgroup::by_descent(task)) else {
         return Action::Pass;
     };
     let program = Program(ctx.arg(0));
     let (file, naming) = program.file();
+    if is_runtimes_step(task, naming) {
+        return Action::Pass;
+    }
     let inquiry = Inquiry::exec(Hook::BprmCheck, &file, naming);
     judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.interpreter() }, 0)
 }

@@ -25,6 +25,8 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_tgid: 0,
     task_start_boottime: 0,
     task_real_parent: 0,
+    task_mm: 0,
+    mm_exe_file: 0,
     task_signal: 0,
     signal_live: 0,
     task_group_leader: 0,
@@ -236,6 +238,16 @@ impl Task {
         }
     }
 
+    /// The file that the process runs which made this one: device and inode; the rest is unknown.
+    #[inline(always)]
+    pub(crate) fn parents_program(self) -> Option<FileId> {
+        let parent = probe!(self.address(), task_real_parent as u64)?;
+        // Kernel threads have no memory of their own.
+        let memory = probe!(parent, task_mm as u64).filter(|memory| *memory != 0)?;
+        let file = probe!(memory, mm_exe_file as u64).filter(|file| *file != 0)?;
+        file_of_inode(probe!(file, file_inode as u64)?)
+    }
+
     /// The task's cgroup in the v2 hierarchy.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> CgroupId {
@@ -435,7 +447,11 @@ impl UnixAddress {
 /// The file an entry of a directory stands for: device and inode; the rest is unknown.
 #[inline(always)]
 pub(crate) fn file_of_entry(entry: u64) -> Option<FileId> {
-    let inode = probe!(entry, dentry_inode as u64).filter(|inode| *inode != 0)?;
+    file_of_inode(probe!(entry, dentry_inode as u64).filter(|inode| *inode != 0)?)
+}
+
+#[inline(always)]
+fn file_of_inode(inode: u64) -> Option<FileId> {
     let super_block = probe!(inode, inode_super_block as u64)?;
     Some(FileId {
         inode: probe!(inode, inode_number as u64)?,

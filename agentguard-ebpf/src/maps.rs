@@ -62,6 +62,13 @@ static SOCKETS: SocketStorage<SocketVerdict> = SocketStorage::new();
 /// and exists from 5.11 on only.
 #[btf_map]
 static TASKS: HashMap<u64, Membership, 262_144, NO_PREALLOC> = HashMap::new();
+/// What runs containers on this host: files of the host that are known by device and inode alone.
+#[btf_map]
+static RUNTIMES: HashMap<FileId, u32, 64> = HashMap::new();
+/// Tasks, by address, that a container runtime has put into a workload's cgroup and that have run
+/// nothing there yet.
+#[btf_map]
+static ENTERED: LruHashMap<u64, u32, 4096> = LruHashMap::new();
 /// Not zero once a process was moved, so that nobody looks for what has never been.
 #[btf_map]
 static MOVES: Array<u64, 1> = Array::new();
@@ -519,6 +526,35 @@ pub(crate) fn untie(address: u64) {
     // SAFETY: only whether the entry is there is asked: most tasks that end are nobody's.
     if unsafe { TASKS.get(address) }.is_some() {
         let _absent = TASKS.remove(address);
+    }
+}
+
+/// Whether a file is one that runs containers on this host.
+#[inline(always)]
+pub(crate) fn is_runtime(file: &FileId) -> bool {
+    // SAFETY: only whether the entry is there is asked.
+    unsafe { RUNTIMES.get(file) }.is_some()
+}
+
+/// Notes that the task at this address was put into a workload's cgroup by a container runtime. Of
+/// one that does not fit in any more, the steps are judged as the workload's.
+#[inline(always)]
+pub(crate) fn enter(address: u64) {
+    let _full = ENTERED.insert(address, 0, BPF_ANY.into());
+}
+
+/// Whether the task is one that [`enter`] noted.
+#[inline(always)]
+pub(crate) fn has_entered(address: u64) -> bool {
+    // SAFETY: only whether the entry is there is asked.
+    unsafe { ENTERED.get(address) }.is_some()
+}
+
+/// The task has run something: from now on it is the workload's like any other.
+#[inline(always)]
+pub(crate) fn settle(address: u64) {
+    if has_entered(address) {
+        let _absent = ENTERED.remove(address);
     }
 }
 

@@ -95,6 +95,9 @@ pub struct Containers {
     pub runtimes: Vec<AbsolutePath>,
     /// Unix socket of the Docker API, as `/run/docker.sock`. Null: not asked.
     pub docker: Option<AbsolutePath>,
+    /// Programs of this host that run containers. What such a program has its child do in an agent's
+    /// cgroup before it runs the agent is not the agent's doing.
+    pub runtime_programs: Vec<AbsolutePath>,
     /// How SPIFFE IDs are made: a text with the variables `{trust_domain}`, `{namespace}`,
     /// `{service_account}`, `{pod}`, `{container}` and `{label:KEY}`. An agent of which a variable
     /// is not known is denied everything.
@@ -268,7 +271,7 @@ pub enum HostError {
 }
 
 /// A path that is known to be absolute.
-fn absolute(path: &'static str) -> AbsolutePath {
+fn absolute(path: &str) -> AbsolutePath {
     match path.parse() {
         Ok(path) => path,
         // Called with constants of this module, which a test reads all.
@@ -319,6 +322,13 @@ impl Default for Containers {
         Self {
             runtimes: Vec::new(),
             docker: None,
+            runtime_programs: ["runc", "crun", "youki"]
+                .into_iter()
+                .flat_map(|name| {
+                    ["/usr/bin/", "/usr/sbin/", "/usr/local/bin/", "/usr/local/sbin/"]
+                        .map(|directory| absolute(&format!("{directory}{name}")))
+                })
+                .collect(),
             identity: match IdentityTemplate::DEFAULT.parse() {
                 Ok(template) => template,
                 // A constant, which a test reads.

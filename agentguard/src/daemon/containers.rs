@@ -33,6 +33,8 @@ const SANDBOX_PATIENCE: Duration = Duration::from_millis(500);
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// What has not changed is looked at again after this time: a tag that could not be given before.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long a container runtime that was upgraded is taken for another program.
+const PROGRAMS_CHANGE: Duration = Duration::from_secs(10);
 /// Containers that were announced and never listed are believed in for this long.
 const BELIEVED: Duration = Duration::from_secs(600);
 
@@ -285,9 +287,27 @@ pub fn expect(containers: &Containers, endpoint: &str) {
     containers.inputs().runtimes.entry(endpoint.to_owned()).or_default();
 }
 
+/// Tells the kernel half which programs of this host run containers.
+pub fn tell_runtimes(shared: &Shared) {
+    let programs: Vec<PathBuf> = shared
+        .configuration
+        .containers
+        .runtime_programs
+        .iter()
+        .map(|path| path.to_path_buf())
+        .collect();
+    shared.engine().set_runtimes(&programs);
+}
+
 /// Holds what is heard of, for as long as the daemon runs.
 pub async fn watch(shared: Arc<Shared>) {
+    let mut told = Instant::now();
     loop {
+        if told.elapsed() >= PROGRAMS_CHANGE {
+            told = Instant::now();
+            let work = Arc::clone(&shared);
+            drop(tokio::task::spawn_blocking(move || tell_runtimes(&work)).await);
+        }
         drop(tokio::time::timeout(AGAIN, shared.containers.heard.notified()).await);
         let work = Arc::clone(&shared);
         let held = tokio::task::spawn_blocking(move || hold(&work, None)).await;

@@ -21,6 +21,7 @@ use agentguard_common::{
 use jiff::{SignedDuration, Timestamp};
 
 use super::container_files::{ContainerFiles, ContainerRef};
+use super::launch::file_id;
 use super::names::{Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
@@ -364,6 +365,15 @@ impl Engine {
             WorkloadSource::Container => {
                 workload.containers.iter().map(ContainerRef::mounts).collect()
             }
+        }
+    }
+
+    /// Tells the kernel which of `programs` there are on this host: what each has its child do in a
+    /// workload's cgroup, before anything of the workload has run there, is not the workload's.
+    pub fn set_runtimes(&mut self, programs: &[PathBuf]) {
+        let files = programs.iter().filter_map(|path| file_id(&self.mounts, path).ok());
+        if let Err(error) = self.datapath.set_runtimes(&files.collect()) {
+            tracing::error!(%error, "the steps of container runtimes are judged as the agents'");
         }
     }
 

@@ -269,6 +269,7 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         }
     }
     fault::point("start.others");
+    containers::tell_runtimes(&shared);
     // Only now: what is new would be unknown to an earlier build in force.
     manifests::scan(&shared, &mut sources);
     manifests::let_go_unselected(&shared, &sources);

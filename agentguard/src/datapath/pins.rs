@@ -23,11 +23,12 @@ use super::load::{LoadError, Sizes};
 use super::object;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
-const STATE: [&str; 11] = [
+const STATE: [&str; 12] = [
     "CGROUPS",
     "MOVED",
     "MOVES",
     "TASKS",
+    "ENTERED",
     "ATTACHMENTS",
     "SOCKETS",
     "PROCESSES",
@@ -38,11 +39,12 @@ const STATE: [&str; 11] = [
 ];
 
 /// Tables that user space writes, and what is derived from them.
-const TABLES: [&str; 9] = [
+const TABLES: [&str; 10] = [
     "WORKLOADS",
     "DESTINATIONS",
     "RULES",
     "EXECUTABLES",
+    "RUNTIMES",
     "UNIX_NAMES",
     "UNIX_SOCKETS",
     "VERDICTS",

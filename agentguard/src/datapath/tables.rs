@@ -1,5 +1,6 @@
 //! The verbs of the datapath over its tables and hooks.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -12,7 +13,7 @@ use agentguard_common::allowlist::{
 };
 use agentguard_common::event::Process;
 use agentguard_common::stats::Counters;
-use agentguard_common::{AllowlistId, CgroupId, RuleSetId, UnixNameId, WorkloadId};
+use agentguard_common::{AllowlistId, CgroupId, FileId, RuleSetId, UnixNameId, WorkloadId};
 use aya::maps::cgroup_storage::CgroupStorageKey;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -67,6 +68,7 @@ pub(super) struct Tables {
     destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
     rules: HashMap<MapData, RuleSetId, RuleRow>,
     executables: HashMap<MapData, ExecutableKey, ExecutableEntry>,
+    runtimes: HashMap<MapData, FileId, u32>,
     unix_sockets: HashMap<MapData, UnixSocketKey, Permission>,
     unix_names: HashMap<MapData, UnixName, UnixNameId>,
     counters: PerCpuArray<MapData, Counters>,
@@ -84,6 +86,7 @@ impl Tables {
             destinations: open(pins, "DESTINATIONS")?,
             rules: open(pins, "RULES")?,
             executables: open(pins, "EXECUTABLES")?,
+            runtimes: open(pins, "RUNTIMES")?,
             unix_sockets: open(pins, "UNIX_SOCKETS")?,
             unix_names: open(pins, "UNIX_NAMES")?,
             counters: open(pins, "COUNTERS")?,
@@ -141,6 +144,27 @@ impl Datapath {
     /// When the table does not take it.
     pub fn set(&mut self, settings: Settings) -> Result<(), LoadError> {
         self.tables.settings.set(0, settings, 0).map_err(|error| LoadError::part("SETTINGS", error))
+    }
+
+    /// Makes `files` all that runs containers on this host: what such a program makes its child do
+    /// in a workload's cgroup, before anything of the workload has run there, is its own doing.
+    ///
+    /// # Errors
+    ///
+    /// When the table does not take it.
+    pub fn set_runtimes(&mut self, files: &BTreeSet<FileId>) -> Result<(), DatapathError> {
+        let table = &mut self.tables.runtimes;
+        let known: BTreeSet<FileId> = table.keys().flatten().collect();
+        // The kernel half reads no generation of these.
+        let wanted: BTreeSet<FileId> =
+            files.iter().map(|file| FileId { generation: 0, ..*file }).collect();
+        for file in known.difference(&wanted) {
+            absent_is_fine(table.remove(file)).map_err(row("RUNTIMES"))?;
+        }
+        for file in wanted.difference(&known) {
+            table.insert(file, 0, 0).map_err(row("RUNTIMES"))?;
+        }
+        Ok(())
     }
 
     /// Writes an allow-list beside those in force. It decides nothing until a tag leads to it.
