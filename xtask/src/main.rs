@@ -5,15 +5,19 @@
 //! is shipped, and nothing that is shipped knows of it.
 
 mod bench;
+mod chart;
 mod ci;
 mod counting;
 mod demo;
 mod dist;
 mod docs;
 mod guard;
+mod image;
 mod interrupt;
+mod kubernetes;
 mod netns;
 mod object;
+mod oci;
 #[path = "../../tests/harness/promise.rs"]
 #[cfg_attr(not(test), expect(dead_code, reason = "the tests read what this program writes"))]
 mod promise;
@@ -49,6 +53,8 @@ enum Command {
     Test(test::Arguments),
     /// Run the tests on every kernel of the matrix, in virtual machines
     Vm(vm::Arguments),
+    /// Run the tests in a Kubernetes cluster of one node on this machine
+    E2eKubernetes(kubernetes::Arguments),
     /// Measure what the guard costs, against no agent and an empty program
     Bench(bench::Arguments),
     /// Check form: formatting, lints, documentation, licences, module edges
@@ -63,6 +69,10 @@ enum Command {
     Dist,
     /// Build a Debian package of the release into `target/debian`
     Deb,
+    /// Check the Helm chart, and render the plain manifests from it
+    Chart(chart::Arguments),
+    /// Build the container image into `target/image`, with its bill of materials
+    Image(image::Arguments),
     /// The measured side of `bench`: waits for a line on stdin, then runs the loops
     #[command(hide = true)]
     BenchWorker(bench::WorkerArguments),
@@ -85,6 +95,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Demo(arguments) => demo::demo(&arguments),
         Command::Test(arguments) => test::test(&arguments),
         Command::Vm(arguments) => vm::vm(&arguments),
+        Command::E2eKubernetes(arguments) => kubernetes::e2e(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::Ci => ci::ci(),
         Command::Tidy => tidy::tidy(),
@@ -92,6 +103,8 @@ fn execute(command: Command) -> Result<()> {
         Command::Object => object::object().map(|path| println!("{}", path.display())),
         Command::Dist => dist::dist(),
         Command::Deb => dist::deb().map(drop),
+        Command::Chart(arguments) => chart::chart(&arguments),
+        Command::Image(arguments) => image::image(&arguments),
         Command::BenchWorker(arguments) => bench::work(&arguments),
     }
 }

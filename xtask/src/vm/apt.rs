@@ -33,10 +33,23 @@ impl Apt {
     ///
     /// There is no apt or no key here, or the mirror does not answer.
     pub(crate) fn new(directory: &Path, suites: &[(&str, &str)]) -> Result<Self> {
+        Self::of(&["deb"], directory, suites)
+    }
+
+    /// As [`new`](Self::new), and it also knows the source packages.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub(crate) fn with_sources(directory: &Path, suites: &[(&str, &str)]) -> Result<Self> {
+        Self::of(&["deb", "deb-src"], directory, suites)
+    }
+
+    fn of(kinds: &[&str], directory: &Path, suites: &[(&str, &str)]) -> Result<Self> {
         if which("apt-get").is_none() || !Path::new(KEYS).exists() {
             bail!(
-                "kernels come from Debian's archive, and there is no apt-get here, or no {KEYS}; \
-                 run the virtual machines on Debian, or leave them out with --without-vms"
+                "what is needed comes from Debian's archive, and there is no apt-get here, or no \
+                 {KEYS}; run it on Debian (`cargo xtask test --without-vms` does without)"
             );
         }
         for name in ["lists/partial", "cache/archives/partial"] {
@@ -45,8 +58,9 @@ impl Apt {
         let directory = directory.canonicalize()?;
         let sources: String = suites
             .iter()
-            .map(|(archive, suite)| {
-                format!("deb [signed-by={KEYS}] {MIRROR}/{archive} {suite} main\n")
+            .flat_map(|suite| kinds.iter().map(move |kind| (kind, suite)))
+            .map(|(kind, (archive, suite))| {
+                format!("{kind} [signed-by={KEYS}] {MIRROR}/{archive} {suite} main\n")
             })
             .collect();
         fs::write(directory.join("sources.list"), sources)?;
@@ -94,7 +108,7 @@ impl Apt {
     }
 
     /// Downloads a package, which may have `=<version>`, and unpacks it into a directory.
-    pub(super) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
+    pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
         let scratch = tempfile::tempdir()?;
         output(
             self.command("apt-get")
@@ -107,5 +121,29 @@ impl Apt {
             output(Command::new("dpkg-deb").arg("--extract").arg(file).arg(into))?;
         }
         Ok(())
+    }
+
+    /// Downloads a source package and unpacks it, patched, as the directory `into`.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be downloaded, or dpkg-source does not take it.
+    pub(crate) fn unpack_source(&self, package: &str, into: &Path) -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        output(
+            self.command("apt-get")
+                .current_dir(scratch.path())
+                // apt has checked it against the signed lists, and unpacks it where it is.
+                .args(["--quiet", "source", "--download-only", package]),
+        )?;
+        for entry in fs::read_dir(scratch.path())? {
+            let file = entry?.path();
+            if file.extension().is_some_and(|extension| extension == "dsc") {
+                let mut extract = Command::new("dpkg-source");
+                extract.args(["--no-check", "--extract"]).arg(&file).arg(into);
+                return output(&mut extract).map(drop);
+            }
+        }
+        bail!("{package}: no such source package")
     }
 }

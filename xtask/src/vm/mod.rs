@@ -5,7 +5,7 @@
 //! machine sees this machine's files, read-only. A row first lets `agentguard doctor` find what its
 //! kernel gives: less than the row promises fails the run, whatever the tests say.
 
-mod apt;
+pub(crate) mod apt;
 mod image;
 mod kernels;
 mod machine;

@@ -1,0 +1,51 @@
+{{- define "agentguard.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "agentguard.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "agentguard.labels" -}}
+{{ include "agentguard.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "agentguard.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "agentguard.name" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- required "serviceAccount.name is needed when serviceAccount.create is false" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "agentguard.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The configuration file. What the chart mounts stands last, so that it is what counts. */}}
+{{- define "agentguard.config" -}}
+{{- $metrics := dict "listen" (printf "0.0.0.0:%d" (int .Values.metrics.port)) -}}
+{{- $own := dict
+      "trust_domain" .Values.trustDomain
+      "mode" .Values.mode
+      "require" .Values.require
+      "cgroup_root" nil
+      "pin_directory" "/sys/fs/bpf/agentguard"
+      "state_directory" "/var/lib/agentguard"
+      "runtime_directory" "/run/agentguard"
+      "manifests_directory" "/etc/agentguard/manifests"
+      "metrics" $metrics -}}
+{{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- end -}}
