@@ -47,7 +47,7 @@ impl Backend for Plugged {
     }
 
     fn run(&self, options: &RunOptions) -> Result<(), Failure> {
-        let RunOptions { config, socket, require } = options;
+        let RunOptions { config, socket, require, node } = options;
         let api_socket = match socket {
             Some(path) => Some(path.to_string_lossy().parse().map_err(
                 |error: agentguard::config::value::ValueError| {
@@ -56,7 +56,8 @@ impl Backend for Plugged {
             )?),
             None => None,
         };
-        let overrides = Overrides { api_socket, require: *require, ..Overrides::default() };
+        let overrides =
+            Overrides { api_socket, require: *require, node: node.clone(), ..Overrides::default() };
         let configuration = Self::configuration(config.as_deref(), &overrides)?;
         logging::init(configuration.log.level, configuration.log.format)
             .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
@@ -112,6 +113,7 @@ fn failed(error: &DaemonError) -> Failure {
         | DaemonError::Bind(_)
         | DaemonError::Listen { .. }
         | DaemonError::Lock(_)
+        | DaemonError::OwnPins { .. }
         | DaemonError::Directory { .. }
         | DaemonError::NotEnough { .. }
         | DaemonError::Runtime(_) => Exit::Failed,

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::exit::{Exit, Failure};
 use crate::api::types::{Confine, ManifestErrorView, Protection};
 use crate::config::Require;
+use crate::config::value::NodeName;
 
 /// How the daemon is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct RunOptions {
     pub socket: Option<PathBuf>,
     /// Refuse to start with less; absent: what the configuration says.
     pub require: Option<Require>,
+    /// The name of this node; absent: what the configuration says.
+    pub node: Option<NodeName>,
 }
 
 /// What `doctor` says of one thing it looked at.

@@ -4,13 +4,23 @@
 //! its own. What it reads about other processes must be in the host's terms.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 /// The host's first process; in a container that does not share the host's process ids, the
 /// container's own, which makes everything here do nothing.
 const INIT: &str = "/proc/1";
+
+/// Whether pins in `directory` would be the host's: in mounts of one's own, a BPF file system that is
+/// mounted here goes with the last process that sees it, and all protection with it.
+#[must_use]
+pub fn keeps_pins(directory: &Path) -> bool {
+    let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let is_bpffs = statfs(existing).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
+    is_bpffs || !has_own_mounts()
+}
 
 /// Makes the calling thread, and those it starts, see cgroups as the host does: in a cgroup namespace
 /// of one's own `/proc/<pid>/cgroup` says nothing that could be looked up. To be called before any
@@ -33,11 +43,16 @@ pub fn see_cgroups() {
     }
 }
 
+/// Whether this process has mounts of its own beside those of the host's first process.
+#[must_use]
+pub fn has_own_mounts() -> bool {
+    let namespace = |process: &str| fs::read_link(format!("{process}/ns/mnt")).ok();
+    namespace(INIT).is_some_and(|host| Some(host) != namespace("/proc/self"))
+}
+
 /// Where the host's files are: `/`, or what the host's first process sees, where that is elsewhere.
 #[must_use]
 pub fn root() -> PathBuf {
-    let namespace = |process: &str| fs::read_link(format!("{process}/ns/mnt")).ok();
     let of_host = PathBuf::from(format!("{INIT}/root"));
-    let is_elsewhere = namespace(INIT).is_some_and(|host| Some(host) != namespace("/proc/self"));
-    if is_elsewhere && of_host.join("proc").exists() { of_host } else { PathBuf::from("/") }
+    if has_own_mounts() && of_host.join("proc").exists() { of_host } else { PathBuf::from("/") }
 }

@@ -94,6 +94,10 @@ pub enum DaemonError {
         "this kernel does not give what `require: {require}` asks for: {missing}; see agentguard doctor, or require less"
     )]
     NotEnough { require: &'static str, missing: String },
+    #[error(
+        "{path} is on no BPF file system of the host's, so that protection would end with this container; mount one on the node (mount -t bpf bpf /sys/fs/bpf) and give the container that directory"
+    )]
+    OwnPins { path: PathBuf },
     #[error("the runtime can not be set up: {0}")]
     Runtime(io::Error),
     #[error("this needs root: run it with sudo, or as a system service")]
@@ -210,6 +214,9 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         option_env!("AGENTGUARD_REVISION").unwrap_or("unknown"),
         Timestamp::now().as_second() as f64,
     );
+    if !host::keeps_pins(pins) {
+        return Err(DaemonError::OwnPins { path: pins.to_owned() });
+    }
     let load = Instant::now();
     let datapath = Datapath::open(&Options {
         pin_directory: configuration.pin_directory.to_path_buf(),
