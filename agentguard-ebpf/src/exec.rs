@@ -2,7 +2,7 @@
 //! the new program is in place and has not run yet.
 
 use agentguard_common::event::{Hook, PATH_BYTES};
-use agentguard_common::{Action, Naming, WorkloadId};
+use agentguard_common::{Action, FileId, Naming, WorkloadId};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::programs::{BtfTracePointContext, LsmContext};
 
@@ -26,7 +26,7 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
-    let is_runtimes = is_runtimes_step(address, naming);
+    let is_runtimes = is_runtimes_step(address, file, naming);
     maps::settle(address);
     if is_runtimes || kernel::exec_is_judged_by_lsm() {
         return Action::Pass;
@@ -36,13 +36,15 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
 }
 
 /// Whether it is a container runtime that runs a copy of itself, in the cgroup it has just put its
-/// child into. Nothing that the workload made has run in that task.
+/// child into: one without a name or, by a mount that only it has, its very file (`try_bindfd`,
+/// libcontainer/nsenter). Nothing that the workload made has run in that task.
 #[inline(always)]
-fn is_runtimes_step(task: u64, naming: Naming) -> bool {
-    match naming {
-        Naming::Unnamed => maps::has_entered(task),
-        Naming::Named => false,
-    }
+fn is_runtimes_step(task: u64, file: FileId, naming: Naming) -> bool {
+    maps::has_entered(task)
+        && match naming {
+            Naming::Unnamed => true,
+            Naming::Named => maps::is_runtime(&FileId { generation: 0, ..file }),
+        }
 }
 
 /// Argument of the LSM hook: `struct linux_binprm`. It is asked about the file that was named and
@@ -55,7 +57,7 @@ pub(crate) fn check(ctx: &LsmContext) -> Action {
     };
     let program = Program(ctx.arg(0));
     let (file, naming) = program.file();
-    if is_runtimes_step(task, naming) {
+    if is_runtimes_step(task, file, naming) {
         return Action::Pass;
     }
     let inquiry = Inquiry::exec(Hook::BprmCheck, &file, naming);
@@ -72,7 +74,7 @@ fn caller(by_descent: Option<WorkloadId>) -> Option<WorkloadId> {
 
 /// Keeps the process for the records of its descendants.
 #[inline(always)]
-fn remember(task: Task, workload: WorkloadId, program: &Program, file: agentguard_common::FileId) {
+fn remember(task: Task, workload: WorkloadId, program: &Program, file: FileId) {
     let tgid = task.tgid();
     if maps::process(tgid).is_none() {
         maps::remember_new(tgid);

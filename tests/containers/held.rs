@@ -13,7 +13,7 @@ use std::{
 
 use agentguard_tests::{
     Containerd, Guard,
-    address::{API, GRANTED_PORT, OTHER_PORT},
+    address::{API, OTHER_PORT},
     attempt::{Ask, Report},
     containerd::{Container, PROGRAM, Pod, PodPlan, TOOL, agent_binary},
     daemon::program,
@@ -53,8 +53,21 @@ fn guard(containerd: &Containerd) -> Guard {
     guard_with(containerd, BY_LABEL)
 }
 
+/// An agent whose containers the hook tells of.
 fn agent<'a>(containerd: &'a Containerd, name: &str, app: &str) -> PodPlan<'a> {
+    agent_of(containerd, name, app).runtime_handler(DENYING)
+}
+
+fn agent_of<'a>(containerd: &'a Containerd, name: &str, app: &str) -> PodPlan<'a> {
     containerd.pod(name).label(AGENT, "true").label("app", app)
+}
+
+/// A runtime with the hook installed, and a daemon that it leads to.
+fn hooked() -> (Hook, Containerd) {
+    let hook = Hook::new();
+    let containerd = Containerd::started_with(&hook.configuration());
+    hook.lead_to(&containerd);
+    (hook, containerd)
 }
 
 /// The workload of this name, if it is one.
@@ -180,7 +193,7 @@ impl Hook {
 
 #[test]
 fn pods_are_held_by_their_labels_and_others_are_not() {
-    let containerd = Containerd::started();
+    let (_hook, containerd) = hooked();
     let guard = guard(&containerd);
     grant(&guard, "researcher", "researcher", BASE);
 
@@ -223,7 +236,7 @@ fn pods_are_held_by_their_labels_and_others_are_not() {
 
 #[test]
 fn executables_are_granted_in_the_containers_own_mounts() {
-    let containerd = Containerd::started();
+    let (_hook, containerd) = hooked();
     let guard = guard(&containerd);
     guard.define("test:tool", &json!({"exec": [{"path": TOOL}, {"path": "/bin/in-no-image"}]}));
     guard.define("test:data", &json!({"exec": [{"path": "/data/tool"}]}));
@@ -248,12 +261,12 @@ fn executables_are_granted_in_the_containers_own_mounts() {
     grant(&guard, "data", "coder", "test:data");
     wait_until("the tool may run", || run(TOOL) == 0);
     assert_ne!(run("/data/tool"), 0, "a file on a volume that can be written to");
-    let gaps = self::gaps(&guard);
+    let said = gaps(&guard);
     assert!(
-        gaps.iter().any(|gap| gap.contains("/data/tool") && gap.contains("volume")),
-        "{gaps:?}"
+        said.iter().any(|gap| gap.contains("/data/tool") && gap.contains("volume")),
+        "{said:?}"
     );
-    assert!(!gaps.iter().any(|gap| gap.contains("in-no-image")), "{gaps:?}");
+    assert!(!said.iter().any(|gap| gap.contains("in-no-image")), "{said:?}");
     guard.revoke("tool");
     wait_until("the tool may not run any more", || run(TOOL) != 0);
 
@@ -269,8 +282,7 @@ fn executables_are_granted_in_the_containers_own_mounts() {
 
 #[test]
 fn what_is_not_held_whole_is_said() {
-    let hook = Hook::new();
-    let containerd = Containerd::started_with(&hook.configuration());
+    let (_hook, containerd) = hooked();
     let guard = guard(&containerd);
     grant(&guard, "base", "odd", BASE);
 
@@ -300,7 +312,7 @@ fn what_is_not_held_whole_is_said() {
 
 #[test]
 fn pods_stay_held_while_daemon_and_runtime_restart_and_end_with_their_cgroup() {
-    let mut containerd = Containerd::started();
+    let (_hook, mut containerd) = hooked();
     let mut guard = guard(&containerd);
     grant(&guard, "base", "steady", BASE);
     let id = {
@@ -349,12 +361,10 @@ fn pods_stay_held_while_daemon_and_runtime_restart_and_end_with_their_cgroup() {
 
 #[test]
 fn the_hook_holds_a_container_before_its_first_instruction_or_gives_up() {
-    let hook = Hook::new();
-    let containerd = Containerd::started_with(&hook.configuration());
+    let (_hook, containerd) = hooked();
     let mut guard = guard_with(&containerd, BY_CONTAINER);
-    hook.lead_to(&containerd);
     grant(&guard, "base", "hooked/agent", BASE);
-    let denying = agent(&containerd, "denying", "hooked").runtime_handler(DENYING).run();
+    let denying = agent(&containerd, "denying", "hooked").run();
     let allowing = agent(&containerd, "allowing", "hooked").runtime_handler(ALLOWING).run();
     let plain = containerd.pod("plain").runtime_handler(DENYING).run();
     let system = containerd.pod("dns").namespace("kube-system").runtime_handler(DENYING).run();
@@ -372,7 +382,7 @@ fn the_hook_holds_a_container_before_its_first_instruction_or_gives_up() {
     assert!(why.contains("is not held by agentguard") && why.contains("no daemon"), "{why}");
     let why = plain.container("late").create().try_start().unwrap_err();
     assert!(why.contains("pod agents/plain"), "{why}");
-    system.container("agent").start();
+    let _runs = system.container("agent").start();
     let let_through = allowing.container("agent").start();
     guard.restart();
     is_held(&guard, "agents/allowing/agent");
@@ -389,7 +399,7 @@ fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
     let containerd = Containerd::started();
     let begin = Instant::now();
     let pods: Vec<Pod<'_>> = in_parallel(PODS, |number| {
-        agent(&containerd, &format!("p-{number}"), "many").host_network().run()
+        agent_of(&containerd, &format!("p-{number}"), "many").host_network().run()
     });
     let containers = in_parallel(pods.len(), |number| pods[number].container("agent").start());
     tell(&format!("{} pods run after {:.1} s", pods.len(), begin.elapsed().as_secs_f64()));
@@ -415,57 +425,76 @@ const PODS: usize = 100;
 
 #[test]
 fn nothing_of_a_storm_of_starts_is_undecided_with_the_hook() {
-    let hook = Hook::new();
-    let containerd = Containerd::started_with(&hook.configuration());
+    let (_hook, containerd) = hooked();
     let guard = guard_with(&containerd, BY_CONTAINER);
-    hook.lead_to(&containerd);
-    storm(&containerd, &guard, &Storm { handler: DENYING, pods: 20, containers: 10, known: false });
+    for number in 0..10 {
+        grant(&guard, &format!("g-{number}"), &format!("storm/c-{number}"), BASE);
+    }
+    let pods: Vec<Pod<'_>> = in_parallel(20, |number| {
+        agent(&containerd, &format!("p-{number}"), "storm").host_network().run()
+    });
+    storm(&guard, &pods, 10, |report, whose| {
+        for tally in &report.tallies {
+            let is_granted = match &tally.ask {
+                Ask::Tcp(address) | Ask::Udp(address) => *address == API_PORT,
+                Ask::Exec(path) => path == Path::new(PROGRAM),
+                Ask::SendTo(_) => false,
+            };
+            let as_it_should = if is_granted { tally.allowed } else { tally.refused() };
+            assert_eq!(as_it_should, tally.attempts(), "{whose}: {tally:?}");
+        }
+    });
 }
 
 #[test]
 fn nothing_of_a_storm_of_starts_in_known_pods_is_undecided_without_the_hook() {
     let containerd = Containerd::started();
     let guard = guard(&containerd);
-    storm(&containerd, &guard, &Storm { handler: "", pods: 5, containers: 10, known: true });
-}
-
-struct Storm {
-    handler: &'static str,
-    pods: usize,
-    containers: usize,
-    /// Whether the pods are workloads before.
-    known: bool,
+    grant(&guard, "base", "storm", BASE);
+    let pods: Vec<Pod<'_>> = in_parallel(4, |number| {
+        let plan = agent_of(&containerd, &format!("p-{number}"), "storm").label(MODE, "audit");
+        plan.host_network().run()
+    });
+    for number in 0..pods.len() {
+        is_held(&guard, &format!("agents/p-{number}"));
+    }
+    // Let through, as it is audit mode, and every single one is decided.
+    storm(&guard, &pods, 10, assert_free);
+    // In enforce mode nothing runs that nobody told of: which file its command is, is not known.
+    let pod = agent_of(&containerd, "strict", "storm").run();
+    is_held(&guard, "agents/strict");
+    let container = pod.container("agent").attempts(1, &asks()).start();
+    wait_until("a container that the hook did not tell of ends", || !container.is_running());
+    assert_eq!(container.log(), "");
+    guard.recorded("the denial of its command", |record| {
+        record["request"]["action"] == "exec"
+            && record["verdict"] == "deny"
+            && record["workload"]["name"] == "agents/strict"
+    });
 }
 
 /// How many start at once.
 const STARTERS: usize = 8;
 
-fn storm(containerd: &Containerd, guard: &Guard, storm: &Storm) {
-    let Storm { handler, pods, containers, known } = *storm;
-    for number in 0..containers {
-        let app = if known { "storm".to_owned() } else { format!("storm/c-{number}") };
-        grant(guard, &format!("g-{number}"), &app, BASE);
-        if known {
-            break;
-        }
-    }
-    let pods: Vec<Pod<'_>> = in_parallel(pods, |number| {
-        let plan = agent(containerd, &format!("p-{number}"), "storm").runtime_handler(handler);
-        plan.host_network().run()
-    });
-    if known {
-        for number in 0..pods.len() {
-            is_held(guard, &format!("agents/p-{number}"));
-        }
-    }
-    // A hundred requests of each container, what is not granted first.
-    let mut asks: Vec<Ask> = Vec::new();
+/// Starts so many containers in each pod at once, each of which asks for a hundred things first.
+fn storm(
+    guard: &Guard,
+    pods: &[Pod<'_>],
+    containers: usize,
+    is_as_it_should: impl Fn(&Report, &str),
+) {
+    // What is not granted comes first.
+    let mut asks = vec![Ask::Exec(TOOL.into())];
     for _ in 0..4 {
         asks.extend([Ask::Tcp(ELSEWHERE), Ask::SendTo(ELSEWHERE), Ask::Udp(ELSEWHERE)]);
         asks.extend([Ask::Tcp(API_PORT), Ask::Udp(API_PORT)]);
     }
-    asks.insert(0, Ask::Exec(TOOL.into()));
     asks.push(Ask::Exec(PROGRAM.into()));
+    let decided = || {
+        let status = guard.status();
+        status["totals"]["events"]["decided"].as_u64().expect("a count")
+    };
+    let before = decided();
     let made: Vec<Container<'_>> = in_parallel(pods.len() * containers, |number| {
         let name = format!("c-{}", number / pods.len());
         pods[number % pods.len()].container(&name).attempts(5, &asks).create()
@@ -477,35 +506,17 @@ fn storm(containerd: &Containerd, guard: &Guard, storm: &Storm) {
     for container in &made {
         let report = container.report();
         requests += report.tallies.iter().map(|tally| tally.attempts()).sum::<u64>();
-        for tally in &report.tallies {
-            let granted = match &tally.ask {
-                Ask::Udp(address) => *address == API_PORT,
-                Ask::Tcp(_) | Ask::SendTo(_) | Ask::Exec(_) => false,
-            };
-            if granted {
-                assert_eq!(tally.allowed, tally.attempts(), "{}: {tally:?}", container.id());
-            }
-        }
-        let rest: Vec<_> = report
-            .tallies
-            .iter()
-            .filter(|tally| tally.ask != Ask::Udp(API_PORT))
-            .cloned()
-            .collect();
-        assert_held(&Report { began: report.began, tallies: rest }, container.id());
+        is_as_it_should(&report, container.id());
     }
-    let containers = made.len();
+    let decided = decided() - before;
     tell(&format!(
-        "{containers} containers were started in {:.1} s and made {requests} requests by {:.1} s, all \
-         decided as they are to be",
+        "{} containers were started in {:.1} s and had made {requests} requests after {:.1} s; the kernel \
+         decided {decided}",
+        made.len(),
         started.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
     ));
-    assert!(requests >= 100 * containers as u64, "{requests}");
-    // Every request was decided by the kernel, and counted.
-    let status = guard.status();
-    let decided = status["totals"]["events"]["decided"].as_u64().unwrap_or_default();
-    tell(&format!("the kernel decided {decided} requests"));
+    assert!(requests >= 100 * made.len() as u64, "{requests}");
     assert!(decided >= requests, "{decided} of {requests}");
 }
 

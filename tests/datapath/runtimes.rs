@@ -88,6 +88,14 @@ fn a_runtimes_copy_of_itself_passes_and_nothing_else_does() {
     fixture.datapath.set_runtimes(&this_program()).unwrap();
     assert_eq!(run_in(&cgroup, &copy.path(), &[]), "ok");
     assert_eq!(run_in(&cgroup, named, &[]), refused, "what has a name is what the agent will be");
+    // But for the runtime's own file, which it runs where it needs no copy.
+    let itself: BTreeSet<FileId> =
+        this_program().into_iter().chain(running(named).executables).collect();
+    fixture.datapath.set_runtimes(&itself).unwrap();
+    assert_eq!(run_in(&cgroup, named, &[]), "ok");
+    let not_once_more = format!("exec {}", named.display());
+    assert_ne!(run_in(&cgroup, &shell.path(), &["-c", &not_once_more]), "ok");
+    fixture.datapath.set_runtimes(&this_program()).unwrap();
     // Once it has run something it is the workload's: neither its own next program nor its child's
     // passes.
     let again = format!("exec {}", copy.path().display());

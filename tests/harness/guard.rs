@@ -326,6 +326,10 @@ impl Drop for Guard {
     fn drop(&mut self) {
         if thread::panicking() {
             eprintln!("the daemon said: {}", self.daemon.stderr());
+            let log = fs::read_to_string(self.audit_log()).unwrap_or_default();
+            let denied: Vec<&str> = log.lines().filter(|line| line.contains("\"deny\"")).collect();
+            eprintln!("of {} denials the last are:", denied.len());
+            denied.iter().rev().take(5).for_each(|line| eprintln!("  {line}"));
         }
         self.daemon.kill();
         if env::var_os(SHARED_PINS).is_some() {

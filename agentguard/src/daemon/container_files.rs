@@ -8,8 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use agentguard_common::FileId;
+use agentguard_common::{CgroupId, FileId};
 
+use super::names::ContainerName;
 use crate::identity::ProcessRef;
 use crate::scope::executables::{ResolveProblem, Resolver};
 use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
@@ -26,9 +27,18 @@ pub struct ContainerRef {
     pub root: PathBuf,
     /// The files that starting it runs.
     pub launch: Vec<FileId>,
+    /// Its own cgroup, by which records tell it from others of its workload; zero where that is not
+    /// known.
+    pub cgroup: CgroupId,
 }
 
 impl ContainerRef {
+    /// How records name it.
+    #[must_use]
+    pub fn record_name(&self) -> (u64, ContainerName) {
+        (self.cgroup.0, ContainerName { id: self.id.clone(), name: self.name.clone() })
+    }
+
     /// What it sees.
     #[must_use]
     pub fn mounts(&self) -> Resolver {

@@ -9,18 +9,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agentguard_common::FileId;
+use agentguard_common::{CgroupId, FileId};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::container_files::ContainerRef;
-use super::engine::{NewWorkload, Workload, WorkloadSource, populated};
+use super::engine::{Engine, NewWorkload, Workload, WorkloadSource, populated};
 use super::launch;
 use super::service::Shared;
 use crate::api::service::ServiceError;
 use crate::api::types::{Announced, Announcement};
 use crate::config::Configuration;
+use crate::datapath::cgroup_id;
 use crate::identity::container::{
     Command, Container, Node, Placement, PodName, ProcessRef, Rules, Sandbox, cgroup_of,
 };
@@ -169,6 +170,18 @@ impl Containers {
         self.heard.notify_one();
     }
 
+    /// Takes what starting each held container ran for what it was found to be first, by an earlier
+    /// daemon if need be: the container may have put something else there since.
+    fn recall(&self, engine: &Engine) {
+        let mut known = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = engine.workloads().flat_map(|workload| &workload.containers);
+        for container in held.filter(|container| !container.launch.is_empty()) {
+            known
+                .entry(container.id.clone())
+                .or_insert_with(|| (container.process, container.launch.clone()));
+        }
+    }
+
     /// What starting a container runs. Looks at files of the image, which may take any time.
     fn launch(&self, container: &Container) -> Vec<FileId> {
         let known = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
@@ -194,13 +207,14 @@ impl Containers {
         files
     }
 
-    fn reference(&self, container: &Container) -> ContainerRef {
+    fn reference(&self, root: &Path, container: &Container) -> ContainerRef {
         ContainerRef {
             id: container.id.clone(),
             name: container.name.clone(),
             process: container.process,
             root: container.root.clone(),
             launch: self.launch(container),
+            cgroup: cgroup_id(&below(root, &container.cgroup)).unwrap_or(CgroupId(0)),
         }
     }
 }
@@ -363,7 +377,11 @@ fn hold(shared: &Shared, version: u64) {
     };
     let placements = containers.rules.place(&node);
     let mut problems = failures;
-    let root = shared.engine().cgroup_root().to_owned();
+    let root = {
+        let engine = shared.engine();
+        containers.recall(&engine);
+        engine.cgroup_root().to_owned()
+    };
     let mut wanted = Vec::new();
     for placement in placements.iter().filter(|placement| placement.is_seen) {
         problems.extend(
@@ -374,7 +392,7 @@ fn hold(shared: &Shared, version: u64) {
         }
         // Looks at files, so that nobody else may wait for it.
         let references =
-            placement.containers.iter().map(|container| containers.reference(container));
+            placement.containers.iter().map(|container| containers.reference(&root, container));
         wanted.push(new_workload(placement, &root, references.collect()));
     }
     let wanted_cgroups: BTreeSet<PathBuf> = wanted.iter().map(|new| new.cgroup.clone()).collect();

@@ -1070,6 +1070,9 @@ impl Engine {
         if !has_another_tag && workload.containers == new.containers {
             return None;
         }
+        let before = workload.containers.iter().map(ContainerRef::record_name);
+        let now = new.containers.iter().map(ContainerRef::record_name);
+        self.names.name_containers(id, before, now);
         Some(Before {
             id,
             has_another_tag,
@@ -1142,6 +1145,7 @@ impl Engine {
             cgroup,
             unit: workload.unit.clone(),
             pod: workload.pod.clone(),
+            containers: workload.containers.iter().map(ContainerRef::record_name).collect(),
         };
         self.names.name_workload(workload.id, name);
         self.workloads.insert(workload.id, workload);

@@ -104,6 +104,22 @@ pub struct WorkloadName {
     pub cgroup: String,
     pub unit: Option<String>,
     pub pod: Option<PodName>,
+    /// Containers in it, by their cgroups' numbers.
+    pub containers: BTreeMap<u64, ContainerName>,
+}
+
+/// How records name a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerName {
+    pub id: String,
+    pub name: String,
+}
+
+/// A container, as records have it.
+#[must_use]
+pub fn container_record(container: &ContainerName) -> record::Container {
+    let ContainerName { id, name } = container;
+    record::Container { id: Text::new(id), name: Some(Text::new(name)), image: None }
 }
 
 /// A pod, as records have it.
@@ -195,6 +211,19 @@ impl Names {
 
     pub fn name_workload(&self, id: WorkloadId, name: WorkloadName) {
         self.write().workloads.insert(id, name);
+    }
+
+    /// Names the containers of a workload. Those that it had before this keep their names once more:
+    /// their last records may still be in a ring.
+    pub fn name_containers(
+        &self,
+        id: WorkloadId,
+        before: impl IntoIterator<Item = (u64, ContainerName)>,
+        now: impl IntoIterator<Item = (u64, ContainerName)>,
+    ) {
+        if let Some(workload) = self.write().workloads.get_mut(&id) {
+            workload.containers = before.into_iter().chain(now).collect();
+        }
     }
 
     /// To be called a while after the workload is gone, when its last records are written.

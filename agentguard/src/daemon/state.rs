@@ -84,6 +84,8 @@ struct SavedContainer {
     started: u64,
     root: PathBuf,
     launch: Vec<SavedFile>,
+    #[serde(default)]
+    cgroup: u64,
 }
 
 fn saved(files: &[FileId]) -> Vec<SavedFile> {
@@ -97,16 +99,17 @@ fn files(saved: Vec<SavedFile>) -> Vec<FileId> {
 
 impl From<ContainerRef> for SavedContainer {
     fn from(container: ContainerRef) -> Self {
-        let ContainerRef { id, name, process: ProcessRef { pid, started }, root, launch } =
-            container;
-        Self { id, name, pid, started, root, launch: saved(&launch) }
+        let ContainerRef { id, name, process, root, launch, cgroup } = container;
+        let ProcessRef { pid, started } = process;
+        Self { id, name, pid, started, root, launch: saved(&launch), cgroup: cgroup.0 }
     }
 }
 
 impl From<SavedContainer> for ContainerRef {
     fn from(container: SavedContainer) -> Self {
-        let SavedContainer { id, name, pid, started, root, launch } = container;
-        Self { id, name, process: ProcessRef { pid, started }, root, launch: files(launch) }
+        let SavedContainer { id, name, pid, started, root, launch, cgroup } = container;
+        let process = ProcessRef { pid, started };
+        Self { id, name, process, root, launch: files(launch), cgroup: CgroupId(cgroup) }
     }
 }
 

@@ -14,7 +14,7 @@ use agentguard_common::event::{Event, Hook, Process as KnownProcess, RequestKind
 use agentguard_common::{Mode, Verdict};
 use jiff::Timestamp;
 
-use super::names::{Names, pod_record};
+use super::names::{Names, container_record, pod_record};
 use crate::audit::record::{
     Ancestor, BoundName, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
     Workload,
@@ -166,7 +166,10 @@ impl Witness {
                 cgroup_id: event.cgroup,
                 cgroup: name.as_ref().map(|name| Text::new(&name.cgroup)),
                 unit: name.as_ref().and_then(|name| name.unit.as_ref()).map(Text::new),
-                container: None,
+                container: name
+                    .as_ref()
+                    .and_then(|name| name.containers.get(&event.cgroup))
+                    .map(container_record),
                 pod: name.and_then(|name| name.pod).as_ref().map(pod_record),
             },
             process: self.process(event, exec_path(record)),

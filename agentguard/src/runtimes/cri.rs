@@ -40,6 +40,8 @@ pub struct Cri {
     version: Option<Version>,
     sandboxes: BTreeMap<String, SandboxFacts>,
     containers: BTreeMap<String, ContainerFacts>,
+    /// Those that were made and have no process before they are started; CRI-O's have one.
+    idle: BTreeSet<String>,
     /// Whether everything has been told once.
     is_complete: bool,
     /// Whether something is there that was not asked for yet.
@@ -73,6 +75,8 @@ struct ListedContainer {
     labels: Labels,
     /// Whether it was made or runs, and has not ended.
     is_there: bool,
+    /// Whether it was started.
+    runs: bool,
 }
 
 /// What the status of a sandbox adds.
@@ -135,6 +139,7 @@ impl Cri {
             version: None,
             sandboxes: BTreeMap::new(),
             containers: BTreeMap::new(),
+            idle: BTreeSet::new(),
             is_complete: false,
             is_behind: false,
             changes: Changes::default(),
@@ -218,10 +223,14 @@ impl Cri {
                     self.sandboxes.insert(id, facts);
                 }
                 Asked::Container(id, Ok(Some(facts))) => {
+                    self.idle.remove(&id);
                     self.containers.insert(id, facts);
                 }
                 // It ended, or has no process yet.
-                Asked::Sandbox(_, Ok(None)) | Asked::Container(_, Ok(None)) => {}
+                Asked::Container(id, Ok(None)) => {
+                    self.idle.insert(id);
+                }
+                Asked::Sandbox(_, Ok(None)) => {}
                 Asked::Sandbox(_, Err(status)) => {
                     return Err(self.failed("PodSandboxStatus", &status));
                 }
@@ -273,6 +282,7 @@ impl Runtime for Cri {
         let mut containers = listed.map_err(|status| self.unknown(status, "ListContainers"))?;
         containers.retain(|container| container.is_there);
         let there: BTreeSet<&str> = containers.iter().map(|one| one.id.as_str()).collect();
+        self.idle.retain(|id| there.contains(id.as_str()));
         self.containers.retain(|id, facts| there.contains(id.as_str()) && facts.process.is_alive());
         // One that is not ready has its containers still, until somebody ends them.
         let occupied: BTreeSet<&str> = containers.iter().map(|one| one.sandbox.as_str()).collect();
@@ -291,6 +301,7 @@ impl Runtime for Cri {
             .collect();
         let new_containers = containers
             .iter()
+            .filter(|container| container.runs || !self.idle.contains(&container.id))
             .map(|container| &container.id)
             .filter(|id| !self.containers.contains_key(*id))
             .cloned()
@@ -353,7 +364,7 @@ fn sandbox(listed: ListedSandbox, facts: SandboxFacts) -> Option<Sandbox> {
 }
 
 fn container(listed: ListedContainer, facts: ContainerFacts) -> Container {
-    let ListedContainer { id, sandbox, name, labels, is_there: _ } = listed;
+    let ListedContainer { id, sandbox, name, labels, is_there: _, runs: _ } = listed;
     let ContainerFacts { process, cgroup, command } = facts;
     Container {
         id,
@@ -514,11 +525,11 @@ macro_rules! version {
                 let items = call(client.list_containers(request)).await?.containers.into_iter();
                 Ok(items
                     .map(|item| {
-                        let is_there = match item.state() {
-                            api::ContainerState::ContainerCreated
-                            | api::ContainerState::ContainerRunning => true,
+                        let (is_there, runs) = match item.state() {
+                            api::ContainerState::ContainerCreated => (true, false),
+                            api::ContainerState::ContainerRunning => (true, true),
                             api::ContainerState::ContainerExited
-                            | api::ContainerState::ContainerUnknown => false,
+                            | api::ContainerState::ContainerUnknown => (false, false),
                         };
                         ListedContainer {
                             id: item.id,
@@ -526,6 +537,7 @@ macro_rules! version {
                             name: item.metadata.unwrap_or_default().name,
                             labels: item.labels.into_iter().collect(),
                             is_there,
+                            runs,
                         }
                     })
                     .collect())
