@@ -11,6 +11,7 @@ pub mod datapath;
 pub mod fault;
 pub mod grant;
 pub mod identity;
+pub mod kubernetes;
 pub mod logging;
 pub mod manifest;
 pub mod metrics;

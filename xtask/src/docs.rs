@@ -23,7 +23,8 @@ pub(crate) const RELEASE_ONLY: &[&str] = &["completions", "man"];
 
 /// Directories of the checkout that hold generated documents and nothing else, so that one that is
 /// no longer written does not stay behind.
-const GENERATED_ONLY: [&str; 2] = ["deploy/schemas", "docs/reference"];
+const GENERATED_ONLY: [&str; 3] =
+    ["deploy/helm/agentguard/crds", "deploy/schemas", "docs/reference"];
 
 /// Arguments of `cargo xtask docs`.
 #[derive(Debug, clap::Args)]

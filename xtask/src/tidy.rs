@@ -22,7 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["main"],
     &["cli"],
     &["daemon"],
-    &["api", "reconcile", "runtimes"],
+    &["api", "kubernetes", "reconcile", "runtimes"],
     &["config"],
     &[
         "allowlist",
@@ -64,6 +64,8 @@ const SIBLINGS: &[(&str, &str)] = &[
 /// Crates that some of the daemon's modules only may name.
 const CRATES: &[(&str, Only)] = &[
     ("aya", Only::In(&["datapath"])),
+    ("kube", Only::In(&["kubernetes"])),
+    ("k8s_openapi", Only::In(&["kubernetes"])),
     ("serde", Only::NotIn(&["allowlist", "datapath", "reconcile"])),
     ("serde_json", Only::NotIn(&["allowlist", "datapath", "reconcile"])),
     // The words of the control API are those of the command line.

@@ -18,7 +18,8 @@ use proptest::{prelude::*, sample::Index, strategy::ValueTree, test_runner::Test
 
 use super::{
     Block, EgressPermit, Permit, PortRange,
-    compile::{CompiledAllowlist, compile},
+    compile::{CompiledAllowlist, compile, compile_within},
+    reserved::Reserved,
     specification::Specification,
     tables::TableSet,
 };
@@ -263,6 +264,14 @@ fn any_permits() -> impl Strategy<Value = Vec<Permit>> {
     )
 }
 
+/// Addresses of the cluster's own: often none, as outside of one.
+fn any_reserved() -> impl Strategy<Value = Vec<IpNet>> {
+    prop_oneof![
+        1 => Just(Vec::new()),
+        2 => prop::collection::vec(any_cidr(), 1..5),
+    ]
+}
+
 fn any_time() -> impl Strategy<Value = u64> {
     prop::sample::select(vec![0, 1, 49, 50, 99, 100, 101, 149, 150, NEVER - 1])
 }
@@ -389,13 +398,14 @@ proptest! {
     #[test]
     fn compiled_tables_decide_as_the_specification_does(
         permits in any_permits(),
+        reserved in any_reserved(),
         drawn in prop::collection::vec(any_request(), 12),
         now in any_time(),
     ) {
-        let specification = Specification::new(&permits);
-        let compiled = compile(&permits).unwrap();
+        let specification = Specification::within(&permits, &reserved);
+        let compiled = compile_within(&permits, &Reserved::new(&reserved)).unwrap();
         let (tables, tag) = load(&compiled);
-        let cidrs = cidrs(&permits);
+        let cidrs = [cidrs(&permits), reserved].concat();
         for drawn in &drawn {
             let request = request(&cidrs, drawn);
             prop_assert_eq!(

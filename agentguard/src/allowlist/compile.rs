@@ -20,7 +20,7 @@ use agentguard_common::{
     },
 };
 
-use super::{Permit, PortRange, precedence, prefix::Prefix};
+use super::{Permit, PortRange, precedence, prefix::Prefix, reserved::Reserved};
 
 /// What an identity is permitted, compiled but not yet numbered.
 ///
@@ -106,7 +106,19 @@ pub enum RowsError {
 ///
 /// One destination, or listening, has more than [`MAX_RULES`] rules.
 pub fn compile(permits: &[Permit]) -> Result<CompiledAllowlist, CompileError> {
-    compile_counted(permits).map(|(compiled, _)| compiled)
+    compile_within(permits, &Reserved::default())
+}
+
+/// [`compile`], where some addresses are reserved.
+///
+/// # Errors
+///
+/// As [`compile`].
+pub fn compile_within(
+    permits: &[Permit],
+    reserved: &Reserved,
+) -> Result<CompiledAllowlist, CompileError> {
+    compile_counted(permits, reserved).map(|(compiled, _)| compiled)
 }
 
 impl CompiledAllowlist {
@@ -255,11 +267,14 @@ fn row_count(set: &[Rule]) -> usize {
 }
 
 /// [`compile`], with the number of steps it took.
-fn compile_counted(permits: &[Permit]) -> Result<(CompiledAllowlist, usize), CompileError> {
+fn compile_counted(
+    permits: &[Permit],
+    reserved: &Reserved,
+) -> Result<(CompiledAllowlist, usize), CompileError> {
     let mut sets = RuleSets::default();
     let mut blocks = Blocks::default();
     for permit in permits {
-        blocks.add(permit, &mut sets);
+        blocks.add(permit, reserved, &mut sets);
     }
     let Blocks { pieces, v4, v6 } = blocks;
     let mut walk = Walk::new(&pieces, &mut sets);
@@ -355,7 +370,7 @@ enum Edge {
 }
 
 impl Blocks {
-    fn add(&mut self, permit: &Permit, sets: &mut RuleSets) {
+    fn add(&mut self, permit: &Permit, reserved: &Reserved, sets: &mut RuleSets) {
         for egress in &permit.egress {
             let source = sets.source(rules_of(permit, &egress.ports).collect());
             for block in &egress.blocks {
@@ -364,8 +379,12 @@ impl Blocks {
                     self.pieces.push(source);
                     let edges = if prefix.is_v4() { &mut self.v4 } else { &mut self.v6 };
                     edges.push((prefix, Edge::Block(piece)));
+                    // Whoever names exactly one address means it.
+                    let reserved: &[Prefix] =
+                        if prefix.is_host() { &[] } else { reserved.around_or_in(prefix) };
+                    let excepts = block.except.iter().flat_map(Prefix::canonical);
                     // An exception says something only inside its own block.
-                    for except in block.except.iter().flat_map(Prefix::canonical) {
+                    for except in excepts.chain(reserved.iter().copied()) {
                         if except.is_v4() != prefix.is_v4() {
                             continue;
                         }
@@ -1058,8 +1077,8 @@ mod tests {
 
     #[test]
     fn ten_times_the_blocks_take_ten_times_the_steps() {
-        let (few, few_steps) = compile_counted(&many(1_000)).unwrap();
-        let (all, all_steps) = compile_counted(&many(10_000)).unwrap();
+        let (few, few_steps) = compile_counted(&many(1_000), &Reserved::default()).unwrap();
+        let (all, all_steps) = compile_counted(&many(10_000), &Reserved::default()).unwrap();
         assert!(few.destinations().len() >= 1_000);
         assert!(all.destinations().len() >= 10_000);
         assert!(all_steps <= 11 * few_steps, "{few_steps} steps, then {all_steps}");

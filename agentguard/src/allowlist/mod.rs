@@ -12,6 +12,7 @@ use ipnet::IpNet;
 mod agreement;
 pub mod compile;
 pub mod prefix;
+pub mod reserved;
 pub mod specification;
 pub mod tables;
 

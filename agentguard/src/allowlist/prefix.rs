@@ -42,6 +42,8 @@ pub struct Prefix {
 }
 
 impl Prefix {
+    /// Bits of an address.
+    pub(super) const BITS: u8 = ADDRESS_BITS;
     /// All of IPv4.
     pub const IPV4: Self = Self { bits: 0xffff << IPV4_BITS, length: MAPPED_BITS };
     /// `::` and `::1`, which lie among the IPv4-compatible addresses but are no spelling of IPv4.
@@ -130,6 +132,23 @@ impl Prefix {
     /// The part of `address` that a block of `length` bits fixes.
     pub(super) fn truncated(address: &Address, length: u8) -> Self {
         Self { bits: Self::host(address).bits & mask(length), length }
+    }
+
+    /// The block of the first `length` bits of this one.
+    pub(super) const fn truncated_to(self, length: u8) -> Self {
+        Self { bits: self.bits & mask(length), length }
+    }
+
+    /// How many bits both blocks fix and have in common.
+    pub(super) fn common(self, other: Self) -> u8 {
+        let same = (self.bits ^ other.bits).leading_zeros().min(u32::from(ADDRESS_BITS)) as u8;
+        same.min(self.length).min(other.length)
+    }
+
+    /// Some address of the block.
+    #[cfg(test)]
+    pub(super) const fn nth(self, number: u128) -> Self {
+        Self { bits: self.bits | (number & !mask(self.length)), length: ADDRESS_BITS }
     }
 
     /// Whether all bits that this block fixes are the same in `other`, as longest-prefix matching

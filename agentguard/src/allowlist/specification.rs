@@ -15,12 +15,19 @@ use super::{Permit, PortRange, precedence, prefix::Prefix};
 #[derive(Clone, Debug)]
 pub struct Specification {
     permits: Vec<Permit>,
+    reserved: Vec<IpNet>,
 }
 
 impl Specification {
     #[must_use]
     pub fn new(permits: &[Permit]) -> Self {
-        Self { permits: permits.to_vec() }
+        Self::within(permits, &[])
+    }
+
+    /// Where the addresses in `reserved` are the cluster's own.
+    #[must_use]
+    pub fn within(permits: &[Permit], reserved: &[IpNet]) -> Self {
+        Self { permits: permits.to_vec(), reserved: reserved.to_vec() }
     }
 
     /// Decides `request` at `now` (nanoseconds of boot time) for a workload whose identity is
@@ -51,7 +58,7 @@ impl Specification {
 
     /// A destination is permitted by a block that covers it, does not except it, and comes with a
     /// range that covers the port. A metadata address is covered only by a block that is exactly
-    /// that address.
+    /// that address, and one that is reserved is excepted from every other block.
     fn destination(&self, destination: &Destination, now: u64) -> Decision {
         let address = destination.address.destination();
         let mut covered = false;
@@ -68,6 +75,10 @@ impl Specification {
                     }
                     covered = true;
                     if block.except.iter().any(|except| covers(except, &address)) {
+                        continue;
+                    }
+                    let is_reserved = self.reserved.iter().any(|block| covers(block, &address));
+                    if is_reserved && !is_exactly(&block.cidr, &address) {
                         continue;
                     }
                     excepted_everywhere = false;

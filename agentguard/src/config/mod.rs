@@ -27,8 +27,9 @@ use crate::identity::IdentityTemplate;
 use crate::{audit, logging};
 pub use default_file::{Key, default_file, describe};
 use value::{
-    AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval, Listen,
-    NodeName, RelativePath, RingBytes, Template, TrustDomainName, ValueError,
+    AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval,
+    KubernetesAccess, Listen, NodeName, RelativePath, RingBytes, Template, TrustDomainName,
+    ValueError,
 };
 
 /// Where the configuration is looked for when no file is named.
@@ -64,6 +65,8 @@ pub struct Configuration {
     pub runtime_directory: AbsolutePath,
     /// Directory that is watched for manifests.
     pub manifests_directory: AbsolutePath,
+    /// The Kubernetes cluster that this node is part of.
+    pub kubernetes: Kubernetes,
     /// The control API.
     pub api: Api,
     /// Agents that run in containers.
@@ -76,6 +79,17 @@ pub struct Configuration {
     pub log: Log,
     /// Sizes in the kernel half. A change takes effect after `agentguard uninstall`.
     pub datapath: Datapath,
+}
+
+/// The Kubernetes cluster that this node is part of. `node` must be the name that the node has
+/// there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// How the API server is reached: `in-cluster` by the service account of the daemon's pod, the
+    /// absolute path of a kubeconfig, or `off`. While it does not answer, what was last known of it
+    /// stays in force. Off, scopes with a `service` or selectors permit nothing by them.
+    pub access: KubernetesAccess,
 }
 
 /// The control API.
@@ -300,6 +314,7 @@ impl Default for Configuration {
             state_directory: absolute("/var/lib/agentguard"),
             runtime_directory: absolute("/run/agentguard"),
             manifests_directory: absolute("/etc/agentguard/manifests"),
+            kubernetes: Kubernetes::default(),
             api: Api::default(),
             containers: Containers::default(),
             metrics: Metrics::default(),
@@ -307,6 +322,12 @@ impl Default for Configuration {
             log: Log::default(),
             datapath: Datapath::default(),
         }
+    }
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self { access: KubernetesAccess::Off }
     }
 }
 

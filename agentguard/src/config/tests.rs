@@ -44,6 +44,7 @@ pin_directory: /sys/fs/bpf/other
 state_directory: /srv/agentguard
 runtime_directory: /run/other
 manifests_directory: /srv/manifests
+kubernetes: {access: in-cluster}
 api: {socket: /run/other/api.sock}
 containers:
   runtimes: [/run/containerd/containerd.sock]
@@ -96,6 +97,11 @@ fn what_can_not_be_meant_is_refused_with_place_key_value_and_remedy() {
         ),
         ("metrics:\n  listen: \"\"\n", "2:11", vec!["metrics.listen: ", "`off`"]),
         ("metrics:\n  listen: 9469\n", "2:11", vec!["metrics.listen: ", "`9469`", "ADDRESS:PORT"]),
+        (
+            "kubernetes: {access: cluster}\n",
+            "1:22",
+            vec!["kubernetes.access: ", "`cluster`", "`in-cluster`", "kubeconfig"],
+        ),
         ("pin_directory: bpf\n", "1:16", vec!["pin_directory: ", "`bpf`", "begin it with `/`"]),
         ("cgroup_parent: /agents\n", "1:16", vec!["cgroup_parent: ", "`/agents`", "names"]),
         ("cgroup_parent: a/../b\n", "1:16", vec!["cgroup_parent: ", "`a/../b`"]),

@@ -375,6 +375,46 @@ impl fmt::Display for Listen {
 
 spelled!(Listen, "Listen");
 
+/// How the Kubernetes API server is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KubernetesAccess {
+    /// Not at all.
+    Off,
+    /// As a pod, by its service account.
+    InCluster,
+    /// By the current context of this kubeconfig.
+    Kubeconfig(AbsolutePath),
+}
+
+impl FromStr for KubernetesAccess {
+    type Err = ValueError;
+
+    fn from_str(word: &str) -> Result<Self, ValueError> {
+        match word {
+            "off" => Ok(Self::Off),
+            "in-cluster" => Ok(Self::InCluster),
+            path => path.parse().map(Self::Kubeconfig).map_err(|_| {
+                ValueError::new(
+                    path,
+                    "says no way to an API server; give `in-cluster`, the absolute path of a kubeconfig, or `off`",
+                )
+            }),
+        }
+    }
+}
+
+impl fmt::Display for KubernetesAccess {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => formatter.write_str("off"),
+            Self::InCluster => formatter.write_str("in-cluster"),
+            Self::Kubeconfig(path) => path.fmt(formatter),
+        }
+    }
+}
+
+spelled!(KubernetesAccess, "KubernetesAccess");
+
 /// A span of time, from a millisecond to an hour, written as `500ms`, `1s` or `2m 30s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval(Duration);

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +26,8 @@ use super::launch::file_id;
 use super::names::{Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
-use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile};
+use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile_within};
+use crate::allowlist::reserved::Reserved;
 use crate::allowlist::tables::TableSet;
 use crate::allowlist::{Block, EgressPermit, Permit, PortRange};
 use crate::api::types::InheritedSocket;
@@ -45,6 +47,7 @@ use crate::identity::container::PodName;
 use crate::identity::{SpiffeId, Subject};
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
+use crate::scope::cluster::{Cluster, Targets};
 use crate::scope::executables::{Admission, Pinned, Resolver};
 use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
 use crate::scope::{Catalogue, Destination, ScopeDocument, UnixSocket as SocketAddress};
@@ -225,6 +228,9 @@ pub struct Engine {
     pub datapath: Datapath,
     pub store: GrantStore,
     pub manifests: Manifests,
+    /// What is known of the Kubernetes cluster around this node.
+    cluster: Cluster,
+    reserved: Reserved,
     pub names: Arc<Names>,
     pub clock: Clock,
     workloads: BTreeMap<WorkloadId, Workload>,
@@ -287,6 +293,8 @@ impl Engine {
             datapath,
             store: GrantStore::new(clock),
             manifests: Manifests::default(),
+            cluster: Cluster::default(),
+            reserved: Reserved::default(),
             names,
             clock,
             workloads: BTreeMap::new(),
@@ -431,6 +439,24 @@ impl Engine {
         self.reconcile();
     }
 
+    /// Takes what is known of the cluster, and brings what rests on it up to date.
+    pub fn set_cluster(&mut self, cluster: Cluster) {
+        self.take_cluster(cluster);
+        self.reconcile();
+    }
+
+    /// Takes what is known of the cluster, for the next reconciliation.
+    pub fn take_cluster(&mut self, cluster: Cluster) {
+        self.reserved = Reserved::new(&cluster.reserved());
+        self.cluster = cluster;
+    }
+
+    /// What is known of the Kubernetes cluster around this node.
+    #[must_use]
+    pub const fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
     /// Brings the kernel to what the grants say now, and records what began and ended.
     pub fn reconcile(&mut self) {
         let started = Instant::now();
@@ -488,7 +514,7 @@ impl Engine {
         self.name_unix_sockets(&mut problems);
         for identity in identities {
             let permits = self.permits(&identity, now, &mut problems);
-            match compile(&permits) {
+            match compile_within(&permits, &self.reserved) {
                 Ok(allowlist) => {
                     wanted.insert(identity, allowlist);
                 }
@@ -594,7 +620,7 @@ impl Engine {
             scope: self.names.scope(scope.scope.as_str()),
             grant,
             expires_at,
-            egress: egress(scope),
+            egress: egress(scope, &self.cluster, problems),
             executables: self.resolve(scope, homes, problems),
             unix_sockets: self.resolve_unix_sockets(scope, homes, problems),
             listening: scope.listen.iter().map(port_range).collect(),
@@ -1531,25 +1557,45 @@ fn unidentified(mode: Mode) -> Tag {
     Tag::new(IdentityId::NONE, mode, AllowlistId::NONE, RuleSetId::NONE, OTHER)
 }
 
-fn egress(scope: &ScopeDocument) -> Vec<EgressPermit> {
-    scope
-        .egress
-        .iter()
-        .map(|rule| EgressPermit {
-            blocks: rule
-                .to
-                .iter()
-                .filter_map(|to| match to {
-                    Destination::IpBlock { cidr, except } => {
-                        Some(Block { cidr: *cidr, except: except.clone() })
-                    }
-                    // Refused where manifests are read, until names are enforced.
-                    Destination::DnsName(_) => None,
-                })
-                .collect(),
-            ports: rule.ports.iter().map(port_range).collect(),
-        })
-        .collect()
+fn egress(
+    scope: &ScopeDocument,
+    cluster: &Cluster,
+    problems: &mut BTreeSet<String>,
+) -> Vec<EgressPermit> {
+    let mut permits = Vec::new();
+    for rule in &scope.egress {
+        let blocks = rule.to.iter().filter_map(|to| match to {
+            Destination::IpBlock { cidr, except } => {
+                Some(Block { cidr: *cidr, except: except.clone() })
+            }
+            // Names are refused where manifests are read, until they are enforced; what is in a
+            // cluster follows.
+            Destination::DnsName(_) | Destination::Service(_) | Destination::Pods { .. } => None,
+        });
+        let blocks: Vec<Block> = blocks.collect();
+        if !blocks.is_empty() {
+            permits
+                .push(EgressPermit { blocks, ports: rule.ports.iter().map(port_range).collect() });
+        }
+        for to in &rule.to {
+            match cluster.resolve(to, &rule.ports) {
+                Ok(targets) => permits.extend(targets.iter().map(egress_to)),
+                Err(problem) => {
+                    problems.insert(format!("scope {}: {problem}", scope.scope));
+                }
+            }
+        }
+    }
+    permits
+}
+
+/// Each address by itself, so that it is covered though it is the cluster's own.
+fn egress_to(targets: &Targets) -> EgressPermit {
+    let block = |address: &IpAddr| Block { cidr: (*address).into(), except: Vec::new() };
+    EgressPermit {
+        blocks: targets.addresses.iter().map(block).collect(),
+        ports: targets.ports.iter().map(port_range).collect(),
+    }
 }
 
 /// The path of a socket that has one.

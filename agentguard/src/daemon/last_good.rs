@@ -1,4 +1,4 @@
-//! What each manifest file said when it was last without an error, kept across restarts.
+//! What each manifest, of a file or of the cluster, said when it was last without an error, kept across restarts.
 //!
 //! One file beside the state. The texts are kept and not what they mean, so that they are read by
 //! the rules of the daemon that takes them up, and errors name lines of what was really written.
@@ -29,6 +29,8 @@ pub struct Said {
     pub manifests: Vec<Manifest>,
     /// Since when it says so.
     pub since: Timestamp,
+    /// When it was created, where that is known.
+    created: Option<Timestamp>,
 }
 
 /// What each file said.
@@ -38,14 +40,26 @@ impl Said {
     /// What `text`, read at `since`, means; `manifests` is what it was read as.
     #[must_use]
     pub fn new(text: &[u8], manifests: Vec<Manifest>, since: Timestamp) -> Self {
-        Self { text: text.into(), manifests, since }
+        Self { text: text.into(), manifests, since, created: None }
+    }
+
+    /// The same, of what was created at `created`.
+    #[must_use]
+    pub fn created(self, created: Timestamp) -> Self {
+        Self { created: Some(created), ..self }
+    }
+
+    /// Whether `text`, created at `created`, says this.
+    #[must_use]
+    pub fn is_of(&self, text: &[u8], created: Option<Timestamp>) -> bool {
+        *self.text == *text && self.created == created
     }
 }
 
-/// The same text means the same.
+/// The same text means the same, counted from the same time.
 impl PartialEq for Said {
     fn eq(&self, other: &Self) -> bool {
-        self.text == other.text
+        self.is_of(&other.text, other.created)
     }
 }
 
@@ -74,6 +88,8 @@ struct Saved {
 struct SavedFile {
     path: PathBuf,
     since: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    created: Option<Timestamp>,
     text: String,
 }
 
@@ -98,15 +114,17 @@ pub fn load(directory: &Path) -> Result<Option<Files>, LastGoodError> {
         return Err(error(io::Error::other(other)));
     }
     let mut good = Files::new();
-    for SavedFile { path, since, text } in files {
+    for SavedFile { path, since, created, text } in files {
         let name = path.display().to_string();
-        let (manifests, errors) = parse_text(&name, text.as_bytes(), Creation::Unknown);
+        let creation = created.map_or(Creation::Unknown, Creation::At);
+        let (manifests, errors) = parse_text(&name, text.as_bytes(), creation);
         // An earlier version may have accepted more.
         for error in &errors {
             tracing::error!(%error, "what a manifest last said is not valid any more");
         }
         if errors.is_empty() {
-            good.insert(path, Said::new(text.as_bytes(), manifests, since));
+            let said = Said { created, ..Said::new(text.as_bytes(), manifests, since) };
+            good.insert(path, said);
         }
     }
     Ok(Some(good))
@@ -122,6 +140,7 @@ pub fn save(directory: &Path, files: &Files) -> Result<(), LastGoodError> {
     let files = files.iter().map(|(path, said)| SavedFile {
         path: path.clone(),
         since: said.since,
+        created: said.created,
         // Manifests are UTF-8, or they have an error.
         text: String::from_utf8_lossy(&said.text).into_owned(),
     });
@@ -160,7 +179,12 @@ mod tests {
     fn what_was_said_is_said_again() {
         let directory = tempfile::tempdir().unwrap();
         assert!(load(directory.path()).unwrap().is_none());
-        let files = Files::from([(PathBuf::from("/m/a.yaml"), said(SCOPE))]);
+        let created = Timestamp::UNIX_EPOCH;
+        let files = Files::from([
+            (PathBuf::from("/m/a.yaml"), said(SCOPE)),
+            (PathBuf::from("scope/a"), said(SCOPE).created(created)),
+        ]);
+        assert_ne!(files[Path::new("/m/a.yaml")], files[Path::new("scope/a")]);
         save(directory.path(), &files).unwrap();
         let again = load(directory.path()).unwrap().unwrap();
         assert_eq!(again, files);

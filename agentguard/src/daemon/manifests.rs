@@ -1,6 +1,7 @@
-//! The manifest directory, watched; and the workloads its manifests select.
+//! What manifests say, from all grant sources; the manifest directory, watched; and the workloads
+//! its manifests select.
 //!
-//! Every file stands for itself: one that has an error, or contradicts what is in force, keeps
+//! Every file, and every object of the cluster, stands for itself: one that has an error, or contradicts what is in force, keeps
 //! saying what it last said without one, so that a slip of the pen changes nothing that is enforced
 //! and a new file takes nothing over from an old one. What each last said is kept across restarts,
 //! and written down before it is in force: a restart never goes back behind it.
@@ -15,6 +16,7 @@ use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
+use super::custom_resources::CustomResources;
 use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
 use super::last_good::{self, Files, Said};
 use super::service::Shared;
@@ -23,15 +25,48 @@ use crate::audit::text::Text;
 use crate::identity::WorkloadDocument;
 use crate::identity::cgroup::{CgroupSource, CgroupWatch};
 use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
+use crate::kubernetes::manifests::Objects;
 use crate::manifest::{self, Creation, ManifestError, ManifestSet, assemble, files, parse_text};
 
 /// Changes that come together are taken together.
 const SETTLE: Duration = Duration::from_millis(15);
+/// The same of objects of the cluster, of which each kind is told of for itself.
+const SETTLE_OBJECTS: Duration = Duration::from_millis(60);
 /// A change that no notification told of is found after this time, and so is a new cgroup.
 const RESCAN: Duration = Duration::from_secs(1);
 
-/// What is known of the files, and of the cgroups their workloads select.
+/// Where manifests come from. All sources together say one thing: documents of one may name those
+/// of another, and contradict them.
+pub trait GrantSource: Send {
+    /// Whether `name` is that of a document of this source; no two sources have one name.
+    fn owns(&self, name: &Path) -> bool;
+
+    /// What every document says now. One with an error says what it said in `last`, which holds
+    /// documents of this source only.
+    fn read(&self, last: &Files) -> (Files, Vec<ManifestError>);
+}
+
+/// The manifest directory.
+struct Directory {
+    path: PathBuf,
+    writing: Arc<Writing>,
+}
+
+impl GrantSource for Directory {
+    fn owns(&self, name: &Path) -> bool {
+        name.is_absolute()
+    }
+
+    fn read(&self, last: &Files) -> (Files, Vec<ManifestError>) {
+        read(&self.path, last, &self.writing)
+    }
+}
+
+/// What is known of the documents, and of the cgroups their workloads select.
 pub struct Sources {
+    sources: Vec<Box<dyn GrantSource>>,
+    /// The objects of the cluster, where they are one of the sources.
+    objects: Option<Arc<Objects>>,
     sound: Files,
     /// Whether what files said before this start is known; otherwise one with an error may be the
     /// one that selects a workload.
@@ -104,14 +139,25 @@ impl Writing {
 }
 
 impl Sources {
+    /// The manifest directory, and the objects of the cluster where there is one.
     #[must_use]
-    pub fn new(shared: &Shared) -> Self {
+    pub fn new(shared: &Shared, custom_resources: Option<CustomResources>) -> Self {
+        let writing: Arc<Writing> = Arc::default();
+        let path = shared.configuration.manifests_directory.to_path_buf();
+        let mut sources: Vec<Box<dyn GrantSource>> =
+            vec![Box::new(Directory { path, writing: Arc::clone(&writing) })];
+        let objects = custom_resources.as_ref().map(CustomResources::objects);
+        if let Some(custom_resources) = custom_resources {
+            sources.push(Box::new(custom_resources));
+        }
         let last = last_good::load(shared.configuration.state_directory.as_ref());
         let last = last.unwrap_or_else(|error| {
             tracing::error!(%error, "what manifests said before is not known");
             None
         });
         Self {
+            sources,
+            objects,
             remembers: last.is_some(),
             unsaved: last.is_none(),
             sound: last.unwrap_or_default(),
@@ -119,21 +165,20 @@ impl Sources {
             cgroups: super::cgroup_source(shared),
             selectors: Vec::new(),
             waiting: Vec::new(),
-            writing: Arc::default(),
+            writing,
         }
     }
 }
 
-/// Reads the directory and puts what it says in force.
+/// Reads all sources and puts what they say in force.
 pub fn load(shared: &Shared, sources: &mut Sources) {
     load_documents(shared, sources);
     scan(shared, sources);
 }
 
-/// Reads the directory and puts in force what it says of scopes and grants.
+/// Reads all sources and puts in force what they say of scopes and grants.
 pub fn load_documents(shared: &Shared, sources: &mut Sources) {
-    let directory = shared.configuration.manifests_directory.as_ref();
-    let (files, mut errors) = read(directory, &sources.sound, &sources.writing);
+    let (files, mut errors) = read_all(&sources.sources, &sources.sound);
     let (files, set, contradictions) = settle(files, &sources.sound);
     sources.unsaved |= files != sources.sound;
     sources.sound = files;
@@ -165,6 +210,19 @@ fn held(sound: &Files, errors: &[ManifestError]) -> Vec<(PathBuf, Timestamp)> {
     let wrong: BTreeSet<&Path> = errors.iter().map(|error| Path::new(&error.file)).collect();
     let held = sound.iter().filter(|(path, _)| wrong.contains(path.as_path()));
     held.map(|(path, said)| (path.clone(), said.since)).collect()
+}
+
+/// What every document of every source says.
+fn read_all(sources: &[Box<dyn GrantSource>], sound: &Files) -> (Files, Vec<ManifestError>) {
+    let (mut now, mut errors) = (Files::new(), Vec::new());
+    for source in sources {
+        let own = sound.iter().filter(|(name, _)| source.owns(name));
+        let own = own.map(|(name, said)| (name.clone(), said.clone())).collect();
+        let (said, wrong) = source.read(&own);
+        now.extend(said);
+        errors.extend(wrong);
+    }
+    (now, errors)
 }
 
 /// What every file of the directory says: one with an error what it last said without one.
@@ -380,6 +438,7 @@ pub async fn watch(shared: Arc<Shared>, sources: Sources) {
             None
         }
     };
+    let objects = sources.objects.clone();
     let sources = Arc::new(Mutex::new(sources));
     let mut watched = None;
     let mut fingerprint = Vec::new();
@@ -398,6 +457,11 @@ pub async fn watch(shared: Arc<Shared>, sources: Sources) {
             () = writing.settled.notified() => {
                 // Whoever writes one file most likely writes another.
                 tokio::time::sleep(SETTLE).await;
+                true
+            }
+            () = objects_changed(objects.as_deref()) => {
+                // A grant may be told of before its scope.
+                tokio::time::sleep(SETTLE_OBJECTS).await;
                 true
             }
             () = changed(cgroups.as_ref()) => false,
@@ -438,6 +502,14 @@ async fn changed(cgroups: Option<&CgroupWatch>) {
     match cgroups {
         Some(cgroups) => cgroups.changed().await,
         None => tokio::time::sleep(RESCAN).await,
+    }
+}
+
+/// Waits until objects of the cluster have changed; where there are none, for ever.
+async fn objects_changed(objects: Option<&Objects>) {
+    match objects {
+        Some(objects) => objects.changed().await,
+        None => std::future::pending().await,
     }
 }
 

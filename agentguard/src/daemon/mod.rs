@@ -4,9 +4,11 @@
 //! identity sources, then the control socket. A daemon that stops takes nothing with it: what it
 //! put in force stays, until `agentguard uninstall`.
 
+mod cluster;
 pub mod confine;
 mod container_files;
 mod containers;
+mod custom_resources;
 pub mod doctor;
 pub mod engine;
 mod host;
@@ -126,7 +128,9 @@ fn require_root() -> Result<(), DaemonError> {
 
 async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let started = Instant::now();
-    let parts = set_up(configuration, started)?;
+    let node = configuration.node_name()?.to_string();
+    let watches = cluster::begin(&configuration, node).await;
+    let parts = set_up(configuration, watches.as_ref(), started)?;
     let Parts { shared, sources, witness, stop, lines, _locks } = parts;
     let cancel = CancellationToken::new();
     let socket = server::bind(shared.configuration.api.socket.as_ref())?;
@@ -145,6 +149,10 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     tasks.spawn(tick(Arc::clone(&shared)));
     tasks.spawn(manifests::watch(Arc::clone(&shared), sources));
     tasks.spawn(containers::watch(Arc::clone(&shared)));
+    if let Some(watches) = watches {
+        tasks.spawn(cluster::report(Arc::clone(&shared), Arc::clone(&watches.objects)));
+        tasks.spawn(cluster::follow(Arc::clone(&shared), watches));
+    }
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(server::serve_control(
         socket,
@@ -196,7 +204,11 @@ struct Parts {
 
 type Lines = tokio::sync::broadcast::Receiver<Arc<str>>;
 
-fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, DaemonError> {
+fn set_up(
+    configuration: Configuration,
+    watches: Option<&cluster::Watches>,
+    started: Instant,
+) -> Result<Parts, DaemonError> {
     for path in [&configuration.state_directory, &configuration.runtime_directory] {
         make_directory(path.as_ref(), 0o755)?;
     }
@@ -242,6 +254,9 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock, host::root());
     // Before the rings are read: what was recorded while no daemon was there has its names again.
     engine.restore(saved);
+    if let Some(watches) = watches {
+        engine.take_cluster(watches.known.clone());
+    }
     fault::point("start.restored");
     let lines = audit.subscribe();
     let witness = start_witness(&engine, &audit, &denials, &stop)?;
@@ -255,11 +270,16 @@ fn set_up(configuration: Configuration, started: Instant) -> Result<Parts, Daemo
         recent: recent::Recent::default(),
         started,
         ready: AtomicBool::new(false),
+        cluster: watches.map(cluster::Watches::health),
         saving: Mutex::new(None),
         containers: Arc::new(Containers::new(&configuration)),
         configuration,
     });
-    let mut sources = manifests::Sources::new(&shared);
+    if let Some(watches) = watches {
+        watches.introduce(&shared.containers);
+    }
+    let custom_resources = watches.map(|watches| watches.custom_resources(&shared));
+    let mut sources = manifests::Sources::new(&shared, custom_resources);
     manifests::load_documents(&shared, &mut sources);
     fault::point("start.manifests");
     {

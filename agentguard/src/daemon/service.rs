@@ -18,6 +18,7 @@ use agentguard_common::{
 use jiff::Timestamp;
 use tokio::sync::broadcast;
 
+use super::cluster::Health;
 use super::confine::{Candidate, confine, launch_files};
 use super::containers::{self, Containers, Report};
 use super::engine::{Engine, Failed, Workload, WorkloadSource, now};
@@ -60,6 +61,8 @@ pub struct Shared {
     pub recent: Recent,
     pub started: Instant,
     pub ready: AtomicBool,
+    /// What of the cluster can not be watched, where there is one.
+    pub cluster: Option<Health>,
     /// Held while the state is written: of two states the later must be the one that stays. Why the
     /// last one was not written.
     pub saving: Mutex<Option<String>>,
@@ -215,6 +218,7 @@ impl Service for Daemon {
         let sum = |field: fn(&Counters) -> u64| counters.iter().map(|(_, row)| field(row)).sum();
         let mut gaps: Vec<String> = engine.datapath.gaps();
         gaps.extend(engine.executable_problems().iter().cloned());
+        gaps.extend(self.0.cluster.iter().flat_map(Health::problems));
         gaps.extend(unwritten);
         gaps.extend(engine.unfit());
         let Report { unseen, problems } = shared.containers.report();
@@ -1049,8 +1053,11 @@ fn permitting_scopes(
         let scopes = engine.manifests.catalogue.iter().filter(names_it);
         return scopes.map(|scope| scope.scope.to_string()).collect();
     }
-    let permits =
-        |permit: Permit| Specification::new(&[permit]).decide(request, 0).verdict == Verdict::Allow;
+    let reserved = engine.cluster().reserved();
+    let permits = |permit: Permit| {
+        let specification = Specification::within(&[permit], &reserved);
+        specification.decide(request, 0).verdict == Verdict::Allow
+    };
     let workload = engine.workloads().find(|known| known.name == workload).cloned();
     engine
         .scope_permits(workload.as_ref())

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::confine::remove_abandoned;
 use super::engine::remove_cgroup;
 use super::lock::Locks;
-use super::{DaemonError, last_good, require_root, state};
+use super::{DaemonError, cluster, last_good, require_root, state};
 use crate::cli::backend::UninstallReport;
 use crate::config::Configuration;
 
@@ -43,7 +43,8 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
         report.removed.push(format!("what {supervisors} killed runs of exec left"));
     }
     let removed = last_good::remove(directory)
-        .and_then(|manifests| Ok(state::remove(directory)? || manifests));
+        .and_then(|manifests| Ok(cluster::remove(directory)? || manifests))
+        .and_then(|earlier| Ok(state::remove(directory)? || earlier));
     match removed {
         Ok(true) => report.removed.push(format!("the state in {}", directory.display())),
         Ok(false) => {}

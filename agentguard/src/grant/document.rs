@@ -28,9 +28,9 @@ pub struct GrantDocument {
     pub reason: String,
 }
 
-/// The identity of a grant: its `metadata.name`.
+/// The identity of a grant: its `metadata.name`, after its namespace and `/` where it has one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GrantId(ResourceName);
+pub struct GrantId(String);
 
 /// When a grant ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,13 +72,29 @@ impl GrantId {
     /// The text of the id.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        self.0.as_str()
+        &self.0
+    }
+
+    /// The namespace of a grant that has one, and the name.
+    #[must_use]
+    pub fn parts(&self) -> (Option<&str>, &str) {
+        match self.0.split_once('/') {
+            Some((namespace, name)) => (Some(namespace), name),
+            None => (None, &self.0),
+        }
+    }
+
+    /// The grant `name` of `namespace`: the names of two namespaces have nothing to do with each
+    /// other.
+    #[must_use]
+    pub fn in_namespace(namespace: &ResourceName, name: &ResourceName) -> Self {
+        Self(format!("{namespace}/{name}"))
     }
 }
 
 impl From<ResourceName> for GrantId {
     fn from(name: ResourceName) -> Self {
-        Self(name)
+        Self(name.to_string())
     }
 }
 
@@ -86,7 +102,10 @@ impl FromStr for GrantId {
     type Err = crate::name::ResourceNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.parse().map(Self)
+        match text.split_once('/') {
+            Some((namespace, name)) => Ok(Self::in_namespace(&namespace.parse()?, &name.parse()?)),
+            None => text.parse::<ResourceName>().map(Self::from),
+        }
     }
 }
 

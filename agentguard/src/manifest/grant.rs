@@ -25,6 +25,7 @@ enum TimeError {
 
 pub(super) fn read(
     name: Option<ResourceName>,
+    namespace: Option<ResourceName>,
     spec: &Value<'_>,
     creation: Creation,
 ) -> Option<GrantDocument> {
@@ -62,7 +63,10 @@ pub(super) fn read(
     let granted_by = granted_by.required(Value::text);
     let reason = reason.required(Value::text);
     Some(GrantDocument {
-        id: GrantId::from(name?),
+        id: match namespace {
+            Some(namespace) => GrantId::in_namespace(&namespace, &name?),
+            None => GrantId::from(name?),
+        },
         subject: subject?,
         scopes: scopes?,
         not_before: not_before?,
@@ -75,8 +79,14 @@ pub(super) fn read(
 fn read_subject(subject: &Value<'_>) -> Option<Subject> {
     let [exact, prefix] = subject.fields(["spiffeId", "spiffeIdPrefix"])?;
     subject.check_exactly_one([&exact, &prefix]);
-    let exact = exact.optional(Value::parse);
-    let prefix = prefix.optional(Value::parse);
+    let exact = exact.optional(|value| {
+        value.note();
+        value.parse()
+    });
+    let prefix = prefix.optional(|value| {
+        value.note();
+        value.parse()
+    });
     exact?.map(Subject::Exact).or(prefix?.map(Subject::Prefix))
 }
 

@@ -27,12 +27,14 @@ use jiff::Timestamp;
 
 pub use error::{ManifestError, ManifestWarning, Position};
 use reader::{Places, Problems, Value};
-pub use set::{ManifestSet, assemble};
+pub use set::{ManifestSet, assemble, confine};
 pub use source::{CheckReport, Counts, check, files, parse_paths, read};
 pub use tree::{MAX_DEPTH, MAX_DOCUMENT_BYTES, MAX_FILE_BYTES};
 pub use warning::warnings;
 
-use crate::{grant::GrantDocument, identity::WorkloadDocument, scope::ScopeDocument};
+use crate::{
+    grant::GrantDocument, identity::WorkloadDocument, name::ResourceName, scope::ScopeDocument,
+};
 
 /// The version of the manifests this code reads.
 pub const API_VERSION: &str = "agentguard.dev/v1alpha1";
@@ -51,6 +53,8 @@ pub enum Creation {
 pub enum Kind {
     Scope,
     Grant,
+    /// A grant that no namespace owns; the same as a [`Self::Grant`] wherever there are none.
+    ClusterGrant,
     Workload,
 }
 
@@ -78,7 +82,7 @@ pub struct Origin {
 }
 
 impl Kind {
-    pub const ALL: [Self; 3] = [Self::Scope, Self::Grant, Self::Workload];
+    pub const ALL: [Self; 4] = [Self::Scope, Self::Grant, Self::ClusterGrant, Self::Workload];
 
     /// The word in `kind`.
     #[must_use]
@@ -86,6 +90,7 @@ impl Kind {
         match self {
             Self::Scope => "Scope",
             Self::Grant => "Grant",
+            Self::ClusterGrant => "ClusterGrant",
             Self::Workload => "Workload",
         }
     }
@@ -209,16 +214,34 @@ fn read_document(document: &Value<'_>, creation: Creation) -> Option<Body> {
         Some(())
     });
     let kind = kind.required(|value| value.one_of(&Kind::ALL, Kind::as_str));
-    let name = metadata.required(|value| {
-        let [name] = value.fields(["name"])?;
-        name.required(|name| {
+    let metadata = metadata.required(|value| {
+        let [name, namespace] = value.fields(["name", "namespace"])?;
+        let name = name.required(|name| {
             name.note();
             name.parse()
-        })
+        });
+        let namespace = namespace.optional(|value| read_namespace(value, kind));
+        Some((name?, namespace?))
     });
+    let (name, namespace) = metadata.unzip();
     spec.required(|spec| match kind? {
         Kind::Scope => scope::read(name, spec).map(Body::Scope),
-        Kind::Grant => grant::read(name, spec, creation).map(Body::Grant),
+        Kind::Grant | Kind::ClusterGrant => {
+            grant::read(name, namespace.flatten(), spec, creation).map(Body::Grant)
+        }
         Kind::Workload => workload::read(name, spec).map(Body::Workload),
     })
+}
+
+/// Only a grant can be one of a namespace.
+fn read_namespace(value: &Value<'_>, kind: Option<Kind>) -> Option<ResourceName> {
+    match kind {
+        None => None,
+        Some(Kind::Grant) => scope::read_label_name(value),
+        Some(kind @ (Kind::Scope | Kind::ClusterGrant | Kind::Workload)) => {
+            let message = format!("is a namespace, which a {} does not have", kind.as_str());
+            value.refuse(message, "remove it");
+            None
+        }
+    }
 }

@@ -226,6 +226,43 @@ impl<'a> Value<'a> {
         sound.then(|| values.into_iter().map(|(value, _)| value).collect())
     }
 
+    /// Every field of a map whose keys are the writer's, sorted; an empty map is a fault.
+    pub(super) fn entries<T: Ord>(
+        &self,
+        read: impl Fn(&'a str, &Value<'a>) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let NodeKind::Map(fields) = &self.node.kind else {
+            self.refuse_kind("a map of fields", "write one field or more");
+            return None;
+        };
+        if fields.is_empty() {
+            self.refuse("is an empty map", "write at least one field, or remove it");
+            return None;
+        }
+        // Each is read, so that the faults of all are told.
+        let entries: Vec<Option<T>> = fields
+            .iter()
+            .map(|field| {
+                let path = self.below(&shown_name(&field.name));
+                read(&field.name, &self.child(&field.value, path))
+            })
+            .collect();
+        let mut entries: Vec<T> = entries.into_iter().collect::<Option<_>>()?;
+        entries.sort_unstable();
+        Some(entries)
+    }
+
+    /// The key of this value, with a grammar of its own.
+    pub(super) fn parse_key<T: FromStr<Err: fmt::Display>>(&self, key: &str) -> Option<T> {
+        key.parse()
+            .map_err(|reason: T::Err| {
+                let reason = reason.to_string();
+                let (message, remedy) = problem_and_remedy(&reason);
+                self.refuse(format!("has a key that {message}"), remedy);
+            })
+            .ok()
+    }
+
     /// Text that says something: not blank, no control characters, not a number.
     pub(super) fn text(&self) -> Option<&'a str> {
         let Some((text, style)) = self.scalar() else {

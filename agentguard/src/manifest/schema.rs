@@ -10,7 +10,7 @@ use schemars::{
 };
 use serde_json::Value;
 
-use super::wire::{GrantManifest, ScopeManifest, WorkloadManifest};
+use super::wire::{ClusterGrantManifest, GrantManifest, ScopeManifest, WorkloadManifest};
 
 /// The schema of each kind, by the name of the file that holds it in `deploy/schemas`.
 #[must_use]
@@ -18,6 +18,7 @@ pub fn schemas() -> Vec<(&'static str, Value)> {
     vec![
         ("scope.schema.json", schema_of::<ScopeManifest>("Scope")),
         ("grant.schema.json", schema_of::<GrantManifest>("Grant")),
+        ("clustergrant.schema.json", schema_of::<ClusterGrantManifest>("ClusterGrant")),
         ("workload.schema.json", schema_of::<WorkloadManifest>("Workload")),
     ]
 }
@@ -33,6 +34,21 @@ fn schema_of<T: JsonSchema>(title: &str) -> Value {
 
 /// An optional field is left out; it is never written as null.
 fn forbid_null(schema: &mut Schema) {
+    // What has alternatives of its own is wrapped in more.
+    if let Some(Value::Array(variants)) = schema.get("anyOf")
+        && let [Value::Object(only), Value::Object(null)] = variants.as_slice()
+        && null.get("type") == Some(&Value::from("null"))
+    {
+        let only = only.clone();
+        schema.remove("anyOf");
+        let said = schema.remove("description");
+        for (name, value) in only {
+            schema.insert(name, value);
+        }
+        if let Some(said) = said {
+            schema.insert("description".to_owned(), said);
+        }
+    }
     let Some(Value::Array(types)) = schema.get_mut("type") else {
         return;
     };

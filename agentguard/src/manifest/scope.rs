@@ -6,8 +6,15 @@ use ipnet::{IpNet, Ipv4Net};
 use super::reader::Value;
 use crate::{
     name::ResourceName,
-    scope::{Destination, EgressRule, PortRange, ScopeDocument, UnixSocket},
+    scope::{
+        Destination, EgressRule, PortRange, ScopeDocument, UnixSocket,
+        cluster::ObjectName,
+        selector::{LabelSelector, Operator, Requirement},
+    },
 };
+
+/// The longest DNS label, in bytes.
+const MAX_LABEL_BYTES: usize = 63;
 
 /// Why a text is no block of addresses.
 #[derive(Debug, thiserror::Error)]
@@ -64,8 +71,21 @@ fn read_egress_rule(rule: &Value<'_>) -> Option<EgressRule> {
 }
 
 fn read_destination(destination: &Value<'_>) -> Option<Destination> {
-    let [ip_block, dns_name] = destination.fields(["ipBlock", "dnsName"])?;
-    destination.check_exactly_one([&ip_block, &dns_name]);
+    let [ip_block, dns_name, service, pods, namespaces] = destination.fields([
+        "ipBlock",
+        "dnsName",
+        "service",
+        "podSelector",
+        "namespaceSelector",
+    ])?;
+    if pods.is_present() && !namespaces.is_present() {
+        destination.refuse(
+            "has a podSelector without a namespaceSelector, and a Scope has no namespace of its own",
+            "add namespaceSelector, such as {matchLabels: {kubernetes.io/metadata.name: NAMESPACE}}",
+        );
+    } else {
+        destination.check_exactly_one([&ip_block, &dns_name, &service, &namespaces]);
+    }
     let ip_block = ip_block.optional(read_ip_block)?;
     let dns_name = dns_name.optional(|value| {
         let name = value.parse()?;
@@ -75,7 +95,71 @@ fn read_destination(destination: &Value<'_>) -> Option<Destination> {
         );
         Some(Destination::DnsName(name))
     })?;
-    ip_block.or(dns_name)
+    let service = service.optional(|value| {
+        let [namespace, name] = value.fields(["namespace", "name"])?;
+        let namespace = namespace.required(read_label_name);
+        let name = name.required(read_label_name);
+        Some(Destination::Service(ObjectName::new(namespace?.as_str(), name?.as_str())))
+    })?;
+    let has_pods = pods.is_present();
+    let pods = pods.optional(read_selector)?;
+    let namespaces = namespaces.optional(read_selector)?;
+    // A podSelector alone, or beside another destination, was refused above.
+    let pods = match (namespaces, pods) {
+        (Some(namespaces), pods) => Some(Destination::Pods { pods, namespaces }),
+        (None, _) if has_pods => return None,
+        (None, _) => None,
+    };
+    ip_block.or(dns_name).or(service).or(pods)
+}
+
+/// The name of a namespace or of a service: one DNS label.
+pub(super) fn read_label_name(value: &Value<'_>) -> Option<ResourceName> {
+    let name: ResourceName = value.parse()?;
+    if name.as_str().contains('.') || name.as_str().len() > MAX_LABEL_BYTES {
+        value.refuse("is no DNS label", "write the name alone, at most 63 bytes without dots");
+        return None;
+    }
+    Some(name)
+}
+
+fn read_selector(selector: &Value<'_>) -> Option<LabelSelector> {
+    let [labels, expressions] = selector.fields(["matchLabels", "matchExpressions"])?;
+    selector.check_at_least_one([&labels, &expressions]);
+    let labels = labels.optional(|value| {
+        value.entries(|key, value| Some((value.parse_key(key)?, value.parse()?)))
+    });
+    let expressions = expressions.optional(|value| value.list(read_requirement));
+    Some(LabelSelector {
+        labels: labels?.unwrap_or_default(),
+        expressions: expressions?.unwrap_or_default(),
+    })
+}
+
+fn read_requirement(requirement: &Value<'_>) -> Option<Requirement> {
+    let [key, operator, values] = requirement.fields(["key", "operator", "values"])?;
+    let key = key.required(Value::parse);
+    let operator = operator.required(|value| value.one_of(&Operator::ALL, Operator::as_str));
+    let has_values = values.is_present();
+    let values = values.optional(|value| value.list(Value::parse));
+    let (key, operator, values) = (key?, operator?, values?);
+    match (operator, values) {
+        (Operator::In, Some(values)) => Some(Requirement::In(key, values)),
+        (Operator::NotIn, Some(values)) => Some(Requirement::NotIn(key, values)),
+        (Operator::Exists, None) => Some(Requirement::Exists(key)),
+        (Operator::DoesNotExist, None) => Some(Requirement::DoesNotExist(key)),
+        (Operator::In | Operator::NotIn | Operator::Exists | Operator::DoesNotExist, _) => {
+            let word = operator.as_str();
+            if has_values {
+                let message = format!("has values, and {word} takes none");
+                requirement.refuse(message, "remove values, or write In or NotIn");
+            } else {
+                let message = format!("has no values, and {word} needs some");
+                requirement.refuse(message, "add values, or write Exists or DoesNotExist");
+            }
+            None
+        }
+    }
 }
 
 fn read_ip_block(block: &Value<'_>) -> Option<Destination> {

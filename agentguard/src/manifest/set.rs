@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, btree_map::Entry};
 use super::{Located, Manifest, ManifestError, Origin, reader};
 use crate::{
     grant::GrantDocument,
-    identity::WorkloadDocument,
+    identity::{Subject, WorkloadDocument, spiffe::SpiffePrefix},
     scope::{Catalogue, ScopeName},
 };
 
@@ -65,6 +65,44 @@ pub fn assemble(manifests: Vec<Manifest>) -> (ManifestSet, Vec<ManifestError>) {
         errors.extend(unknown);
     }
     (set, errors)
+}
+
+/// What is wrong with the subject of a grant that `namespace` owns: `own` is what all of its
+/// identities begin with, by `template`.
+#[must_use]
+pub fn confine(
+    grant: &Located<GrantDocument>,
+    namespace: &str,
+    template: &str,
+    own: Option<&SpiffePrefix>,
+) -> Option<ManifestError> {
+    let (field, value, is_own) = match &grant.document.subject {
+        Subject::Exact(id) => {
+            ("spec.subject.spiffeId", id.as_str(), own.is_some_and(|own| own.matches(id)))
+        }
+        Subject::Prefix(prefix) => {
+            let is_own = own.is_some_and(|own| prefix.as_str().starts_with(own.as_str()));
+            ("spec.subject.spiffeIdPrefix", prefix.as_str(), is_own)
+        }
+    };
+    if is_own {
+        return None;
+    }
+    let (message, remedy) = match own {
+        Some(own) => (
+            format!("is no subject of the namespace {namespace}"),
+            format!("name one that begins with {own}, or write a ClusterGrant"),
+        ),
+        None => (
+            format!(
+                "can be no subject of the namespace {namespace}, since the identity template \
+                 {template} does not keep namespaces apart"
+            ),
+            "write a ClusterGrant, or have the template begin with {namespace} as a segment"
+                .to_owned(),
+        ),
+    };
+    Some(grant.error(field, Some(value), message, remedy))
 }
 
 fn name_taken(manifest: &Manifest, first: &Origin) -> ManifestError {

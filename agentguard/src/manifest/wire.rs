@@ -11,7 +11,11 @@ use serde::Serialize;
 use crate::{
     grant::GrantDocument,
     identity::{Selector, Subject, WorkloadDocument},
-    scope::{Destination, EgressRule, PortRange, ScopeDocument, UnixSocket},
+    scope::{
+        Destination, EgressRule, PortRange, ScopeDocument, UnixSocket,
+        cluster::ObjectName,
+        selector::{LabelKey, LabelSelector, LabelValue, Requirement},
+    },
 };
 
 /// A named capability, like an OAuth scope, and what it permits.
@@ -36,6 +40,21 @@ pub struct GrantManifest {
     api_version: ApiVersion,
     /// What the document is.
     kind: GrantKind,
+    /// What it is called.
+    metadata: GrantMetadata,
+    /// What is granted to whom.
+    spec: GrantSpec,
+}
+
+/// Scopes for a subject within a time window, whatever namespace the subject is of. Where there are
+/// no namespaces, the same as a Grant.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterGrantManifest {
+    /// The version of this form.
+    api_version: ApiVersion,
+    /// What the document is.
+    kind: ClusterGrantKind,
     /// What it is called.
     metadata: Metadata,
     /// What is granted to whom.
@@ -73,6 +92,12 @@ enum GrantKind {
 }
 
 #[derive(Serialize, JsonSchema)]
+#[expect(dead_code, reason = "a grant is written as what it is where there are no namespaces")]
+enum ClusterGrantKind {
+    ClusterGrant,
+}
+
+#[derive(Serialize, JsonSchema)]
 enum WorkloadKind {
     Workload,
 }
@@ -86,6 +111,21 @@ struct Metadata {
         regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
     )]
     name: String,
+}
+
+#[derive(Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct GrantMetadata {
+    /// An RFC 1123 subdomain, unique per kind and namespace.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
+    )]
+    name: String,
+    /// In a cluster, the namespace whose subjects the grant may name. Elsewhere part of its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    namespace: Option<String>,
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -128,13 +168,94 @@ struct Egress {
     ports: Vec<Ports>,
 }
 
+/// Where to: exactly one of `ipBlock`, `service`, and `namespaceSelector` with or without
+/// `podSelector`.
+#[derive(Default, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend(
+    "oneOf" = [{"required": ["ipBlock"]}, {"required": ["service"]}, {"required": ["namespaceSelector"]}],
+    "dependentRequired" = {"podSelector": ["namespaceSelector"]},
+))]
+struct To {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ip_block: Option<IpBlock>,
+    /// Refused by this version, so not in the schema.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
+    dns_name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service: Option<WireService>,
+    /// Which pods of the selected namespaces; without it, all of them. Pods on their node's network
+    /// are never among them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pod_selector: Option<WireSelector>,
+    /// The namespaces of the pods.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace_selector: Option<WireSelector>,
+}
+
+/// A Kubernetes service at those of its own ports that are among `ports`. Its endpoints are
+/// permitted with it, at the ports that these lead to, as they come and go.
+#[derive(Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct WireService {
+    /// The namespace of the service.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    namespace: String,
+    /// The name of the service.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    name: String,
+}
+
+/// What all labels must be, as in a NetworkPolicy. One that asks for nothing is refused.
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-enum To {
-    IpBlock(IpBlock),
-    /// Refused by this version, so not in the schema.
-    #[schemars(skip)]
-    DnsName(String),
+#[schemars(extend("anyOf" = [{"required": ["matchLabels"]}, {"required": ["matchExpressions"]}]))]
+struct WireSelector {
+    /// Labels and the values they must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend(
+        "minProperties" = 1,
+        "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 63, "pattern": "^[a-zA-Z0-9]([-a-zA-Z0-9_.]*[a-zA-Z0-9])?$"},
+    ))]
+    match_labels: Option<std::collections::BTreeMap<String, String>>,
+    /// What else must hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
+    match_expressions: Option<Vec<WireRequirement>>,
+}
+
+/// What must hold of one label.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend(
+    "if" = {"properties": {"operator": {"enum": ["In", "NotIn"]}}},
+    "then" = {"required": ["values"]},
+    "else" = {"not": {"required": ["values"]}},
+))]
+struct WireRequirement {
+    /// The key of the label.
+    #[schemars(
+        length(min = 1, max = 317),
+        regex(
+            pattern = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[a-zA-Z0-9]([-a-zA-Z0-9_.]*[a-zA-Z0-9])?$"
+        )
+    )]
+    key: String,
+    /// `In` and `NotIn` take values, the others none.
+    operator: WireOperator,
+    /// The values it is compared with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1), inner(length(min = 1, max = 63), regex(pattern = r"^[a-zA-Z0-9]([-a-zA-Z0-9_.]*[a-zA-Z0-9])?$")), extend("uniqueItems" = true))]
+    values: Option<Vec<String>>,
+}
+
+#[derive(Serialize, JsonSchema)]
+enum WireOperator {
+    In,
+    NotIn,
+    Exists,
+    DoesNotExist,
 }
 
 /// The addresses in `cidr` that are in none of `except`.
@@ -323,7 +444,9 @@ impl From<&GrantDocument> for GrantManifest {
             granted_by: granted_by.clone(),
             reason: reason.clone(),
         };
-        let metadata = Metadata { name: id.to_string() };
+        let (namespace, name) = id.parts();
+        let metadata =
+            GrantMetadata { name: name.to_owned(), namespace: namespace.map(str::to_owned) };
         Self { api_version: ApiVersion::V1Alpha1, kind: GrantKind::Grant, metadata, spec }
     }
 }
@@ -360,12 +483,48 @@ impl From<&EgressRule> for Egress {
 impl From<&Destination> for To {
     fn from(destination: &Destination) -> Self {
         match destination {
-            Destination::IpBlock { cidr, except } => Self::IpBlock(IpBlock {
-                cidr: cidr.to_string(),
-                except: some_list(except, ToString::to_string),
-            }),
-            Destination::DnsName(name) => Self::DnsName(name.to_string()),
+            Destination::IpBlock { cidr, except } => {
+                let except = some_list(except, ToString::to_string);
+                let block = IpBlock { cidr: cidr.to_string(), except };
+                Self { ip_block: Some(block), ..Self::default() }
+            }
+            Destination::DnsName(name) => {
+                Self { dns_name: Some(name.to_string()), ..Self::default() }
+            }
+            Destination::Service(ObjectName { namespace, name }) => {
+                let service = WireService { namespace: namespace.clone(), name: name.clone() };
+                Self { service: Some(service), ..Self::default() }
+            }
+            Destination::Pods { pods, namespaces } => Self {
+                pod_selector: pods.as_ref().map(WireSelector::from),
+                namespace_selector: Some(namespaces.into()),
+                ..Self::default()
+            },
         }
+    }
+}
+
+impl From<&LabelSelector> for WireSelector {
+    fn from(selector: &LabelSelector) -> Self {
+        let LabelSelector { labels, expressions } = selector;
+        let pair = |(key, value): &(LabelKey, LabelValue)| (key.to_string(), value.to_string());
+        Self {
+            match_labels: (!labels.is_empty()).then(|| labels.iter().map(pair).collect()),
+            match_expressions: some_list(expressions, WireRequirement::from),
+        }
+    }
+}
+
+impl From<&Requirement> for WireRequirement {
+    fn from(requirement: &Requirement) -> Self {
+        let (key, operator, values) = match requirement {
+            Requirement::In(key, values) => (key, WireOperator::In, Some(values)),
+            Requirement::NotIn(key, values) => (key, WireOperator::NotIn, Some(values)),
+            Requirement::Exists(key) => (key, WireOperator::Exists, None),
+            Requirement::DoesNotExist(key) => (key, WireOperator::DoesNotExist, None),
+        };
+        let values = values.map(|values| values.iter().map(ToString::to_string).collect());
+        Self { key: key.to_string(), operator, values }
     }
 }
 

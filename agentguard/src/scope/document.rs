@@ -13,6 +13,8 @@ use crate::{
     pattern::{PathPattern, PathPatternError},
 };
 
+use super::{cluster::ObjectName, selector::LabelSelector};
+
 /// The longest scope name, in bytes.
 const MAX_SCOPE_BYTES: usize = 128;
 /// The longest DNS name, in bytes.
@@ -53,6 +55,11 @@ pub enum Destination {
     IpBlock { cidr: IpNet, except: Vec<IpNet> },
     /// Every address the name resolves to. No manifest with one is accepted yet.
     DnsName(DnsName),
+    /// A Kubernetes service at those of its ports that the rule names, and its endpoints at the
+    /// ports that these lead to.
+    Service(ObjectName),
+    /// The pods that `pods` selects, or all, in the namespaces that `namespaces` selects.
+    Pods { pods: Option<LabelSelector>, namespaces: LabelSelector },
 }
 
 /// Ports of one protocol, `first` and `last` included.

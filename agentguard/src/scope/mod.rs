@@ -1,8 +1,10 @@
 //! Named capabilities and what each permits.
 
 pub mod catalogue;
+pub mod cluster;
 pub mod document;
 pub mod executables;
+pub mod selector;
 pub mod socket_directories;
 
 pub use catalogue::{Catalogue, DuplicateScope};

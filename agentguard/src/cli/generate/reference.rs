@@ -27,11 +27,19 @@ pub(super) fn pages(command_line: Command) -> Vec<(&'static str, String)> {
 fn manifests() -> String {
     let mut page = Page::new("Manifests");
     page.paragraph(
-        "A manifest is a YAML document of one of three kinds. A file may hold several, each after \
+        "A manifest is a YAML document of one of four kinds. A file may hold several, each after \
          a line `---`. The daemon reads every `.yaml` and `.yml` file of its manifests directory \
          and watches it. A document that is not valid changes nothing that is enforced: \
          `agentguard check` and `agentguard status` say what is wrong with it, with file, line \
          and remedy.",
+    );
+    page.paragraph(
+        "In a Kubernetes cluster, Scope, Grant and ClusterGrant are custom resources of the same \
+         form (`deploy/helm/agentguard/crds`). There a Grant has a namespace, and may name \
+         subjects of this namespace only; its errors, and what each node has in force, are in its \
+         status. Nodes, pods, services and the API server are never covered by an `ipBlock` that \
+         is wider than one address: a scope reaches them by `service`, by selectors, or by an \
+         `ipBlock` of exactly the address.",
     );
     page.paragraph(
         "`required` means: by the object that the field is in. The schemas are in \

@@ -29,7 +29,7 @@ fn complete() -> Vec<Json> {
         )
     };
     let exact = json!({"spiffeId": "spiffe://example.org/a"});
-    vec![
+    let mut all = vec![
         envelope(
             "Scope",
             json!({
@@ -39,6 +39,15 @@ fn complete() -> Vec<Json> {
                     "to": [
                         {"ipBlock": {"cidr": "192.0.2.0/24", "except": ["192.0.2.128/25"]}},
                         {"ipBlock": {"cidr": "2001:db8::/32"}},
+                        {"service": {"namespace": "tools", "name": "git"}},
+                        {
+                            "podSelector": {"matchLabels": {"app": "db", "example.org/tier": "b"}},
+                            "namespaceSelector": {"matchExpressions": [
+                                {"key": "team", "operator": "In", "values": ["a", "b"]},
+                                {"key": "old", "operator": "DoesNotExist"},
+                            ]},
+                        },
+                        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "a"}}},
                     ],
                     "ports": [
                         {"protocol": "TCP", "port": 443},
@@ -55,10 +64,27 @@ fn complete() -> Vec<Json> {
         ),
         grant(exact.clone(), ("expiresAt", "2026-11-22T17:00:00Z")),
         grant(json!({"spiffeIdPrefix": "spiffe://example.org/ns/"}), ("expiresAt", "never")),
-        grant(exact, ("ttl", "8h")),
+        grant(exact.clone(), ("ttl", "8h")),
+        {
+            let mut of_namespace = grant(exact, ("expiresAt", "never"));
+            of_namespace["metadata"]["namespace"] = "agents".into();
+            of_namespace
+        },
         workload(json!({"cgroup": "/agents.slice/researcher-*.service"}), "enforce"),
         workload(json!({"systemdUnit": "researcher.service"}), "audit"),
-    ]
+    ];
+    // What no namespace owns is the same under the other name.
+    let of_none =
+        all.iter().filter(|one| one["kind"] == "Grant" && one["metadata"]["namespace"].is_null());
+    let of_cluster: Vec<Json> = of_none
+        .cloned()
+        .map(|mut one| {
+            one["kind"] = "ClusterGrant".into();
+            one
+        })
+        .collect();
+    all.extend(of_cluster);
+    all
 }
 
 fn read(manifest: &Json) -> (Vec<Manifest>, Vec<ManifestError>) {
@@ -79,7 +105,10 @@ fn validator_for(manifest: &Json) -> Validator {
 fn pointers(value: &Json) -> Vec<String> {
     let mut all = vec![String::new()];
     let children: Vec<(String, &Json)> = match value {
-        Json::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), value)).collect(),
+        Json::Object(fields) => {
+            let escaped = |name: &str| name.replace('~', "~0").replace('/', "~1");
+            fields.iter().map(|(name, value)| (escaped(name), value)).collect()
+        }
         Json::Array(items) => {
             items.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
         }
@@ -143,6 +172,10 @@ fn variations(manifest: &Json) -> Vec<(String, Json)> {
                     "systemdUnit",
                     "spiffeId",
                     "spiffeIdPrefix",
+                    "podSelector",
+                    "namespaceSelector",
+                    "service",
+                    "values",
                 ] {
                     vary(format!("{pointer} with {name}"), &|varied| {
                         let fields = varied.pointer_mut(&pointer).unwrap().as_object_mut().unwrap();
@@ -153,6 +186,11 @@ fn variations(manifest: &Json) -> Vec<(String, Json)> {
                             "expiresAt" => json!("2036-01-01T00:00:00Z"),
                             "unixSockets" => json!([{"path": "/run/a"}]),
                             "dnsName" => json!("example.org"),
+                            "podSelector" | "namespaceSelector" => {
+                                json!({"matchLabels": {"a": "b"}})
+                            }
+                            "service" => json!({"namespace": "a", "name": "b"}),
+                            "values" => json!(["a"]),
                             "cgroup" => json!("/a"),
                             "systemdUnit" => json!("a.service"),
                             "spiffeIdPrefix" => json!("spiffe://example.org/"),
@@ -191,7 +229,8 @@ fn every_document_reads_back_as_it_is_written() {
             (Manifest::Workload(a), Manifest::Workload(b)) => assert_eq!(a.document, b.document),
             (a, b) => panic!("{a:?} became {b:?}"),
         }
-        if manifest["spec"].get("ttl").is_none() {
+        // A grant is written as what it is where there are no namespaces.
+        if manifest["spec"].get("ttl").is_none() && manifest["kind"] != "ClusterGrant" {
             assert_eq!(written, manifest);
         }
     }

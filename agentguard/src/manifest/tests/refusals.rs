@@ -40,7 +40,9 @@ fn every_refusal_of_the_envelope_has_its_line() {
         ),
         (
             format!("{HEAD}kind: Pod\n{spec}"),
-            &["f:2:7: kind: \"Pod\" is not known here; write Scope, Grant or Workload"],
+            &[
+                "f:2:7: kind: \"Pod\" is not known here; write Scope, Grant, ClusterGrant or Workload",
+            ],
         ),
         (format!("kind: Scope\n{spec}"), &["f:1:1: apiVersion: is missing; add it"]),
         (
@@ -60,7 +62,7 @@ fn every_refusal_of_the_envelope_has_its_line() {
         (
             format!("{HEAD}kind: Scope\nmetadata: {{name: a, labels: {{}}}}\nspec: {{}}\n"),
             &[
-                "f:3:21: metadata.labels: is not a known field; remove it, known here: name",
+                "f:3:21: metadata.labels: is not a known field; remove it, known here: name and namespace",
                 "f:4:7: spec: has neither egress, exec, unixSockets nor listen; write at least one of them",
                 "f:4:7: spec.scope: is missing; add it",
                 "f:4:7: spec.description: is missing; add it",
@@ -330,7 +332,7 @@ fn every_refusal_of_a_scope_has_its_line() {
         (
             egress("{}", "{protocol: TCP}"),
             &[
-                "f:9:11: spec.egress[0].to[0]: has neither ipBlock nor dnsName; write exactly one of them",
+                "f:9:11: spec.egress[0].to[0]: has neither ipBlock, dnsName, service nor namespaceSelector; write exactly one of them",
             ],
         ),
         (
@@ -778,4 +780,62 @@ fn every_refusal_of_a_workload_has_its_line() {
             &["f:5:3: spec.mode: is missing; add it"],
         ),
     ]);
+}
+
+#[test]
+fn every_refusal_of_a_destination_in_a_cluster_has_its_line() {
+    let place = "f:9:11: spec.egress[0].to[0]";
+    let cases = [
+        ("podSelector: {matchLabels: {a: b}}", "", "has a podSelector without a namespaceSelector"),
+        ("namespaceSelector: {}", ".namespaceSelector", "has neither matchLabels nor"),
+        (
+            "namespaceSelector: {matchLabels: {}}",
+            ".namespaceSelector.matchLabels",
+            "is an empty map",
+        ),
+        (
+            "namespaceSelector: {matchLabels: {a: 1}}",
+            ".namespaceSelector.matchLabels.a",
+            "is a number",
+        ),
+        (
+            "namespaceSelector: {matchLabels: {-a: b}}",
+            ".namespaceSelector.matchLabels.-a",
+            "has a key that",
+        ),
+        (
+            "namespaceSelector: {matchExpressions: [{key: a, operator: In}]}",
+            ".namespaceSelector.matchExpressions[0]",
+            "has no values, and In needs some",
+        ),
+        (
+            "namespaceSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}",
+            ".namespaceSelector.matchExpressions[0]",
+            "has values, and Exists takes none",
+        ),
+        (
+            "namespaceSelector: {matchExpressions: [{key: a, operator: in, values: [b]}]}",
+            ".namespaceSelector.matchExpressions[0].operator",
+            "did you mean In?",
+        ),
+        ("service: {name: a}", ".service.namespace", "is missing"),
+        ("service: {namespace: a, name: a.b}", ".service.name", "is no DNS label"),
+    ];
+    for (to, field, message) in cases {
+        let found = errors(&egress(to, "{protocol: TCP}"));
+        assert_eq!(found.len(), 1, "{to}: {found:?}");
+        assert!(found[0].starts_with("f:9:"), "{}", found[0]);
+        let path = format!("{}{field}: ", place.split_once(": ").unwrap().1);
+        assert!(found[0].contains(&path) && found[0].contains(message), "{to}: {}", found[0]);
+    }
+    let both = "{service: {namespace: a, name: b}, ipBlock: {cidr: 192.0.2.0/24}}";
+    assert!(errors(&egress(both, "{protocol: TCP}"))[0].contains("has both ipBlock and service"));
+    let scope = format!("{HEAD}kind: Scope\nmetadata: {{name: a, namespace: b}}\nspec:\n");
+    let scope = scope + "  scope: a\n  description: d\n  exec:\n    - path: /a\n";
+    assert_eq!(
+        errors(&scope),
+        [
+            "f:3:32: metadata.namespace: \"b\" is a namespace, which a Scope does not have; remove it"
+        ]
+    );
 }

@@ -1,0 +1,537 @@
+//! The Kubernetes cluster around this node: its watches, and what is known of it across restarts.
+//!
+//! What was last known is written down, so that a start during an outage of the API server permits
+//! what was permitted and reserves what was reserved. Where nothing was ever known, nothing wider
+//! than one address is permitted until the API server has answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+
+use super::containers::{Cluster as OfNode, Containers};
+use super::custom_resources::CustomResources;
+use super::engine::Engine;
+use super::service::Shared;
+use super::state::replace;
+use crate::config::Configuration;
+use crate::config::value::KubernetesAccess;
+use crate::grant::store::Source;
+use crate::identity::SpiffeId;
+use crate::identity::pod::{Pod, PodUid};
+use crate::kubernetes::manifests::{self, ObjectKind, Objects};
+use crate::kubernetes::pods::{self, NodePods, PodFeed};
+use crate::kubernetes::services::{self, Feed};
+use crate::kubernetes::status;
+use crate::kubernetes::{AccessError, connect};
+use crate::scope::cluster::{
+    Cluster, ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, Service,
+};
+use crate::scope::selector::Labels;
+
+/// The name of the file in the state directory.
+const FILE: &str = "cluster.json";
+/// The version of the shape below.
+const VERSION: u32 = 1;
+/// Changes that come together are taken together.
+const SETTLE: Duration = Duration::from_millis(50);
+/// How often the view is written down at most.
+const SAVE: Duration = Duration::from_secs(10);
+/// How long a first start waits for the API server, so that it need not deny first.
+const FIRST_ANSWER: Duration = Duration::from_secs(5);
+/// How often it is looked at what is to be said of objects.
+const REPORT: Duration = Duration::from_secs(1);
+/// How often a way to the API server is looked for.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// The watches of the API server, and what they fill.
+pub struct Watches {
+    pub feed: Arc<Feed>,
+    pub objects: Arc<Objects>,
+    /// This node's pods.
+    pub pods: Arc<PodFeed>,
+    /// What was known before.
+    pub known: Cluster,
+    known_pods: Option<NodePods>,
+    tasks: JoinSet<()>,
+}
+
+/// Begins to watch, if that is configured. On a first start it waits for the API server, for a while.
+pub async fn begin(configuration: &Configuration, node: String) -> Option<Watches> {
+    if configuration.kubernetes.access == KubernetesAccess::Off {
+        return None;
+    }
+    let known = match load(configuration.state_directory.as_ref()) {
+        Ok(view) => view.map_or(Cluster::Unknown, |view| Cluster::Known(Arc::new(view))),
+        Err(error) => {
+            tracing::error!(%error, "what was known of the cluster is not known any more");
+            Cluster::Unknown
+        }
+    };
+    let known_pods = node_pods::load(configuration.state_directory.as_ref());
+    let known_pods = known_pods.unwrap_or_else(|error| {
+        tracing::error!(%error, "what was known of this node's pods is not known any more");
+        None
+    });
+    let mut watches = Watches {
+        feed: Arc::default(),
+        objects: Arc::default(),
+        pods: Arc::default(),
+        known,
+        known_pods,
+        tasks: JoinSet::new(),
+    };
+    let access = configuration.kubernetes.access.clone();
+    let (feed, objects, pods) =
+        (Arc::clone(&watches.feed), Arc::clone(&watches.objects), Arc::clone(&watches.pods));
+    watches.tasks.spawn(watch(access, node, feed, objects, pods));
+    if matches!(watches.known, Cluster::Unknown) {
+        let view = tokio::time::timeout(FIRST_ANSWER, first(&watches.feed)).await;
+        match view {
+            Ok(view) => watches.known = Cluster::Known(Arc::new(view)),
+            Err(_elapsed) => tracing::warn!(
+                "the API server has not answered; until it does, scopes permit single addresses only"
+            ),
+        }
+    }
+    Some(watches)
+}
+
+impl Watches {
+    /// The grant source that the objects are.
+    #[must_use]
+    pub fn custom_resources(&self, shared: &Shared) -> CustomResources {
+        let template = shared.configuration.containers.identity.get().clone();
+        let trust_domain = shared.configuration.trust_domain.to_string();
+        CustomResources::new(Arc::clone(&self.objects), template, trust_domain)
+    }
+
+    /// Tells of this node's pods what is known, and that more is to come.
+    pub fn introduce(&self, containers: &Containers) {
+        containers.expect_cluster();
+        if let Some(pods) = self.known_pods.clone() {
+            containers.set_cluster(of_node(pods));
+        }
+    }
+
+    /// What says how the watches do.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        Health {
+            feed: Arc::clone(&self.feed),
+            objects: Arc::clone(&self.objects),
+            pods: Arc::clone(&self.pods),
+        }
+    }
+}
+
+/// How the watches do.
+pub struct Health {
+    feed: Arc<Feed>,
+    objects: Arc<Objects>,
+    pods: Arc<PodFeed>,
+}
+
+impl Health {
+    /// What can not be watched at present, one sentence each.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        [self.feed.problems(), self.objects.problems(), self.pods.problems()].concat()
+    }
+}
+
+async fn first(feed: &Feed) -> ClusterView {
+    loop {
+        feed.changed().await;
+        if let Some(view) = feed.take() {
+            return view;
+        }
+    }
+}
+
+async fn watch(
+    access: KubernetesAccess,
+    node: String,
+    feed: Arc<Feed>,
+    objects: Arc<Objects>,
+    pods: Arc<PodFeed>,
+) {
+    let mut told = None;
+    let client = loop {
+        match connect(&access).await {
+            Ok(Some(client)) => break client,
+            Ok(None) => return,
+            // A token or a kubeconfig may come later than the daemon.
+            Err(error) => tell(&mut told, &error),
+        }
+        tokio::time::sleep(LOOK).await;
+    };
+    tokio::join!(
+        services::run(client.clone(), feed),
+        manifests::run(client.clone(), Arc::clone(&objects)),
+        pods::run(client.clone(), node.clone(), pods),
+        status::run(client, node, objects),
+    );
+}
+
+fn tell(told: &mut Option<String>, error: &AccessError) {
+    let text = error.to_string();
+    if told.as_ref() != Some(&text) {
+        tracing::error!(error = text, "the cluster is not watched; what was known stays");
+        *told = Some(text);
+    }
+}
+
+/// Says of each object that concerns this node whether it is in force here, for as long as the
+/// daemon runs.
+pub async fn report(shared: Arc<Shared>, objects: Arc<Objects>) {
+    let mut interval = tokio::time::interval(REPORT);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let (shared, objects) = (Arc::clone(&shared), Arc::clone(&objects));
+        let work = tokio::task::spawn_blocking(move || {
+            let words = words(&shared.engine());
+            objects.say(&words);
+        });
+        if let Err(error) = work.await {
+            tracing::error!(%error, "the status of objects is not told");
+        }
+    }
+}
+
+/// The objects that concern this node, each with its error: the grants of its workloads, the scopes
+/// that these name, and what is wrong.
+fn words(engine: &Engine) -> BTreeMap<String, Option<String>> {
+    let mut words = BTreeMap::new();
+    let identities: BTreeSet<&SpiffeId> =
+        engine.workloads().filter_map(|workload| workload.identity.as_ref()).collect();
+    for stored in engine.store.grants().filter(|stored| stored.source == Source::Manifest) {
+        let grant = &stored.document;
+        if !identities.iter().any(|identity| grant.subject.matches(identity)) {
+            continue;
+        }
+        let (kind, name) = match grant.id.parts() {
+            (Some(namespace), name) => (ObjectKind::Grant, ObjectName::new(namespace, name)),
+            (None, name) => (ObjectKind::ClusterGrant, ObjectName::new("", name)),
+        };
+        words.insert(kind.path(&name), None);
+        let scopes = grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
+        words.extend(scopes.map(|scope| {
+            (ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str())), None)
+        }));
+    }
+    for error in &engine.manifests.errors {
+        if ObjectKind::of_path(&error.file).is_some() {
+            words.insert(error.file.clone(), Some(error.to_string()));
+        }
+    }
+    words
+}
+
+/// Brings the engine what has changed in the cluster, for as long as the daemon runs.
+pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
+    let directory = shared.configuration.state_directory.to_path_buf();
+    let mut unsaved = match &watches.known {
+        // What was waited for is not written down yet; writing what was read again does no harm.
+        Cluster::Known(view) => Some(Arc::clone(view)),
+        Cluster::Outside | Cluster::Unknown => None,
+    };
+    let mut saved: Option<Instant> = None;
+    loop {
+        let is_due = |saved: Option<Instant>| saved.is_none_or(|saved| saved.elapsed() >= SAVE);
+        if let Some(view) = unsaved.take_if(|_| is_due(saved)) {
+            saved = Some(Instant::now());
+            let directory = directory.clone();
+            let work = tokio::task::spawn_blocking(move || save(&directory, &view));
+            if let Ok(Err(error)) = work.await {
+                tracing::error!(%error, "a restart would not know what is known of the cluster");
+            }
+        }
+        tokio::select! {
+            () = watches.feed.changed() => tokio::time::sleep(SETTLE).await,
+            () = watches.pods.changed() => {
+                if let Some(pods) = watches.pods.take() {
+                    tell_pods(&shared, pods).await;
+                }
+                continue;
+            }
+            () = tokio::time::sleep(SAVE), if unsaved.is_some() => continue,
+            ended = watches.tasks.join_next() => {
+                tracing::error!(?ended, "the cluster is not watched any more; what was known stays");
+                return;
+            }
+        }
+        let Some(view) = watches.feed.take() else { continue };
+        let view = Arc::new(view);
+        unsaved = Some(Arc::clone(&view));
+        let shared = Arc::clone(&shared);
+        let work = tokio::task::spawn_blocking(move || {
+            shared.engine().set_cluster(Cluster::Known(view));
+        });
+        if let Err(error) = work.await {
+            tracing::error!(%error, "what changed in the cluster is not in force; trying again with the next change");
+        }
+    }
+}
+
+/// In force first, and then written down: somebody may be waiting to start.
+async fn tell_pods(shared: &Arc<Shared>, pods: NodePods) {
+    shared.containers.set_cluster(of_node(pods.clone()));
+    let directory = shared.configuration.state_directory.to_path_buf();
+    let work = tokio::task::spawn_blocking(move || node_pods::save(&directory, &pods));
+    if let Ok(Err(error)) = work.await {
+        tracing::error!(%error, "a restart would not know what is known of this node's pods");
+    }
+}
+
+fn of_node(NodePods { pods, namespaces }: NodePods) -> OfNode {
+    OfNode { pods, namespaces }
+}
+
+/// The file can not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterFileError {
+    #[error(
+        "{path}, which says what was known of the cluster, can not be read: {source}; it is made anew when the API server answers"
+    )]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path} can not be written: {source}; free the disk or set state_directory")]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// The endpoints that each object lists.
+type ByObject = Vec<(String, Vec<Endpoints>)>;
+
+/// As lists: JSON has text for keys only.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    version: u32,
+    services: Vec<(ObjectName, Service)>,
+    endpoints: Vec<(ObjectName, ByObject)>,
+    pods: Vec<(ObjectName, PodAddresses)>,
+    namespaces: Vec<(String, Labels)>,
+    nodes: Vec<(String, NodeAddresses)>,
+}
+
+/// Reads what an earlier daemon knew; nothing if it knew nothing.
+fn load(directory: &Path) -> Result<Option<ClusterView>, ClusterFileError> {
+    let path = directory.join(FILE);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(ClusterFileError::Read { path, source }),
+    };
+    let Saved { version, services, endpoints, pods, namespaces, nodes } =
+        match serde_json::from_slice(&text) {
+            Ok(saved) => saved,
+            Err(error) => return Err(ClusterFileError::Read { path, source: error.into() }),
+        };
+    if version != VERSION {
+        let other = format!("it has version {version}, and this agentguard reads {VERSION}");
+        return Err(ClusterFileError::Read { path, source: io::Error::other(other) });
+    }
+    let endpoints =
+        endpoints.into_iter().map(|(service, objects)| (service, objects.into_iter().collect()));
+    Ok(Some(ClusterView {
+        services: services.into_iter().collect(),
+        endpoints: endpoints.collect(),
+        pods: pods.into_iter().collect(),
+        namespaces: namespaces.into_iter().collect(),
+        nodes: nodes.into_iter().collect(),
+    }))
+}
+
+fn save(directory: &Path, view: &ClusterView) -> Result<(), ClusterFileError> {
+    fn list<K: Clone, V: Clone>(map: &BTreeMap<K, V>) -> Vec<(K, V)> {
+        map.iter().map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+    let ClusterView { services, endpoints, pods, namespaces, nodes } = view;
+    let endpoints = endpoints.iter().map(|(service, objects)| (service.clone(), list(objects)));
+    let saved = Saved {
+        version: VERSION,
+        services: list(services),
+        endpoints: endpoints.collect(),
+        pods: list(pods),
+        namespaces: list(namespaces),
+        nodes: list(nodes),
+    };
+    let path = directory.join(FILE);
+    serde_json::to_vec(&saved)
+        .map_err(io::Error::from)
+        .and_then(|text| replace(&path, &text, || {}))
+        .map_err(|source| ClusterFileError::Write { path, source })
+}
+
+/// Removes the file.
+///
+/// # Errors
+///
+/// When it is there and stays.
+pub fn remove(directory: &Path) -> io::Result<bool> {
+    let pods = super::state::remove_file(&directory.join(node_pods::FILE))?;
+    Ok(super::state::remove_file(&directory.join(FILE))? || pods)
+}
+
+/// This node's pods as they are written down.
+mod node_pods {
+    use super::*;
+
+    /// The name of the file in the state directory.
+    pub const FILE: &str = "pods.json";
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Saved {
+        version: u32,
+        pods: Vec<SavedPod>,
+        namespaces: Vec<(String, Labels)>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct SavedPod {
+        uid: String,
+        namespace: String,
+        name: String,
+        service_account: Option<String>,
+        labels: Labels,
+        host_network: bool,
+        runtime_class: Option<String>,
+    }
+
+    impl SavedPod {
+        fn restore(self) -> Option<Pod> {
+            let Self { uid, namespace, name, service_account, labels, host_network, runtime_class } =
+                self;
+            let uid = PodUid::new(&uid)?;
+            Some(Pod { uid, namespace, name, service_account, labels, host_network, runtime_class })
+        }
+    }
+
+    impl From<&Pod> for SavedPod {
+        fn from(pod: &Pod) -> Self {
+            let Pod { uid, namespace, name, service_account, labels, host_network, runtime_class } =
+                pod;
+            Self {
+                uid: uid.as_str().to_owned(),
+                namespace: namespace.clone(),
+                name: name.clone(),
+                service_account: service_account.clone(),
+                labels: labels.clone(),
+                host_network: *host_network,
+                runtime_class: runtime_class.clone(),
+            }
+        }
+    }
+
+    /// Reads what an earlier daemon knew; nothing if it knew nothing.
+    pub fn load(directory: &Path) -> Result<Option<NodePods>, ClusterFileError> {
+        let path = directory.join(FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(ClusterFileError::Read { path, source }),
+        };
+        let Saved { version, pods, namespaces } = match serde_json::from_slice(&text) {
+            Ok(saved) => saved,
+            Err(error) => return Err(ClusterFileError::Read { path, source: error.into() }),
+        };
+        if version != VERSION {
+            let other = format!("it has version {version}, and this agentguard reads {VERSION}");
+            return Err(ClusterFileError::Read { path, source: io::Error::other(other) });
+        }
+        let pods = pods.into_iter().filter_map(SavedPod::restore);
+        Ok(Some(NodePods {
+            pods: pods.map(|pod| (pod.uid.clone(), pod)).collect(),
+            namespaces: namespaces.into_iter().collect(),
+        }))
+    }
+
+    pub fn save(directory: &Path, known: &NodePods) -> Result<(), ClusterFileError> {
+        let NodePods { pods, namespaces } = known;
+        let saved = Saved {
+            version: VERSION,
+            pods: pods.values().map(SavedPod::from).collect(),
+            namespaces: namespaces.iter().map(|(n, labels)| (n.clone(), labels.clone())).collect(),
+        };
+        let path = directory.join(FILE);
+        serde_json::to_vec(&saved)
+            .map_err(io::Error::from)
+            .and_then(|text| replace(&path, &text, || {}))
+            .map_err(|source| ClusterFileError::Write { path, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scope::cluster::{PodNetwork, PortProtocol, ServicePort};
+
+    #[test]
+    fn what_was_known_is_known_again_and_what_is_damaged_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(load(directory.path()).unwrap().is_none());
+        let name = ObjectName::new("a", "b");
+        let address = "10.0.0.1".parse().unwrap();
+        let port = ServicePort { name: "http".to_owned(), protocol: PortProtocol::Udp, port: 53 };
+        let mut view = ClusterView::default();
+        let service = Service {
+            cluster_addresses: vec![address],
+            external_addresses: vec!["2001:db8::1".parse().unwrap()],
+            ports: vec![port.clone()],
+        };
+        view.services.insert(name.clone(), service);
+        let endpoints = Endpoints { addresses: vec![address], ports: vec![port] };
+        view.endpoints.entry(name.clone()).or_default().insert("x".to_owned(), vec![endpoints]);
+        let labels = Labels::from([("k".to_owned(), "v".to_owned())]);
+        let pod = PodAddresses {
+            addresses: vec![address],
+            labels: labels.clone(),
+            network: PodNetwork::Host,
+        };
+        view.pods.insert(name, pod);
+        view.put_namespace("a", labels);
+        let node = NodeAddresses {
+            addresses: vec![address],
+            pod_blocks: vec!["10.0.0.0/24".parse().unwrap()],
+        };
+        view.nodes.insert("n".to_owned(), node);
+        save(directory.path(), &view).unwrap();
+        assert_eq!(load(directory.path()).unwrap(), Some(view));
+        for damaged in ["", "{", r#"{"version":2}"#] {
+            fs::write(directory.path().join(FILE), damaged).unwrap();
+            assert!(matches!(load(directory.path()), Err(ClusterFileError::Read { .. })));
+        }
+        assert!(remove(directory.path()).unwrap());
+    }
+
+    #[test]
+    fn this_nodes_pods_are_known_again() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(node_pods::load(directory.path()).unwrap().is_none());
+        let uid = PodUid::new("2f6c").unwrap();
+        let labels = Labels::from([("k".to_owned(), "v".to_owned())]);
+        let pod = Pod {
+            uid: uid.clone(),
+            namespace: "agents".to_owned(),
+            name: "a".to_owned(),
+            service_account: Some("researcher".to_owned()),
+            labels: labels.clone(),
+            host_network: true,
+            runtime_class: Some("gvisor".to_owned()),
+        };
+        let known = NodePods {
+            pods: [(uid, pod)].into(),
+            namespaces: [("agents".to_owned(), labels)].into(),
+        };
+        node_pods::save(directory.path(), &known).unwrap();
+        assert_eq!(node_pods::load(directory.path()).unwrap(), Some(known));
+    }
+}

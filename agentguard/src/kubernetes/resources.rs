@@ -1,0 +1,431 @@
+//! The custom resource definitions, made from the types that manifests are written by.
+//!
+//! Pure. A JSON Schema becomes the form that an API server takes (a structural schema): alternatives
+//! keep what must be there and nothing else, conditions become alternatives. Fields that are not
+//! known are kept and not pruned, so that the reader refuses them as it does in files: a slip of
+//! the pen in `except` must not widen a scope in silence.
+//!
+//! What is checked between fields is said as alternatives, which every API server from 1.16 on
+//! checks. What only CEL can say is a policy of its own beside them ([`admission_policy`]): against
+//! an API server that does not know CEL rules, `kubectl apply` refuses a definition that has some.
+
+use serde_json::{Map, Value, json};
+
+use super::manifests::ObjectKind;
+use crate::manifest::{API_VERSION, schema};
+
+/// The longest time that RFC 3339 writes with nanoseconds and offset, in characters.
+const TIME_CHARACTERS: u64 = 35;
+
+/// Each definition, by the name of its file.
+#[must_use]
+pub fn definitions() -> Vec<(String, Value)> {
+    ObjectKind::ALL
+        .into_iter()
+        .map(|kind| (format!("{}.yaml", kind.plural()), definition(kind)))
+        .collect()
+}
+
+fn definition(kind: ObjectKind) -> Value {
+    let (group, version) = API_VERSION.split_once('/').unwrap_or_default();
+    let (scope, short) = match kind {
+        ObjectKind::Scope => ("Cluster", "agscope"),
+        ObjectKind::Grant => ("Namespaced", "aggrant"),
+        ObjectKind::ClusterGrant => ("Cluster", "agcgrant"),
+    };
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": format!("{}.{group}", kind.plural())},
+        "spec": {
+            "group": group,
+            "names": {
+                "kind": kind.as_str(),
+                "listKind": format!("{}List", kind.as_str()),
+                "plural": kind.plural(),
+                "singular": kind.singular(),
+                "shortNames": [short],
+                "categories": ["agentguard"],
+            },
+            "scope": scope,
+            "versions": [{
+                "name": version,
+                "served": true,
+                "storage": true,
+                "schema": {"openAPIV3Schema": object_schema(kind)},
+                "subresources": {"status": {}},
+                "additionalPrinterColumns": columns(kind),
+            }],
+        },
+    })
+}
+
+fn object_schema(kind: ObjectKind) -> Value {
+    let title = kind.as_str();
+    let schemas = schema::schemas();
+    let whole = schemas.into_iter().map(|(_, schema)| schema).find(|s| s["title"] == title);
+    let whole = whole.unwrap_or_default();
+    let mut spec = structural(&whole["properties"]["spec"]);
+    match kind {
+        ObjectKind::Scope => {}
+        ObjectKind::Grant | ObjectKind::ClusterGrant => grant_rules(&mut spec),
+    }
+    json!({
+        "type": "object",
+        "description": whole["description"],
+        "required": ["spec"],
+        "properties": {
+            // Known to every object, and checked by the API server itself.
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": status(),
+        },
+    })
+}
+
+/// What no alternative of required fields can say.
+fn grant_rules(spec: &mut Value) {
+    for time in ["notBefore", "expiresAt"] {
+        // A bound on the price of comparing them.
+        spec["properties"][time]["maxLength"] = TIME_CHARACTERS.into();
+    }
+}
+
+/// What of a grant is refused by those API servers that know admission policies (from 1.30 on):
+/// each node refuses the same, and says so in the status.
+#[must_use]
+pub fn admission_policy() -> Vec<Value> {
+    let (group, version) = API_VERSION.split_once('/').unwrap_or_default();
+    let name = format!("grants.{group}");
+    let has_two_times = "has(object.spec.notBefore) && has(object.spec.expiresAt) \
+                         && object.spec.expiresAt != 'never'";
+    let policy = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": {"name": name},
+        "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": {"resourceRules": [{
+                "apiGroups": [group],
+                "apiVersions": [version],
+                "operations": ["CREATE", "UPDATE"],
+                "resources": [ObjectKind::Grant.plural(), ObjectKind::ClusterGrant.plural()],
+            }]},
+            "validations": [{
+                "expression": format!(
+                    "!({has_two_times}) \
+                     || timestamp(object.spec.notBefore) < timestamp(object.spec.expiresAt)"
+                ),
+                "message": "spec.expiresAt is not after spec.notBefore, so the grant would never \
+                            permit anything; write a later time",
+            }],
+        },
+    });
+    let binding = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": name},
+        "spec": {"policyName": name, "validationActions": ["Deny"]},
+    });
+    vec![policy, binding]
+}
+
+/// What the nodes say of an object. Each has an entry of its own, which nobody else writes.
+fn status() -> Value {
+    json!({
+        "type": "object",
+        "description": "What the nodes say of it.",
+        "properties": {
+            "observedGeneration": {
+                "type": "integer", "format": "int64",
+                "description": "The newest generation that a node has read.",
+            },
+            "enforced": {
+                "type": "integer", "format": "int32",
+                "description": "On how many nodes its newest generation is in force.",
+            },
+            "nodes": {
+                "type": "array",
+                "description": "The nodes on which it is in force, or should be.",
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "description": "The name of the node."},
+                        "generation": {
+                            "type": "integer", "format": "int64",
+                            "description": "The generation that is in force there.",
+                        },
+                        "error": {
+                            "type": "string",
+                            "description": "Why it is not the newest one.",
+                        },
+                    },
+                },
+            },
+            "conditions": {
+                "type": "array",
+                "description": "`Enforced`, and `Valid` with what is wrong.",
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["type"],
+                "items": {
+                    "type": "object",
+                    "required": ["type", "status", "lastTransitionTime", "reason", "message"],
+                    "properties": {
+                        "type": {"type": "string", "maxLength": 316},
+                        "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
+                        "observedGeneration": {"type": "integer", "format": "int64"},
+                        "lastTransitionTime": {"type": "string", "format": "date-time"},
+                        "reason": {"type": "string", "minLength": 1, "maxLength": 1024},
+                        "message": {"type": "string", "maxLength": 32768},
+                    },
+                },
+            },
+        },
+    })
+}
+
+/// What `kubectl get` shows.
+fn columns(kind: ObjectKind) -> Value {
+    let column = |name: &str, path: &str| json!({"name": name, "type": "string", "jsonPath": path});
+    let wide = |name: &str, path: &str| json!({"name": name, "type": "string", "jsonPath": path, "priority": 1});
+    let valid = column("Valid", ".status.conditions[?(@.type==\"Valid\")].status");
+    let nodes = json!({"name": "Nodes", "type": "integer", "jsonPath": ".status.enforced"});
+    let age = json!({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"});
+    let error = wide("Error", ".status.conditions[?(@.type==\"Valid\")].message");
+    match kind {
+        ObjectKind::Scope => json!([
+            column("Scope", ".spec.scope"),
+            column("Description", ".spec.description"),
+            valid,
+            nodes,
+            age,
+            error,
+        ]),
+        ObjectKind::Grant | ObjectKind::ClusterGrant => json!([
+            column("Subject", ".spec.subject.spiffeId"),
+            wide("Prefix", ".spec.subject.spiffeIdPrefix"),
+            column("Scopes", ".spec.scopes"),
+            column("Expires", ".spec.expiresAt"),
+            column("TTL", ".spec.ttl"),
+            valid,
+            nodes,
+            age,
+            wide("Granted by", ".spec.grantedBy"),
+            wide("Reason", ".spec.reason"),
+            error,
+        ]),
+    }
+}
+
+/// A JSON Schema as an API server takes it.
+fn structural(schema: &Value) -> Value {
+    let Some(fields) = schema.as_object() else { return schema.clone() };
+    let mut made = Map::new();
+    let mut all_of: Vec<Value> = Vec::new();
+    for (name, value) in fields {
+        match name.as_str() {
+            // What API servers know nothing of, or forbid.
+            "$schema" | "title" | "uniqueItems" | "format" | "then" | "else" => {}
+            "const" => drop(made.insert("enum".to_owned(), json!([value]))),
+            "if" => all_of.extend(implications(fields, value)),
+            "dependentRequired" => {
+                let pairs = value.as_object().into_iter().flatten();
+                all_of.extend(pairs.map(|(field, needs)| {
+                    json!({"anyOf": [{"not": {"required": [field]}}, {"required": needs}]})
+                }));
+            }
+            "additionalProperties" if value.is_object() => {
+                made.insert(name.clone(), structural(value));
+            }
+            "additionalProperties" => {
+                made.insert("x-kubernetes-preserve-unknown-fields".to_owned(), true.into());
+            }
+            "properties" => {
+                let inner = value.as_object().into_iter().flatten();
+                let inner = inner.map(|(name, schema)| (name.clone(), structural(schema)));
+                merge(&mut made, inner);
+            }
+            "items" => drop(made.insert(name.clone(), structural(value))),
+            "oneOf" => alternatives(&mut made, value),
+            _ => drop(made.insert(name.clone(), value.clone())),
+        }
+    }
+    if !all_of.is_empty() {
+        made.insert("allOf".to_owned(), all_of.into());
+    }
+    made.into()
+}
+
+fn merge(made: &mut Map<String, Value>, properties: impl Iterator<Item = (String, Value)>) {
+    let all = made.entry("properties").or_insert_with(|| json!({}));
+    if let Some(all) = all.as_object_mut() {
+        all.extend(properties);
+    }
+}
+
+/// If one holds, so does the other; if it does not, the third.
+fn implications(fields: &Map<String, Value>, condition: &Value) -> Vec<Value> {
+    let then = fields.get("then").map(|then| json!({"anyOf": [{"not": condition}, then]}));
+    let other = fields.get("else").map(|other| json!({"anyOf": [condition, other]}));
+    then.into_iter().chain(other).collect()
+}
+
+/// Alternatives with fields of their own, as an enum of our types has them, become one object with
+/// the fields of all, of which each alternative requires its own.
+fn alternatives(made: &mut Map<String, Value>, variants: &Value) {
+    let variants = variants.as_array().map_or(&[][..], Vec::as_slice);
+    if !variants.iter().all(|variant| variant["properties"].is_object()) {
+        made.insert("oneOf".to_owned(), variants.into());
+        return;
+    }
+    let mut required = Vec::new();
+    for variant in variants {
+        required.push(json!({"required": variant["required"]}));
+        let about = variant["description"].clone();
+        let own = variant["properties"].as_object().into_iter().flatten();
+        let own = own.map(|(name, schema)| {
+            let mut schema = structural(schema);
+            if schema["description"].is_null() && !about.is_null() {
+                schema["description"] = about.clone();
+            }
+            (name.clone(), schema)
+        });
+        merge(made, own);
+    }
+    made.insert("type".to_owned(), "object".into());
+    made.insert("x-kubernetes-preserve-unknown-fields".to_owned(), true.into());
+    made.insert("oneOf".to_owned(), required.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What makes an API server refuse a definition, by the place in it.
+    fn not_structural(
+        path: &str,
+        schema: &Value,
+        is_inside_junctor: bool,
+        found: &mut Vec<String>,
+    ) {
+        let Some(fields) = schema.as_object() else { return };
+        if !is_inside_junctor && !fields.contains_key("type") {
+            found.push(format!("{path} has no type"));
+        }
+        for (name, value) in fields {
+            let here = format!("{path}.{name}");
+            match name.as_str() {
+                "properties" => {
+                    for (name, schema) in value.as_object().unwrap() {
+                        let inner = format!("{here}.{name}");
+                        not_structural(&inner, schema, is_inside_junctor, found);
+                    }
+                }
+                "items" => not_structural(&here, value, is_inside_junctor, found),
+                "additionalProperties" => {
+                    if is_inside_junctor || !value.is_object() || fields.contains_key("properties")
+                    {
+                        found.push(here.clone());
+                    }
+                    not_structural(&here, value, is_inside_junctor, found);
+                }
+                "not" => not_structural(&here, value, true, found),
+                "allOf" | "anyOf" | "oneOf" => {
+                    for schema in value.as_array().unwrap() {
+                        not_structural(&here, schema, true, found);
+                    }
+                }
+                "type" | "description" if is_inside_junctor => found.push(here),
+                "const" | "$schema" | "title" | "uniqueItems" | "if" | "then" | "else"
+                | "dependentRequired" | "$ref" => found.push(here),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn every_schema_is_structural() {
+        for (file, definition) in definitions() {
+            let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+            let mut found = Vec::new();
+            not_structural("", schema, false, &mut found);
+            assert_eq!(found, [""; 0], "{file}");
+            assert!(schema["properties"]["spec"]["properties"].is_object(), "{file}");
+        }
+    }
+
+    /// The API server's own validation of values is JSON Schema's, which is at hand here.
+    #[test]
+    fn definitions_accept_and_refuse_as_the_reader_does() {
+        let spec = |kind: ObjectKind| {
+            let all = definitions();
+            let (_, definition) = all
+                .into_iter()
+                .find(|(name, _)| *name == format!("{}.yaml", kind.plural()))
+                .unwrap();
+            let schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();
+            jsonschema::validator_for(&schema["properties"]["spec"]).unwrap()
+        };
+        let scope = spec(ObjectKind::Scope);
+        let to = |to: Value| {
+            json!({"scope": "a", "description": "d", "egress": [
+                {"to": [to], "ports": [{"protocol": "TCP", "port": 1}]}]})
+        };
+        let labels = json!({"matchLabels": {"a": "b"}});
+        for good in [
+            json!({"ipBlock": {"cidr": "192.0.2.0/24"}}),
+            json!({"service": {"namespace": "a", "name": "b"}}),
+            json!({"namespaceSelector": labels}),
+            json!({"namespaceSelector": labels, "podSelector": labels}),
+        ] {
+            assert!(scope.is_valid(&to(good.clone())), "{good}");
+        }
+        for bad in [
+            json!({}),
+            json!({"podSelector": labels}),
+            json!({"namespaceSelector": {}}),
+            json!({"service": {"name": "b"}}),
+            json!({"service": {"namespace": "a", "name": "b"}, "namespaceSelector": labels}),
+            json!({"namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}),
+            json!({"namespaceSelector": {"matchExpressions": [
+                {"key": "a", "operator": "Exists", "values": ["b"]}]}}),
+        ] {
+            assert!(!scope.is_valid(&to(bad.clone())), "{bad}");
+        }
+        let ports = |ports: Value| json!({"scope": "a", "description": "d", "listen": [ports]});
+        assert!(scope.is_valid(&ports(json!({"protocol": "TCP", "port": 1, "endPort": 2}))));
+        for bad in [
+            json!({"protocol": "TCP", "endPort": 2}),
+            json!({"protocol": "ICMP", "port": 2}),
+            json!({"protocol": "tcp"}),
+            json!({"protocol": "TCP", "port": 65536}),
+        ] {
+            assert!(!scope.is_valid(&ports(bad.clone())), "{bad}");
+        }
+        let grant = spec(ObjectKind::Grant);
+        let with = |more: &[(&str, &str)], subject: Value| {
+            let mut spec =
+                json!({"subject": subject, "scopes": ["a"], "grantedBy": "m", "reason": "r"});
+            for (name, value) in more {
+                spec[*name] = (*value).into();
+            }
+            grant.is_valid(&spec)
+        };
+        let exact = json!({"spiffeId": "spiffe://example.org/a"});
+        assert!(with(&[("ttl", "8h")], exact.clone()));
+        assert!(with(&[("expiresAt", "never")], exact.clone()));
+        assert!(!with(&[], exact.clone()));
+        assert!(!with(&[("ttl", "8h"), ("expiresAt", "never")], exact.clone()));
+        assert!(!with(&[("ttl", "8h")], json!({})));
+        let both = json!({"spiffeId": "spiffe://e/a", "spiffeIdPrefix": "spiffe://e/"});
+        assert!(!with(&[("ttl", "8h")], both));
+        let unknown = json!({"spiffeId": "spiffe://e/a", "spiffeID": "x"});
+        // Kept for the reader, which refuses it and says so.
+        assert!(with(&[("ttl", "8h")], unknown));
+    }
+}

@@ -1,0 +1,364 @@
+//! Services, endpoints, pods, namespaces and nodes, watched: what destinations in scopes come to,
+//! and which addresses are the cluster's own.
+//!
+//! Fills one [`ClusterView`]. It is handed out only once every kind has been listed: with a part of
+//! it missing, an address that is reserved would not be known as such.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use k8s_openapi::api::core::v1::{
+    EndpointPort as LegacyPort, Endpoints as LegacyEndpoints, Namespace, Node, Pod,
+    Service as ApiService,
+};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::Api;
+use kube::{Client, ResourceExt as _};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use super::watch::{Lost, Retry, Seen, everything, follow};
+use crate::scope::cluster::{
+    ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, PodNetwork, PortProtocol,
+    Service, ServicePort,
+};
+use crate::scope::selector::Labels;
+
+/// The label by which an endpoint slice says whose it is.
+const SLICE_OF: &str = "kubernetes.io/service-name";
+
+/// The kinds of objects that the view is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    Services,
+    Endpoints,
+    Pods,
+    Namespaces,
+    Nodes,
+}
+
+/// The view as it is being filled.
+#[derive(Debug, Default)]
+pub struct Feed {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    view: ClusterView,
+    listed: BTreeSet<Part>,
+    lost: Lost<Part>,
+    /// Whether the view has changed since it was last taken.
+    fresh: bool,
+}
+
+impl Part {
+    pub const ALL: [Self; 5] =
+        [Self::Services, Self::Endpoints, Self::Pods, Self::Namespaces, Self::Nodes];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Endpoints => "endpoints",
+            Self::Pods => "pods",
+            Self::Namespaces => "namespaces",
+            Self::Nodes => "nodes",
+        }
+    }
+}
+
+impl Feed {
+    /// The view, if it is whole and has changed since it was last taken.
+    pub fn take(&self) -> Option<ClusterView> {
+        let mut state = self.state();
+        if state.listed.len() < Part::ALL.len() || !std::mem::take(&mut state.fresh) {
+            return None;
+        }
+        Some(state.view.clone())
+    }
+
+    /// Waits until [`Self::take`] may have something.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// What can not be watched at present, one sentence each.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        let state = self.state();
+        let lost = state.lost.iter();
+        lost.map(|(part, error)| {
+            format!("{} of the cluster are as they were last known: {error}", part.as_str())
+        })
+        .collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what was seen of a part; `put`, `gone` and `clear` change the view.
+    fn see<V>(
+        &self,
+        part: Part,
+        seen: Seen<V>,
+        mut put: impl FnMut(&mut ClusterView, ObjectName, V),
+        mut gone: impl FnMut(&mut ClusterView, &ObjectName),
+        clear: impl FnOnce(&mut ClusterView),
+    ) {
+        let mut state = self.state();
+        let State { view, listed, lost, fresh } = &mut *state;
+        match seen {
+            Seen::Lost(error) => {
+                if lost.note(part, error.clone()) {
+                    tracing::warn!(
+                        error,
+                        part = part.as_str(),
+                        "the API server does not answer; what was known stays"
+                    );
+                }
+                return;
+            }
+            Seen::Whole(all) => {
+                clear(view);
+                for (name, kept) in all {
+                    put(view, name, kept);
+                }
+                listed.insert(part);
+            }
+            Seen::Put(name, kept) => put(view, name, kept),
+            Seen::Gone(name) => gone(view, &name),
+        }
+        if lost.answered(&part) {
+            tracing::info!(part = part.as_str(), "the API server answers again");
+        }
+        *fresh = true;
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn see_service(&self, seen: Seen<Service>) {
+        self.see(
+            Part::Services,
+            seen,
+            |view, name, service| drop(view.services.insert(name, service)),
+            |view, name| drop(view.services.remove(name)),
+            |view| view.services.clear(),
+        );
+    }
+
+    fn see_endpoints(&self, seen: Seen<(ObjectName, Vec<Endpoints>)>) {
+        /// Removes an object from whichever service it was listed for.
+        fn remove(view: &mut ClusterView, object: &ObjectName) {
+            view.endpoints.retain(|service, objects| {
+                if service.namespace == object.namespace {
+                    objects.remove(&object.name);
+                }
+                !objects.is_empty()
+            });
+        }
+        self.see(
+            Part::Endpoints,
+            seen,
+            |view, object, (service, endpoints)| {
+                let known = view.endpoints.get(&service);
+                if known.is_none_or(|objects| !objects.contains_key(&object.name)) {
+                    remove(view, &object);
+                }
+                view.endpoints.entry(service).or_default().insert(object.name, endpoints);
+            },
+            remove,
+            |view| view.endpoints.clear(),
+        );
+    }
+
+    fn see_pod(&self, seen: Seen<PodAddresses>) {
+        self.see(
+            Part::Pods,
+            seen,
+            |view, name, pod| drop(view.pods.insert(name, pod)),
+            |view, name| drop(view.pods.remove(name)),
+            |view| view.pods.clear(),
+        );
+    }
+
+    fn see_namespace(&self, seen: Seen<Labels>) {
+        self.see(
+            Part::Namespaces,
+            seen,
+            |view, name, labels| view.put_namespace(&name.name, labels),
+            |view, name| drop(view.namespaces.remove(&name.name)),
+            |view| view.namespaces.clear(),
+        );
+    }
+
+    fn see_node(&self, seen: Seen<NodeAddresses>) {
+        self.see(
+            Part::Nodes,
+            seen,
+            |view, name, node| drop(view.nodes.insert(name.name, node)),
+            |view, name| drop(view.nodes.remove(&name.name)),
+            |view| view.nodes.clear(),
+        );
+    }
+}
+
+/// Fills `feed` for as long as the daemon runs.
+pub async fn run(client: Client, feed: Arc<Feed>) {
+    let mut watches = JoinSet::new();
+    let own = Arc::clone(&feed);
+    watches.spawn(follow(Api::all(client.clone()), everything(), service, move |seen| {
+        own.see_service(seen);
+    }));
+    let own = Arc::clone(&feed);
+    watches.spawn(follow(Api::all(client.clone()), everything(), pod, move |seen| {
+        own.see_pod(seen);
+    }));
+    let own = Arc::clone(&feed);
+    watches.spawn(follow(Api::all(client.clone()), everything(), namespace, move |seen| {
+        own.see_namespace(seen);
+    }));
+    let own = Arc::clone(&feed);
+    watches.spawn(follow(Api::all(client.clone()), everything(), node, move |seen| {
+        own.see_node(seen);
+    }));
+    watches.spawn(follow_endpoints(client, feed));
+    // None ends; one that breaks off is no reason to let go of the others.
+    while let Some(ended) = watches.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a watch broke off; what it last said stays");
+        }
+    }
+}
+
+/// Endpoint slices where the API server has them, else the endpoints of old.
+async fn follow_endpoints(client: Client, feed: Arc<Feed>) {
+    let mut pauses = Retry::default();
+    let has_slices = loop {
+        match has_endpoint_slices(&client).await {
+            Ok(has) => break has,
+            Err(error) => feed.see_endpoints(Seen::Lost(error.to_string())),
+        }
+        tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+    };
+    if has_slices {
+        let sink = move |seen| feed.see_endpoints(seen);
+        follow(Api::all(client), everything(), slice, sink).await;
+    } else {
+        let sink = move |seen| feed.see_endpoints(seen);
+        follow(Api::all(client), everything(), endpoints, sink).await;
+    }
+}
+
+async fn has_endpoint_slices(client: &Client) -> Result<bool, kube::Error> {
+    match client.list_api_group_resources("discovery.k8s.io/v1").await {
+        Ok(resources) => Ok(resources.resources.iter().any(|kind| kind.name == "endpointslices")),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn service(service: &ApiService) -> Option<Service> {
+    let spec = service.spec.as_ref()?;
+    let ports = spec.ports.iter().flatten().filter_map(|port| {
+        let name = port.name.clone().unwrap_or_default();
+        service_port(name, port.protocol.as_deref(), Some(port.port))
+    });
+    // A cluster address that is `None` is no address, as wanted.
+    let own = spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip);
+    let balanced = service
+        .status
+        .iter()
+        .flat_map(|status| &status.load_balancer)
+        .flat_map(|balancer| balancer.ingress.iter().flatten())
+        .filter_map(|ingress| ingress.ip.as_ref());
+    let external = spec.external_ips.iter().flatten().chain(balanced).chain(&spec.load_balancer_ip);
+    Some(Service {
+        cluster_addresses: addresses(own),
+        external_addresses: addresses(external),
+        ports: ports.collect(),
+    })
+}
+
+fn slice(slice: &EndpointSlice) -> Option<(ObjectName, Vec<Endpoints>)> {
+    let service = slice.metadata.labels.as_ref()?.get(SLICE_OF)?;
+    let ports = slice.ports.iter().flatten().filter_map(|port| {
+        let name = port.name.clone().unwrap_or_default();
+        service_port(name, port.protocol.as_deref(), port.port)
+    });
+    // Also those that are not ready: connections to one that is ending go on.
+    let addresses = addresses(slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses));
+    let name = ObjectName::new(&slice.namespace()?, service);
+    Some((name, vec![Endpoints { addresses, ports: ports.collect() }]))
+}
+
+fn endpoints(endpoints: &LegacyEndpoints) -> Option<(ObjectName, Vec<Endpoints>)> {
+    let subsets = endpoints.subsets.iter().flatten().map(|subset| {
+        let all = subset.addresses.iter().chain(&subset.not_ready_addresses).flatten();
+        let port = |port: &LegacyPort| {
+            let name = port.name.clone().unwrap_or_default();
+            service_port(name, port.protocol.as_deref(), Some(port.port))
+        };
+        Endpoints {
+            addresses: addresses(all.map(|address| &address.ip)),
+            ports: subset.ports.iter().flatten().filter_map(port).collect(),
+        }
+    });
+    let name = ObjectName::new(&endpoints.namespace()?, &endpoints.name_any());
+    Some((name, subsets.collect()))
+}
+
+/// Nothing of one that has ended: another may have its addresses by now.
+fn pod(pod: &Pod) -> Option<PodAddresses> {
+    let status = pod.status.as_ref()?;
+    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let several = status.pod_ips.iter().flatten().map(|address| &address.ip);
+    let addresses = addresses(several.chain(&status.pod_ip));
+    if addresses.is_empty() {
+        return None;
+    }
+    let is_host = pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or_default();
+    Some(PodAddresses {
+        addresses,
+        labels: pod.metadata.labels.clone().unwrap_or_default(),
+        network: if is_host { PodNetwork::Host } else { PodNetwork::Own },
+    })
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]
+fn namespace(namespace: &Namespace) -> Option<Labels> {
+    Some(namespace.metadata.labels.clone().unwrap_or_default())
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]
+fn node(node: &Node) -> Option<NodeAddresses> {
+    let named = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    // A host name among them is no address.
+    let addresses = addresses(named.map(|address| &address.address));
+    let spec = node.spec.as_ref();
+    let blocks = spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+    let mut pod_blocks: Vec<ipnet::IpNet> = blocks.filter_map(|block| block.parse().ok()).collect();
+    pod_blocks.sort_unstable();
+    pod_blocks.dedup();
+    Some(NodeAddresses { addresses, pod_blocks })
+}
+
+fn addresses<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
+    let addresses: BTreeSet<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
+    addresses.into_iter().collect()
+}
+
+fn service_port(name: String, protocol: Option<&str>, port: Option<i32>) -> Option<ServicePort> {
+    let protocol = match protocol {
+        None | Some("TCP") => PortProtocol::Tcp,
+        Some("UDP") => PortProtocol::Udp,
+        Some("SCTP") => PortProtocol::Sctp,
+        Some(_) => return None,
+    };
+    let port = u16::try_from(port?).ok().filter(|port| *port != 0)?;
+    Some(ServicePort { name, protocol, port })
+}

@@ -1,0 +1,330 @@
+//! What this node says of the custom resources, written into their status.
+//!
+//! Each node has an entry of its own and nobody else writes it (server-side apply, one manager per
+//! node). The sum is written by one of them, the first by name, so that there is no contention and
+//! no controller. Only nodes that an object concerns say anything of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kube::Client;
+use kube::api::{Api, DynamicObject, Patch, PatchParams};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::manifests::{ObjectKind, Objects};
+use super::watch::Retry;
+use crate::manifest::API_VERSION;
+use crate::scope::cluster::ObjectName;
+
+/// Who writes the sum.
+const SUMMARY: &str = "agentguard-summary";
+/// Changes that come together are written together.
+const SETTLE: Duration = Duration::from_millis(200);
+/// The longest error that is written.
+const MAX_ERROR_CHARACTERS: usize = 1024;
+
+/// What a node says of an object.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Word {
+    /// The generation that is in force there.
+    pub generation: Option<i64>,
+    /// Why it is not the newest one.
+    pub error: Option<String>,
+}
+
+/// The status of an object, as it is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObjectStatus {
+    /// The newest generation there is.
+    pub generation: i64,
+    pub nodes: BTreeMap<String, Word>,
+    summary: Summary,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Summary {
+    observed: Option<i64>,
+    enforced: Option<i64>,
+    conditions: BTreeMap<String, Condition>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Condition {
+    status: String,
+    message: String,
+    since: String,
+}
+
+/// An apply that is due.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Due {
+    pub kind: ObjectKind,
+    pub name: ObjectName,
+    pub manager: String,
+    pub status: Value,
+}
+
+impl ObjectStatus {
+    /// What the API server says the status is.
+    #[must_use]
+    pub fn read(generation: i64, status: &Value) -> Self {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let entries = status["nodes"].as_array().into_iter().flatten().map(|entry| {
+            let error = entry["error"].as_str().map(str::to_owned);
+            (text(&entry["name"]), Word { generation: entry["generation"].as_i64(), error })
+        });
+        let conditions = status["conditions"].as_array().into_iter().flatten().map(|condition| {
+            let Condition { status, message, since } = Condition {
+                status: text(&condition["status"]),
+                message: text(&condition["message"]),
+                since: text(&condition["lastTransitionTime"]),
+            };
+            (text(&condition["type"]), Condition { status, message, since })
+        });
+        Self {
+            generation,
+            nodes: entries.collect(),
+            summary: Summary {
+                observed: status["observedGeneration"].as_i64(),
+                enforced: status["enforced"].as_i64(),
+                conditions: conditions.collect(),
+            },
+        }
+    }
+
+    /// What is to be written so that the status says what `node` says and what all together say.
+    #[must_use]
+    pub fn due(&self, node: &str, word: Option<&Word>, now: Timestamp) -> Vec<(String, Value)> {
+        let mut due = Vec::new();
+        if self.nodes.get(node) != word {
+            let entry = word.map(|Word { generation, error }| {
+                let mut entry = json!({"name": node});
+                if let Some(generation) = generation {
+                    entry["generation"] = (*generation).into();
+                }
+                if let Some(error) = error {
+                    entry["error"] = error.clone().into();
+                }
+                entry
+            });
+            let entries: Vec<Value> = entry.into_iter().collect();
+            due.push((manager(node), json!({"nodes": entries})));
+        }
+        let is_responsible = self.nodes.keys().next().is_none_or(|first| first == node);
+        if is_responsible && (self.summary.enforced.is_some() || !self.nodes.is_empty()) {
+            let summary = self.summed(now);
+            if summary != self.summary {
+                due.push((SUMMARY.to_owned(), summary.written()));
+            }
+        }
+        due
+    }
+
+    fn summed(&self, now: Timestamp) -> Summary {
+        let newest =
+            |word: &&Word| word.error.is_none() && word.generation == Some(self.generation);
+        let enforced = self.nodes.values().filter(newest).count() as i64;
+        let error = self
+            .nodes
+            .iter()
+            .find_map(|(node, word)| word.error.as_ref().map(|error| format!("{node}: {error}")));
+        let is = |holds: bool| if holds { "True" } else { "False" }.to_owned();
+        let nodes = self.nodes.len();
+        let said = [
+            (
+                "Enforced",
+                is(enforced > 0),
+                format!("on {enforced} of {nodes} nodes that it concerns"),
+            ),
+            ("Valid", is(error.is_none()), error.unwrap_or_default()),
+        ];
+        let conditions = said.into_iter().map(|(name, status, message)| {
+            let before = self.summary.conditions.get(name);
+            let since = match before.filter(|before| before.status == status) {
+                Some(before) => before.since.clone(),
+                None => seconds(now),
+            };
+            (name.to_owned(), Condition { status, message, since })
+        });
+        Summary {
+            observed: Some(self.generation),
+            enforced: Some(enforced),
+            conditions: conditions.collect(),
+        }
+    }
+}
+
+impl Summary {
+    fn written(&self) -> Value {
+        let conditions: Vec<Value> = self
+            .conditions
+            .iter()
+            .map(|(name, condition)| {
+                let reason = match condition.status.as_str() {
+                    "True" => name.clone(),
+                    _ => format!("Not{name}"),
+                };
+                json!({
+                    "type": name,
+                    "status": condition.status,
+                    "reason": reason,
+                    "message": condition.message,
+                    "lastTransitionTime": condition.since,
+                    "observedGeneration": self.observed,
+                })
+            })
+            .collect();
+        json!({
+            "observedGeneration": self.observed,
+            "enforced": self.enforced,
+            "conditions": conditions,
+        })
+    }
+}
+
+/// A time as API servers keep it.
+fn seconds(time: Timestamp) -> String {
+    Timestamp::from_second(time.as_second()).unwrap_or(time).to_string()
+}
+
+/// A node's name may be longer than a manager's.
+fn manager(node: &str) -> String {
+    let digest = Sha256::digest(node);
+    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("agentguard-node-{hex}")
+}
+
+/// An error, as short as a status should be.
+#[must_use]
+pub fn shortened(error: &str) -> String {
+    error.chars().take(MAX_ERROR_CHARACTERS).collect()
+}
+
+/// Writes what is due for as long as the daemon runs.
+pub async fn run(client: Client, node: String, objects: Arc<Objects>) {
+    let mut pauses = Retry::default();
+    loop {
+        objects.to_report().await;
+        tokio::time::sleep(SETTLE).await;
+        for due in objects.due(&node, Timestamp::now()) {
+            if let Err(error) = apply(&client, &due).await {
+                // What can not be said is said later; what is enforced does not depend on it.
+                tracing::debug!(%error, object = due.kind.path(&due.name), "a status is not written");
+                tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+                objects.report_again();
+                break;
+            }
+            pauses = Retry::default();
+        }
+    }
+}
+
+async fn apply(client: &Client, due: &Due) -> Result<(), kube::Error> {
+    let Due { kind, name, manager, status } = due;
+    let resource = kind.resource();
+    let api: Api<DynamicObject> = match name.namespace.as_str() {
+        "" => Api::all_with(client.clone(), &resource),
+        namespace => Api::namespaced_with(client.clone(), namespace, &resource),
+    };
+    let mut metadata = json!({"name": name.name});
+    if !name.namespace.is_empty() {
+        metadata["namespace"] = name.namespace.clone().into();
+    }
+    let body = json!({
+        "apiVersion": API_VERSION,
+        "kind": kind.as_str(),
+        "metadata": metadata,
+        "status": status,
+    });
+    let parameters = PatchParams::apply(manager).force();
+    match api.patch_status(&name.name, &parameters, &Patch::Apply(&body)).await {
+        Ok(_) => Ok(()),
+        // It was deleted meanwhile.
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(generation: i64) -> Word {
+        Word { generation: Some(generation), error: None }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// Applies what is due as an API server does, manager by manager.
+    fn written(status: &Value, node: &str, due: &[(String, Value)]) -> Value {
+        let mut status = status.clone();
+        for (manager, change) in due {
+            if manager == SUMMARY {
+                for (name, value) in change.as_object().unwrap() {
+                    status[name] = value.clone();
+                }
+                continue;
+            }
+            let mut nodes = status["nodes"].as_array().cloned().unwrap_or_default();
+            nodes.retain(|entry| entry["name"] != node);
+            nodes.extend(change["nodes"].as_array().unwrap().iter().cloned());
+            status["nodes"] = nodes.into();
+        }
+        status
+    }
+
+    #[test]
+    fn each_node_writes_its_own_and_the_first_one_the_sum_until_nothing_is_due() {
+        let words = BTreeMap::from([
+            ("b", Some(word(2))),
+            ("a", Some(Word { generation: Some(1), error: Some("spec: is wrong".to_owned()) })),
+            ("c", None),
+        ]);
+        let mut status = json!({});
+        for _round in 0..3 {
+            for (node, word) in &words {
+                let known = ObjectStatus::read(2, &status);
+                let due = known.due(node, word.as_ref(), at(100));
+                status = written(&status, node, &due);
+            }
+        }
+        for (node, word) in &words {
+            let known = ObjectStatus::read(2, &status);
+            assert_eq!(known.due(node, word.as_ref(), at(200)), [], "{node}");
+        }
+        assert_eq!((&status["enforced"], &status["observedGeneration"]), (&json!(1), &json!(2)));
+        let valid = &status["conditions"][1];
+        assert_eq!((&valid["type"], &valid["status"]), (&json!("Valid"), &json!("False")));
+        assert_eq!(valid["message"], "a: spec: is wrong");
+        assert_eq!(valid["lastTransitionTime"], "1970-01-01T00:01:40Z");
+        assert_eq!(status["nodes"].as_array().unwrap().len(), 2);
+        // The time of a condition is that of its last change.
+        let known = ObjectStatus::read(2, &status);
+        let due = known.due("a", Some(&word(2)), at(300));
+        status = written(&status, "a", &due);
+        let due = ObjectStatus::read(2, &status).due("a", Some(&word(2)), at(300));
+        status = written(&status, "a", &due);
+        assert_eq!(status["conditions"][0]["lastTransitionTime"], "1970-01-01T00:01:40Z");
+        assert_eq!(status["conditions"][1]["lastTransitionTime"], "1970-01-01T00:05:00Z");
+        assert_eq!(status["enforced"], 2);
+        // Once it concerns nobody, nobody is counted.
+        for node in ["a", "b", "a"] {
+            let due = ObjectStatus::read(2, &status).due(node, None, at(400));
+            status = written(&status, node, &due);
+        }
+        assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
+    }
+
+    #[test]
+    fn nothing_is_said_of_what_concerns_nobody() {
+        let status = ObjectStatus::read(1, &Value::Null);
+        assert_eq!(status.due("a", None, at(1)), []);
+        let long = "x".repeat(300);
+        assert!(manager(&long).len() <= 128 && manager(&long) != manager("y"));
+    }
+}
