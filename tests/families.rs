@@ -174,14 +174,14 @@ fn raw(world: &World, how: &str, to: SocketAddr) -> WayOut {
 const OPEN: &str = "(N6, N7)";
 
 fn packets(world: &World, how: &str) -> WayOut {
-    by_hand(world, how, UDP).recorded_as(&["socket"], "packet").or_gap(OPEN)
+    by_hand(world, how, UDP).recorded_as(&["socket"], "AF_PACKET").or_gap(OPEN)
 }
 
 /// N7: a socket of another family, which no server hears of.
 fn family(attack: Attack, name: &str) -> WayOut {
     WayOut::network(attack, Protocol::Udp, UDP)
         .proved_by(Proof::OwnWord)
-        .recorded_as(&["socket"], name)
+        .recorded_as(&["socket"], &format!("AF_{}", name.to_uppercase()))
         .or_gap(OPEN)
 }
 

@@ -95,9 +95,13 @@ fn connect_all(socket: &Socket, peers: &[SocketAddr]) -> Result<(), Failure> {
             std::slice::from_raw_parts(address.as_ptr().cast::<u8>(), address.len() as usize)
         });
     }
-    option(socket, SOL_SCTP, SCTP_SOCKOPT_CONNECTX, &packed)
-        .map(drop)
-        .map_err(|error| Failure::at("connectx", error))
+    option(socket, SOL_SCTP, SCTP_SOCKOPT_CONNECTX, &packed).map(drop).map_err(|error| match error
+        .raw_os_error()
+    {
+        // What a call that waited in vain ends with.
+        Some(libc::EINPROGRESS) => Failure::refused(format!("connectx: {error}")),
+        Some(_) | None => Failure::at("connectx", error),
+    })
 }
 
 /// `struct sctp_sndrcvinfo` of the kernel.

@@ -34,8 +34,11 @@ pub(crate) fn receive(stream: &UnixStream) -> Result<OwnedFd, Failure> {
     let message =
         recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
             .map_err(|errno| Failure::at("receive the descriptor", errno))?;
-    let messages =
-        message.cmsgs().map_err(|errno| Failure::setup("receive the descriptor", errno))?;
+    // The kernel leaves out a descriptor that the receiver may not have, and says so only by the mark of
+    // a message that was cut short. There was room for one.
+    let messages = message
+        .cmsgs()
+        .map_err(|errno| Failure::refused(format!("the message was cut short: {errno}")))?;
     for message in messages {
         if let ControlMessageOwned::ScmRights(fds) = message
             && let [fd] = fds[..]
@@ -44,6 +47,5 @@ pub(crate) fn receive(stream: &UnixStream) -> Result<OwnedFd, Failure> {
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
-    // The kernel leaves out a descriptor that the receiver may not have, and says so only here.
     Err(Failure::refused("the message came without its descriptor"))
 }

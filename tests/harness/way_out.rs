@@ -68,6 +68,8 @@ pub struct WayOut {
     pub layer: Layer,
     /// The word by which `status` says that this kernel leaves it open.
     pub gap: Option<&'static str>,
+    /// The word by which `status` says that this kernel records it and does not refuse it in time.
+    pub race: Option<&'static str>,
     /// What runs outside the workload meanwhile.
     pub helpers: Vec<Running>,
     /// What the workload is granted besides: scopes and what they permit.
@@ -89,6 +91,7 @@ impl WayOut {
             },
             layer: Layer::Portable,
             gap: None,
+            race: None,
             helpers: Vec::new(),
             scopes: Vec::new(),
             configuration: json!({}),
@@ -107,6 +110,7 @@ impl WayOut {
             },
             layer: Layer::Portable,
             gap: None,
+            race: None,
             helpers: vec![helper],
             scopes: Vec::new(),
             configuration: json!({}),
@@ -126,6 +130,7 @@ impl WayOut {
             recorded: Recorded::Denied { actions: &["exec"], target: String::new() },
             layer: Layer::Portable,
             gap: None,
+            race: None,
             helpers: Vec::new(),
             scopes: Vec::new(),
             configuration: json!({}),
@@ -185,6 +190,13 @@ impl WayOut {
     #[must_use]
     pub const fn or_gap(mut self, word: &'static str) -> Self {
         self.gap = Some(word);
+        self
+    }
+
+    /// The same, recorded and not refused in time on kernels of which `status` says so.
+    #[must_use]
+    pub const fn or_race(mut self, word: &'static str) -> Self {
+        self.race = Some(word);
         self
     }
 
@@ -262,6 +274,12 @@ pub fn is_refused_in_enforce_mode(needs: &[Facility], way_out: impl FnOnce(&mut 
         assert_worked(&guarded.way_out, &guarded.world, &report);
         return;
     }
+    if guarded.is_a_race() {
+        // Who is first is not for a test to say. That it is recorded, and as let through, is.
+        assert_ne!(report.outcome, Outcome::Error, "{report:?}");
+        guarded.assert_is_recorded(&guarded.way_out.recorded, Mode::Enforce, false);
+        return;
+    }
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
     guarded.assert_recorded(Mode::Enforce);
     // What an attack says of itself, it has just said.
@@ -310,18 +328,33 @@ impl Guarded {
     /// Whether `status` says, before the attack, that this kernel leaves it open.
     #[track_caller]
     fn is_left_open(&self) -> bool {
-        self.way_out.gap.is_some_and(|word| mentions(&self.guard.status()["gaps"], word))
+        self.way_out.gap.is_some_and(|word| self.status_says(word))
+    }
+
+    /// Whether `status` says that this kernel does not refuse it in time.
+    #[track_caller]
+    fn is_a_race(&self) -> bool {
+        self.way_out.race.is_some_and(|word| self.status_says(word))
+    }
+
+    #[track_caller]
+    fn status_says(&self, word: &str) -> bool {
+        mentions(&self.guard.status()["gaps"], word)
     }
 
     #[track_caller]
     fn assert_recorded(&self, mode: Mode) {
-        let recorded = &self.way_out.recorded;
         self.guard.assert_chain_is_whole();
-        let what = format!("{recorded:?} in {} mode", mode.as_str());
+        self.assert_is_recorded(&self.way_out.recorded, mode, mode == Mode::Enforce);
+    }
+
+    #[track_caller]
+    fn assert_is_recorded(&self, recorded: &Recorded, mode: Mode, enforced: bool) {
+        let refused = if enforced { "refused" } else { "let through" };
+        let what = format!("{recorded:?} in {} mode, {refused}", mode.as_str());
         self.guard.recorded(&what, |record| {
             let by_attacker =
                 record["mode"] == mode.as_str() && record["workload"]["identity"] == IDENTITY;
-            let enforced = mode == Mode::Enforce;
             by_attacker
                 && match recorded {
                     Recorded::Denied { actions, target } => {

@@ -88,6 +88,11 @@ impl Suite {
         Ok(Self { name: name.to_owned(), program: program.to_owned(), tests })
     }
 
+    /// Whether `is_it` holds for one of its tests.
+    pub(crate) fn has(&self, is_it: impl Fn(&str) -> bool) -> bool {
+        self.tests.iter().any(|test| is_it(test))
+    }
+
     /// Sorts its tests by what is promised, of those that `wanted` holds for.
     pub(crate) fn select(
         &self,

@@ -188,6 +188,10 @@ impl Machine<'_> {
 }
 
 /// Serves the host's files until it is dropped.
+///
+/// A machine keeps what it has read: with any other policy it reads a program anew each time that one
+/// is started, and an emulated processor then translates it anew, which takes twenty times as long.
+/// What changes on the host meanwhile, a machine need not see: a build makes new files.
 fn serve_files(program: &Path, socket: &Path) -> Result<Server> {
     let mut command = Command::new(program);
     command.arg(format!("--socket-path={}", socket.display()));
@@ -198,10 +202,10 @@ fn serve_files(program: &Path, socket: &Path) -> Result<Server> {
             "--shared-dir=/",
             "--sandbox=chroot",
             "--announce-submounts",
-            "--cache=auto",
+            "--cache=always",
         ]);
     } else {
-        command.args(["-o", "source=/,cache=auto,sandbox=chroot,announce_submounts"]);
+        command.args(["-o", "source=/,cache=always,sandbox=chroot,announce_submounts"]);
     }
     let child = command
         .stdin(Stdio::null())

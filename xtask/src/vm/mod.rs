@@ -28,7 +28,7 @@ use self::{
     image::Job,
     kernels::Kernel,
     machine::{Accelerator, Machine},
-    matrix::{ROWS, Row},
+    matrix::{ATTACKS, ROWS, Row, is_of},
     results::Outcome,
     verdict::Found,
 };
@@ -136,6 +136,13 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
 /// A kernel or a machine cannot be had. That a row is not good is no error here.
 pub(crate) fn matrix(suites: &[Suite], daemon: &Path, wanted: &Wanted<'_>) -> Result<Matrix> {
     let begin = Instant::now();
+    for (row, suite, attack) in ATTACKS {
+        let named = suites.iter().find(|known| known.name == suite);
+        ensure!(
+            named.is_some_and(|known| known.has(|test| is_of(test, attack))),
+            "{suite} has no {attack} any more, by which every kernel is to meet {row}; name another"
+        );
+    }
     let host = Host::new(daemon, wanted)?;
     heading(&format!("kernel matrix, with {}", host.accelerator.as_str()));
     let rows: Vec<&Row> =
