@@ -23,6 +23,7 @@ use anyhow::{Context as _, Result, ensure};
 use self::{build::ControlPlane, cluster::Cluster, programs::Programs};
 use crate::{
     guard::Ending,
+    image::{self, Profile},
     interrupt,
     run::{heading, target_dir},
 };
@@ -54,6 +55,7 @@ pub(crate) fn e2e(arguments: &Arguments) -> Result<()> {
     let cache = cache()?;
     let programs = Programs::prepare(&cache)?;
     let control_plane = ControlPlane::prepare(&cache, &programs)?;
+    let image = image::build(Profile::Dev, &target_dir().join("image"))?;
     if arguments.prepare {
         return Ok(());
     }
@@ -62,7 +64,8 @@ pub(crate) fn e2e(arguments: &Arguments) -> Result<()> {
     let begin = Instant::now();
     let scratch = cache.join("node");
     let mut cluster = Cluster::start(&scratch, &programs, &control_plane)?;
-    println!("ready     the cluster ({})", seconds(begin.elapsed()));
+    cluster.import(&image.archive)?;
+    println!("ready     the cluster, with the image {} ({})", image.name, seconds(begin.elapsed()));
 
     match &arguments.run {
         Some(command) => to_the_end(&mut cluster.shell(command))?,

@@ -31,7 +31,9 @@ const PACKAGES: &[&str] = &[
     "etcd-server",
     "golang-1.19-go",
     "golang-1.19-src",
+    "golang-github-modern-go-reflect2-dev",
     "kubernetes-client",
+    "prometheus",
     "runc",
 ];
 
@@ -98,6 +100,11 @@ impl Programs {
     /// The Go toolchain.
     pub(super) fn go(&self) -> PathBuf {
         self.root.join("usr/lib/go-1.19")
+    }
+
+    /// The source of a Go package.
+    pub(super) fn go_library(&self, name: &str) -> PathBuf {
+        self.root.join("usr/share/gocode/src").join(name)
     }
 
     /// `PATH` for a program that calls others.

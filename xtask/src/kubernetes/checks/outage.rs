@@ -1,0 +1,64 @@
+//! The API server is down for a while.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use jiff::{SignedDuration, Timestamp};
+
+use super::{
+    agents::{Agents, LATER},
+    apply,
+    updates::{daemon, kill},
+};
+use crate::{
+    interrupt,
+    kubernetes::{cluster::Cluster, seconds, traffic::Outcome},
+};
+
+const GRANT: &str = include_str!("../manifests/grant.yaml");
+
+/// How long a grant holds that ends while the API server is down.
+const LASTS: SignedDuration = SignedDuration::from_secs(15);
+
+/// How late it may end, with the time that the log takes.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How long it may take until the daemon has found the API server again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let Agents { researcher, targets, .. } = agents;
+    let ends = Timestamp::now() + LASTS;
+    let grant = [("$NAME", "ending"), ("$EXPIRES", &ends.to_string())];
+    let applied = apply(cluster, GRANT, &grant)?;
+    researcher.first(&targets.more, Outcome::Passed, applied)?;
+    let pid = daemon(cluster)?;
+
+    cluster.stop_api_server()?;
+    let down = Timestamp::now();
+    println!("seen      the API server is down");
+    let ended = researcher.first(&targets.more, Outcome::Refused, down)?;
+    ensure!(ended >= ends, "the grant ended at {ended}, before {ends}");
+    let late = Duration::try_from(ended - ends)?;
+    ensure!(late <= LATE, "the grant ended {} late", seconds(late));
+    println!("seen      a grant ends in time ({} ms late)", late.as_millis());
+
+    // One that starts now knows only what was written down.
+    kill(pid)?;
+    interrupt::sleep(Duration::from_secs(8))?;
+    let mut expected = targets.of_researcher();
+    expected.insert(LATER.to_owned(), Outcome::Refused);
+    let count = researcher.judge(down, &expected)?;
+    expected.insert(targets.more.clone(), Outcome::Refused);
+    researcher.judge(ended, &expected)?;
+    println!("seen      {count} requests were decided as before, also after the daemon was killed");
+
+    cluster.start_api_server()?;
+    let grant = [("$NAME", "after"), ("$EXPIRES", "never")];
+    let applied = apply(cluster, GRANT, &grant)?;
+    let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
+    let took = Duration::try_from(seen - applied).unwrap_or_default();
+    ensure!(took <= AGAIN, "a grant was in force only {} after the outage", seconds(took));
+    println!("seen      a grant that is added afterwards is in force after {}", seconds(took));
+    Ok(())
+}
