@@ -2,6 +2,8 @@
 
 /// What needs a container runtime.
 mod containers {
+    mod held;
+
     use std::{
         collections::BTreeSet,
         fs,

@@ -114,6 +114,7 @@ fn failed(error: &DaemonError) -> Failure {
         | DaemonError::Listen { .. }
         | DaemonError::Lock(_)
         | DaemonError::OwnPins { .. }
+        | DaemonError::ContainerRuntime(_)
         | DaemonError::Directory { .. }
         | DaemonError::NotEnough { .. }
         | DaemonError::Runtime(_) => Exit::Failed,

@@ -51,6 +51,8 @@ pub enum ClientError {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    /// How long an answer is waited for, where somebody can not wait for as long as it takes.
+    patience: Option<Duration>,
 }
 
 /// How long an answer is waited for.
@@ -62,7 +64,13 @@ const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_'
 impl Client {
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self { socket: socket.into(), patience: None }
+    }
+
+    /// The same, waiting no longer than this for any answer.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
     }
 
     #[must_use]
@@ -236,10 +244,10 @@ impl Client {
     }
 
     fn call(&self, route: Route, uri: &str, body: Option<Bytes>) -> Result<Bytes, ClientError> {
-        let patience = match route.method() {
+        let patience = self.patience.unwrap_or(match route.method() {
             Method::Get => PATIENCE_FOR_ANSWERS,
             Method::Post | Method::Put => PATIENCE_FOR_CHANGES,
-        };
+        });
         let answer = async {
             let response = self.send(route, uri, body).await?;
             if !response.status().is_success() {

@@ -23,6 +23,7 @@ mod generate;
 mod grant;
 mod grants;
 mod inherited;
+mod oci_hook;
 pub mod output;
 mod refresh;
 mod revoke;
@@ -80,6 +81,7 @@ enum Command {
     Audit(audit::Arguments),
     Refresh(refresh::Arguments),
     Diagnostics(diagnostics::Arguments),
+    OciHook(oci_hook::Arguments),
     Uninstall(uninstall::Arguments),
     Completions(generate::Completions),
     Generate(generate::Arguments),
@@ -157,6 +159,7 @@ pub fn run(
         Command::Audit(arguments) => audit::run(&arguments, context),
         Command::Refresh(arguments) => refresh::run(&arguments, context),
         Command::Diagnostics(arguments) => diagnostics::run(&arguments, context),
+        Command::OciHook(arguments) => oci_hook::run(&arguments, context),
         Command::Uninstall(arguments) => uninstall::run(&arguments, context),
         Command::Completions(arguments) => generate::completions(&arguments, context),
         Command::Generate(arguments) => generate::run(&arguments, context),

@@ -100,6 +100,9 @@ pub struct Api {
     pub socket: AbsolutePath,
 }
 
+/// Namespaces in which nothing is an agent, unless told otherwise.
+pub const EXEMPT_NAMESPACES: [&str; 2] = ["kube-system", "agentguard"];
+
 /// Agents that run in containers: which they are, and where it is asked what there is. A pod or a
 /// container is an agent if it has the label `agentguard.dev/agent: "true"`, or its namespace has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -356,7 +359,7 @@ impl Default for Containers {
                 Err(error) => unreachable!("{error}"),
             },
             agent_selectors: Vec::new(),
-            exempt_namespaces: words(&["kube-system", "agentguard"]),
+            exempt_namespaces: words(&EXEMPT_NAMESPACES),
             sandboxed_handlers: words(&[
                 "runsc",
                 "gvisor",

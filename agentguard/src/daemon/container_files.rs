@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use agentguard_common::FileId;
 
 use crate::identity::ProcessRef;
-use crate::scope::executables::Resolver;
+use crate::scope::executables::{ResolveProblem, Resolver};
 use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
 use crate::scope::{ExecutablePattern, ScopeDocument, ScopeName};
 
@@ -45,6 +45,7 @@ pub struct ContainerFiles {
 #[derive(Debug)]
 struct Known {
     process: ProcessRef,
+    root: PathBuf,
     scopes: BTreeMap<ScopeName, Looked>,
     sockets: SocketDirectories,
 }
@@ -54,6 +55,8 @@ struct Looked {
     patterns: Vec<ExecutablePattern>,
     files: Vec<FileId>,
     problems: Vec<String>,
+    /// Whether each pattern meant something.
+    is_whole: bool,
 }
 
 impl ContainerFiles {
@@ -119,6 +122,7 @@ impl ContainerFiles {
     fn of(&mut self, container: &ContainerRef) -> &mut Known {
         let new = || Known {
             process: container.process,
+            root: container.root.clone(),
             scopes: BTreeMap::new(),
             sockets: SocketDirectories::default(),
         };
@@ -126,6 +130,12 @@ impl ContainerFiles {
         if known.process != container.process {
             // Started again, with its file systems mounted anew.
             *known = new();
+        }
+        if known.root != container.root {
+            // It has left the root that it was set up in. What was found there is the same file
+            // still; what was not may have been looked for when that root was gone already.
+            known.root.clone_from(&container.root);
+            known.scopes.retain(|_, looked| looked.is_whole);
         }
         known
     }
@@ -136,20 +146,35 @@ fn look_up(container: &ContainerRef, scope: &ScopeDocument) -> Option<Looked> {
     if !container.process.is_alive() {
         return None;
     }
-    let mounts = container.mounts();
-    let mut looked =
-        Looked { patterns: scope.exec.clone(), files: Vec::new(), problems: Vec::new() };
     let tell = |problem: &dyn std::fmt::Display| {
         format!("scope {}: container {}: {problem}", scope.scope, container.name)
     };
-    for pattern in &scope.exec {
-        match mounts.resolve(pattern) {
-            Ok(resolution) => {
-                looked.files.extend(resolution.files.iter().map(|file| file.id));
-                looked.problems.extend(resolution.problems.iter().map(|problem| tell(problem)));
-            }
-            Err(error) => looked.problems.push(tell(&error)),
+    let mut looked = Looked {
+        patterns: scope.exec.clone(),
+        files: Vec::new(),
+        problems: Vec::new(),
+        is_whole: false,
+    };
+    match container.mounts().resolve_all(&scope.exec) {
+        Ok(resolution) => {
+            looked.is_whole = resolution.problems.is_empty();
+            looked.files = resolution.files.iter().map(|file| file.id).collect();
+            // A scope is granted to many, and not every image has every program of it.
+            let told = resolution.problems.iter().filter(|problem| match problem {
+                ResolveProblem::Missing { .. } => false,
+                ResolveProblem::NotAFile { .. }
+                | ResolveProblem::NotExecutable { .. }
+                | ResolveProblem::OnVolume { .. }
+                | ResolveProblem::TooMany { .. }
+                | ResolveProblem::TooDeep { .. }
+                | ResolveProblem::Unreadable { .. }
+                | ResolveProblem::Changed { .. }
+                | ResolveProblem::Vanished { .. }
+                | ResolveProblem::Appeared { .. } => true,
+            });
+            looked.problems = told.map(|problem| tell(problem)).collect();
         }
+        Err(error) => looked.problems.push(tell(&error)),
     }
     looked.files.sort_unstable();
     looked.files.dedup();

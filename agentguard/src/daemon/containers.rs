@@ -11,19 +11,23 @@ use std::time::Duration;
 
 use agentguard_common::FileId;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::container_files::ContainerRef;
-use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
+use super::engine::{NewWorkload, Workload, WorkloadSource, populated};
 use super::launch;
 use super::service::Shared;
 use crate::api::service::ServiceError;
 use crate::api::types::{Announced, Announcement};
 use crate::config::Configuration;
-use crate::datapath::cgroup_id;
-use crate::identity::container::{Command, Container, Node, Placement, ProcessRef, Rules, Sandbox};
+use crate::identity::container::{
+    Command, Container, Node, Placement, PodName, ProcessRef, Rules, Sandbox, cgroup_of,
+};
 use crate::identity::pod::{Labels, Marking, Pod, PodUid};
-use crate::runtimes::{Listing, Runtime};
+use crate::runtimes::cri::Cri;
+use crate::runtimes::docker::Docker;
+use crate::runtimes::{Listing, Runtime, RuntimeError};
 
 /// How long a runtime's hook waits until it is known whose container it is about to start.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -50,8 +54,9 @@ pub struct Containers {
     /// What starting each container runs, looked up once.
     launches: Mutex<BTreeMap<String, (ProcessRef, Vec<FileId>)>>,
     report: Mutex<Report>,
-    /// Held while what should be is compared with what is: of two views the later must stay.
-    holding: Mutex<()>,
+    /// Held while what should be is compared with what is: of two views the later must stay. Up to
+    /// which version of what is known that is done.
+    held: Mutex<u64>,
 }
 
 /// What operators are told.
@@ -115,7 +120,7 @@ impl Containers {
             wanted: Notify::new(),
             launches: Mutex::default(),
             report: Mutex::default(),
-            holding: Mutex::default(),
+            held: Mutex::default(),
         }
     }
 
@@ -253,7 +258,7 @@ impl Inputs {
 }
 
 /// Follows a runtime for as long as the daemon runs.
-pub async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
+async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
     let mut pause = RETRY.0;
     loop {
         match runtime.list().await {
@@ -283,7 +288,7 @@ pub async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
 }
 
 /// Says that a runtime is to be heard before anything is let go.
-pub fn expect(containers: &Containers, endpoint: &str) {
+fn expect(containers: &Containers, endpoint: &str) {
     containers.inputs().runtimes.entry(endpoint.to_owned()).or_default();
 }
 
@@ -299,6 +304,30 @@ pub fn tell_runtimes(shared: &Shared) {
     shared.engine().set_runtimes(&programs);
 }
 
+/// Says which runtimes are to be heard before anything is let go.
+pub fn expect_runtimes(containers: &Containers, configuration: &Configuration) {
+    let configured = &configuration.containers;
+    for socket in configured.runtimes.iter().chain(&configured.docker) {
+        expect(containers, &socket.display().to_string());
+    }
+}
+
+/// Follows all runtimes that are configured.
+///
+/// # Errors
+///
+/// When the socket of one can not be named.
+pub fn follow_runtimes(shared: &Shared, tasks: &mut JoinSet<()>) -> Result<(), RuntimeError> {
+    let configured = &shared.configuration.containers;
+    for socket in &configured.runtimes {
+        tasks.spawn(follow(Arc::clone(&shared.containers), Cri::new(socket.as_ref())?));
+    }
+    if let Some(socket) = &configured.docker {
+        tasks.spawn(follow(Arc::clone(&shared.containers), Docker::new(socket.as_ref())));
+    }
+    Ok(())
+}
+
 /// Holds what is heard of, for as long as the daemon runs.
 pub async fn watch(shared: Arc<Shared>) {
     let mut told = Instant::now();
@@ -310,99 +339,71 @@ pub async fn watch(shared: Arc<Shared>) {
         }
         drop(tokio::time::timeout(AGAIN, shared.containers.heard.notified()).await);
         let work = Arc::clone(&shared);
-        let held = tokio::task::spawn_blocking(move || hold(&work, None)).await;
+        let held = tokio::task::spawn_blocking(move || hold(&work, u64::MAX)).await;
         if let Err(error) = held {
             tracing::error!(%error, "containers were not looked at; what is in force stays");
         }
     }
 }
 
-/// Takes in what should be held and lets go what should not; only what `only` is in, if that is said.
-fn hold(shared: &Shared, only: Option<&str>) {
+/// Takes in what should be held and lets go what should not, unless that was done since `version` of
+/// what is known: of many who ask at the same time, one does it for all.
+fn hold(shared: &Shared, version: u64) {
     let containers = &shared.containers;
-    let _one_at_a_time = containers.holding.lock().unwrap_or_else(PoisonError::into_inner);
-    let (node, is_complete, failures) = {
+    let mut held = containers.held.lock().unwrap_or_else(PoisonError::into_inner);
+    if *held >= version {
+        return;
+    }
+    let (node, is_complete, failures, seen) = {
         let mut inputs = containers.inputs();
         inputs.prune();
         let failures: Vec<String> =
             inputs.runtimes.values().filter_map(|runtime| runtime.failure.clone()).collect();
-        (inputs.node(), inputs.is_complete(), failures)
+        (inputs.node(), inputs.is_complete(), failures, inputs.version)
     };
     let placements = containers.rules.place(&node);
     let mut problems = failures;
-    let mut has_changed = false;
-    for placement in &placements {
-        let is_meant = |id: &str| placement.containers.iter().any(|container| container.id == id);
-        if !placement.is_seen || only.is_some_and(|only| !is_meant(only)) {
-            continue;
-        }
+    let root = shared.engine().cgroup_root().to_owned();
+    let mut wanted = Vec::new();
+    for placement in placements.iter().filter(|placement| placement.is_seen) {
         problems.extend(
             placement.problem.as_ref().map(|problem| format!("{}: {problem}", placement.name)),
         );
         if let Err(why) = &placement.identity {
             problems.push(format!("{} is denied everything: {why}", placement.name));
         }
-        let references: Vec<ContainerRef> =
-            placement.containers.iter().map(|container| containers.reference(container)).collect();
-        match take_in(&mut shared.engine(), placement, references) {
-            Ok(changed) => has_changed |= changed,
-            Err(error) => {
-                problems.push(format!("{}: {error}", placement.name));
-                tracing::error!(%error, workload = placement.name, "a container is not held; trying again");
-            }
-        }
+        // Looks at files, so that nobody else may wait for it.
+        let references =
+            placement.containers.iter().map(|container| containers.reference(container));
+        wanted.push(new_workload(placement, &root, references.collect()));
     }
-    if only.is_none() {
-        if is_complete {
-            has_changed |= let_go(shared, &placements);
-        }
-        let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
-        launches.retain(|id, _| node.containers.contains_key(id));
-        drop(launches);
-        let unseen = placements.into_iter().filter(|placement| !placement.is_seen).collect();
-        let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
-        *report = Report { unseen, problems };
+    let wanted_cgroups: BTreeSet<PathBuf> = wanted.iter().map(|new| new.cgroup.clone()).collect();
+    let (mut has_changed, failed) = shared.engine().bring(wanted);
+    for (name, error) in failed {
+        tracing::error!(%error, workload = name, "a container is not held; trying again");
+        problems.push(format!("{name}: {error}"));
     }
+    if is_complete {
+        has_changed |= let_go(shared, &node, &wanted_cgroups);
+    }
+    let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
+    launches.retain(|id, _| node.containers.contains_key(id));
+    drop(launches);
+    let unseen = placements.into_iter().filter(|placement| !placement.is_seen).collect();
+    let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
+    *report = Report { unseen, problems };
+    drop(report);
     if has_changed {
         super::save(shared);
     }
+    *held = seen;
 }
 
-/// Whether something was changed.
-fn take_in(
-    engine: &mut Engine,
-    placement: &Placement,
-    containers: Vec<ContainerRef>,
-) -> Result<bool, EngineError> {
-    let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
-    let cgroup = engine.cgroup_root().join(below);
-    let id = match cgroup_id(&cgroup) {
-        Ok(id) => id,
-        // It ended; its runtime will say so.
-        Err(_) if !cgroup.exists() => return Ok(false),
-        Err(error) => return Err(error.into()),
-    };
-    let identity = placement.identity.as_ref().ok().cloned();
-    if let Some(known) = engine.workload_at(&cgroup) {
-        let (known_id, known_cgroup, source) = (known.id, known.cgroup_id, known.source);
-        if known_cgroup == id {
-            if source != WorkloadSource::Container {
-                return Err(EngineError::Taken { path: cgroup });
-            }
-            let is_same = (&known.identity, known.mode, &known.containers)
-                == (&identity, placement.mode, &containers);
-            if !is_same {
-                engine.change_with(known_id, identity, placement.mode, containers)?;
-            }
-            return Ok(!is_same);
-        }
-        // Another cgroup of the same name; the one that was held is gone.
-        engine.remove(known_id);
-    }
-    engine.add(NewWorkload {
+fn new_workload(placement: &Placement, root: &Path, containers: Vec<ContainerRef>) -> NewWorkload {
+    NewWorkload {
         name: placement.name.clone(),
-        identity,
-        cgroup,
+        identity: placement.identity.as_ref().ok().cloned(),
+        cgroup: below(root, &placement.cgroup),
         mode: placement.mode,
         source: WorkloadSource::Container,
         owner: None,
@@ -412,32 +413,38 @@ fn take_in(
         pod: placement.pod.clone(),
         containers,
         owns_identity: placement.owns_identity,
-    })?;
-    Ok(true)
+    }
 }
 
-fn let_go(shared: &Shared, placements: &[Placement]) -> bool {
-    let gone: Vec<_> = {
-        let engine = shared.engine();
-        let wanted: BTreeSet<PathBuf> = placements
-            .iter()
-            .filter(|placement| placement.is_seen)
-            .map(|placement| {
-                let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
-                engine.cgroup_root().join(below)
-            })
-            .collect();
-        engine
-            .workloads()
-            .filter(|workload| workload.source == WorkloadSource::Container)
-            .filter(|workload| !wanted.contains(&workload.cgroup))
-            .map(|workload| workload.id)
-            .collect()
-    };
-    for id in &gone {
-        shared.engine().remove(*id);
-    }
+/// The directory of a cgroup.
+fn below(root: &Path, cgroup: &Path) -> PathBuf {
+    root.join(cgroup.strip_prefix("/").unwrap_or(cgroup))
+}
+
+/// Whether something was let go.
+fn let_go(shared: &Shared, node: &Node, wanted: &BTreeSet<PathBuf>) -> bool {
+    let mut engine = shared.engine();
+    let gone: Vec<_> = engine
+        .workloads()
+        .filter(|workload| workload.source == WorkloadSource::Container)
+        .filter(|workload| !wanted.contains(&workload.cgroup))
+        // A runtime that has forgotten what still runs does not free it. One that knows it says that
+        // it is no agent any more.
+        .filter(|workload| {
+            is_known(node, workload) || !matches!(populated(&workload.cgroup), Ok(Some(true)))
+        })
+        .map(|workload| workload.id)
+        .collect();
+    engine.remove_all(&gone);
     !gone.is_empty()
+}
+
+/// Whether what a workload was made of is still there.
+fn is_known(node: &Node, workload: &Workload) -> bool {
+    let of_pod =
+        |pod: &PodName| node.sandboxes.values().any(|sandbox| sandbox.pod.uid.as_str() == pod.uid);
+    workload.pod.as_ref().is_some_and(of_pod)
+        || workload.containers.iter().any(|container| node.containers.contains_key(&container.id))
 }
 
 /// Takes in a container whose first process waits for the answer.
@@ -506,8 +513,8 @@ pub async fn announce(
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let work = Arc::clone(shared);
-    let only = id.clone();
-    tokio::task::spawn_blocking(move || hold(&work, Some(&only))).await.map_err(|error| {
+    let version = containers.inputs().version;
+    tokio::task::spawn_blocking(move || hold(&work, version)).await.map_err(|error| {
         ServiceError::Unavailable {
             error: error.to_string(),
             remedy: "see the daemon's log".to_owned(),
@@ -527,8 +534,7 @@ fn answer(shared: &Shared, id: &str) -> Result<Announced, ServiceError> {
         return Ok(Announced { workload: None, identity: None });
     };
     let engine = shared.engine();
-    let below = placement.cgroup.strip_prefix("/").unwrap_or(&placement.cgroup);
-    let Some(workload) = engine.workload_at(&engine.cgroup_root().join(below)) else {
+    let Some(workload) = engine.workload_at(&below(engine.cgroup_root(), &placement.cgroup)) else {
         return Err(ServiceError::Unavailable {
             error: format!("{} could not be held", placement.name),
             remedy: "see agentguard status".to_owned(),
@@ -598,13 +604,4 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
     let container =
         Container { id, sandbox, name, labels, is_sandbox, cgroup, process, root, command };
     Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of })
-}
-
-/// The cgroup of a process, absolute below the cgroup v2 root.
-#[must_use]
-pub fn cgroup_of(pid: u32) -> Option<PathBuf> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
-    // What lies outside of the cgroup namespace of whoever reads is told by `..`.
-    (path.starts_with('/') && !path.contains("/..")).then(|| PathBuf::from(path))
 }

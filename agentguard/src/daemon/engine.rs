@@ -184,6 +184,15 @@ pub struct NewWorkload {
     pub owns_identity: bool,
 }
 
+/// What a workload was before a change that is not in the kernel yet.
+struct Before {
+    id: WorkloadId,
+    has_another_tag: bool,
+    identity: Option<SpiffeId>,
+    mode: Mode,
+    containers: Vec<ContainerRef>,
+}
+
 /// The allow-list of an identity, in force.
 struct Installed {
     compiled: CompiledAllowlist,
@@ -911,6 +920,17 @@ impl Engine {
     ///
     /// When it can not be done whole; then nothing of it is left.
     pub fn add(&mut self, new: NewWorkload) -> Result<WorkloadId, EngineError> {
+        let inherited = new.inherited.clone();
+        let cgroup_id = cgroup_id(&new.cgroup)?;
+        let id = self.begin(new, cgroup_id)?;
+        self.reconcile();
+        fault::point("add.compiled");
+        self.complete(id, &inherited)?;
+        Ok(id)
+    }
+
+    /// Notes a workload, of which nothing is in the kernel yet.
+    fn begin(&mut self, new: NewWorkload, cgroup_id: CgroupId) -> Result<WorkloadId, EngineError> {
         let NewWorkload {
             name,
             identity,
@@ -920,12 +940,11 @@ impl Engine {
             owner,
             unit,
             launch,
-            inherited,
+            inherited: _,
             pod,
             containers,
             owns_identity,
         } = new;
-        let cgroup_id = cgroup_id(&cgroup)?;
         if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
             return Err(EngineError::Taken { path: cgroup });
         }
@@ -935,7 +954,7 @@ impl Engine {
             id,
             name,
             identity,
-            cgroup: cgroup.clone(),
+            cgroup,
             cgroup_id,
             mode,
             source,
@@ -948,15 +967,23 @@ impl Engine {
             containers,
             owns_identity,
         });
-        self.reconcile();
-        fault::point("add.compiled");
+        Ok(id)
+    }
+
+    /// Holds a workload that was begun and whose allow-list is in force.
+    fn complete(
+        &mut self,
+        id: WorkloadId,
+        inherited: &[InheritedSocket],
+    ) -> Result<(), EngineError> {
         if let Err(error) = self.hold(id) {
-            let is_there = cgroup.exists();
-            match source {
-                // What a manifest selects, or a runtime started, runs already. Where there is no room to hold it to its
-                // allow-list, it is held to nothing at all until there is.
+            let Some(workload) = self.workloads.get(&id) else { return Err(error) };
+            let is_there = workload.cgroup.exists();
+            match workload.source {
+                // What a manifest selects, or a runtime started, runs already. Where there is no
+                // room to hold it to its allow-list, it is held to nothing at all until there is.
                 WorkloadSource::Manifest | WorkloadSource::Container if is_there => {
-                    tracing::error!(%error, cgroup = %cgroup.display(), "a workload is refused everything; trying again");
+                    tracing::error!(%error, cgroup = %workload.cgroup.display(), "a workload is refused everything; trying again");
                     self.unfit.insert(id, error.to_string());
                 }
                 WorkloadSource::Manifest | WorkloadSource::Container | WorkloadSource::Exec => {
@@ -967,9 +994,107 @@ impl Engine {
                 }
             }
         }
-        self.record_workload(id, WorkloadChange::Added, &inherited);
+        self.record_workload(id, WorkloadChange::Added, inherited);
         self.dirty = true;
-        Ok(id)
+        Ok(())
+    }
+
+    /// Makes workloads of what runtimes have started, and brings those up to date that are known,
+    /// all by one reconciliation: where hundreds start at once, each waits for as little as it can.
+    ///
+    /// Whether something was changed, and which could not be held, by name.
+    pub fn bring(&mut self, wanted: Vec<NewWorkload>) -> (bool, Vec<(String, EngineError)>) {
+        let mut failed = Vec::new();
+        let mut added = Vec::new();
+        let mut changed = Vec::new();
+        let known: BTreeMap<PathBuf, WorkloadId> = self
+            .workloads
+            .values()
+            .map(|workload| (workload.cgroup.clone(), workload.id))
+            .collect();
+        for new in wanted {
+            let name = new.name.clone();
+            let found = match cgroup_id(&new.cgroup) {
+                Ok(found) => found,
+                // It ended; its runtime will say so.
+                Err(_) if !new.cgroup.exists() => continue,
+                Err(error) => {
+                    failed.push((name, error.into()));
+                    continue;
+                }
+            };
+            let known = known.get(&new.cgroup).and_then(|id| self.workloads.get(id));
+            let taken = match known.map(|known| (known.id, known.cgroup_id, known.source)) {
+                Some((_, cgroup, source))
+                    if cgroup == found && source != WorkloadSource::Container =>
+                {
+                    Err(EngineError::Taken { path: new.cgroup })
+                }
+                Some((id, cgroup, _)) if cgroup == found => {
+                    changed.extend(self.replace(id, new));
+                    Ok(())
+                }
+                // Another cgroup of the same name; the one that was held is gone.
+                Some((id, _, _)) => {
+                    self.take_out(id);
+                    self.begin(new, found).map(|id| added.push(id))
+                }
+                None => self.begin(new, found).map(|id| added.push(id)),
+            };
+            failed.extend(taken.err().map(|error| (name, error)));
+        }
+        if added.is_empty() && changed.is_empty() {
+            return (false, failed);
+        }
+        self.reconcile();
+        fault::point("add.compiled");
+        let name_of = |engine: &Self, id: WorkloadId| {
+            engine.workloads.get(&id).map(|workload| workload.name.clone()).unwrap_or_default()
+        };
+        for id in added {
+            let name = name_of(self, id);
+            failed.extend(self.complete(id, &[]).err().map(|error| (name, error)));
+        }
+        for before in changed {
+            let name = name_of(self, before.id);
+            failed.extend(self.settle(before).err().map(|error| (name, error)));
+        }
+        self.dirty = true;
+        (true, failed)
+    }
+
+    /// Notes what has changed of a workload; `None` where nothing has.
+    fn replace(&mut self, id: WorkloadId, new: NewWorkload) -> Option<Before> {
+        let workload = self.workloads.get_mut(&id)?;
+        let has_another_tag = (&workload.identity, workload.mode) != (&new.identity, new.mode);
+        if !has_another_tag && workload.containers == new.containers {
+            return None;
+        }
+        Some(Before {
+            id,
+            has_another_tag,
+            identity: std::mem::replace(&mut workload.identity, new.identity),
+            mode: std::mem::replace(&mut workload.mode, new.mode),
+            containers: std::mem::replace(&mut workload.containers, new.containers),
+        })
+    }
+
+    /// Switches the tag of a workload whose new allow-list is in force, or takes the change back.
+    fn settle(&mut self, before: Before) -> Result<(), EngineError> {
+        let Before { id, has_another_tag, identity, mode, containers } = before;
+        if !has_another_tag {
+            return Ok(());
+        }
+        if let Err(error) = self.hold(id) {
+            if let Some(workload) = self.workloads.get_mut(&id) {
+                (workload.identity, workload.mode, workload.containers) =
+                    (identity, mode, containers);
+            }
+            self.reconcile();
+            return Err(error);
+        }
+        self.record_workload(id, WorkloadChange::Changed, &[]);
+        Ok(())
     }
 
     /// Gives a workload another identity or mode. Its processes are held all the time: the new
@@ -984,49 +1109,22 @@ impl Engine {
         identity: Option<SpiffeId>,
         mode: Mode,
     ) -> Result<(), EngineError> {
-        let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
-        let containers = workload.containers.clone();
-        self.change_with(id, identity, mode, containers)
-    }
-
-    /// The same, and with other containers in it.
-    ///
-    /// # Errors
-    ///
-    /// When the tag can not be switched; all is then what it was.
-    pub fn change_with(
-        &mut self,
-        id: WorkloadId,
-        identity: Option<SpiffeId>,
-        mode: Mode,
-        containers: Vec<ContainerRef>,
-    ) -> Result<(), EngineError> {
         let Some(workload) = self.workloads.get_mut(&id) else { return Ok(()) };
-        let has_changed = (&workload.identity, workload.mode) != (&identity, mode);
-        if !has_changed && workload.containers == containers {
+        if (&workload.identity, workload.mode) == (&identity, mode) {
             return Ok(());
         }
-        let before = (
-            std::mem::replace(&mut workload.identity, identity),
-            std::mem::replace(&mut workload.mode, mode),
-            std::mem::replace(&mut workload.containers, containers),
-        );
+        let before = Before {
+            id,
+            has_another_tag: true,
+            identity: std::mem::replace(&mut workload.identity, identity),
+            mode: std::mem::replace(&mut workload.mode, mode),
+            containers: workload.containers.clone(),
+        };
         // Retires the old identity's allow-list, which stays readable for as long as a program may
         // still hold the old tag.
         self.reconcile();
         self.dirty = true;
-        if !has_changed {
-            return Ok(());
-        }
-        if let Err(error) = self.hold(id) {
-            if let Some(workload) = self.workloads.get_mut(&id) {
-                (workload.identity, workload.mode, workload.containers) = before;
-            }
-            self.reconcile();
-            return Err(error);
-        }
-        self.record_workload(id, WorkloadChange::Changed, &[]);
-        Ok(())
+        self.settle(before)
     }
 
     /// Notes that a process is in the workload: it ends with its last one.
@@ -1102,9 +1200,25 @@ impl Engine {
 
     /// Ends a workload: its cgroup is gone, or nobody's from now on.
     pub fn remove(&mut self, id: WorkloadId) {
-        if !self.workloads.contains_key(&id) {
+        self.remove_all(&[id]);
+    }
+
+    /// Ends workloads, by one reconciliation.
+    pub fn remove_all(&mut self, ids: &[WorkloadId]) {
+        let there: Vec<WorkloadId> =
+            ids.iter().copied().filter(|id| self.workloads.contains_key(id)).collect();
+        if there.is_empty() {
             return;
         }
+        for id in there {
+            self.take_out(id);
+        }
+        self.reconcile();
+        self.dirty = true;
+    }
+
+    /// Ends a workload but for its allow-list, which the next reconciliation retires.
+    fn take_out(&mut self, id: WorkloadId) {
         self.record_workload(id, WorkloadChange::Removed, &[]);
         let gone = self.workloads.get(&id).filter(|workload| workload.owns_identity);
         let gone = gone.and_then(|workload| workload.identity.clone());
@@ -1112,8 +1226,6 @@ impl Engine {
         if let Some(identity) = gone {
             self.end_grants_of(&identity);
         }
-        self.reconcile();
-        self.dirty = true;
     }
 
     /// Takes back what was granted at run time to an identity that is gone for good. What manifests
@@ -1252,9 +1364,7 @@ impl Engine {
                 }
             }
         }
-        for id in ended {
-            self.remove(id);
-        }
+        self.remove_all(&ended);
     }
 
     fn sweep(&mut self) {
@@ -1668,7 +1778,7 @@ pub fn protection_of(protection: &Protection) -> (ProtectionWord, Vec<Missing>) 
 }
 
 /// Whether a cgroup or one below it has processes; `None` if it is gone.
-fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
+pub fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
     match fs::read_to_string(cgroup.join("cgroup.events")) {
         Ok(events) => Ok(Some(events.lines().any(|line| line == "populated 1"))),
         Err(error) if is_gone(&error) => Ok(None),

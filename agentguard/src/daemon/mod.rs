@@ -65,6 +65,7 @@ use crate::fault;
 use crate::grant::clock::{Clock, ClockError};
 use crate::identity::cgroup::CgroupSource;
 use crate::metrics::{Metrics, MetricsError};
+use crate::runtimes::RuntimeError;
 
 /// How often what is due is looked for; what the kernel ends by itself does not wait for it.
 const TICK: Duration = Duration::from_millis(200);
@@ -90,6 +91,8 @@ pub enum DaemonError {
     Listen { address: SocketAddr, source: io::Error },
     #[error(transparent)]
     Lock(#[from] lock::LockError),
+    #[error(transparent)]
+    ContainerRuntime(#[from] RuntimeError),
     #[error("the directory {path} can not be made: {source}")]
     Directory { path: PathBuf, source: io::Error },
     #[error(
@@ -153,6 +156,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
         tasks.spawn(cluster::report(Arc::clone(&shared), Arc::clone(&watches.objects)));
         tasks.spawn(cluster::follow(Arc::clone(&shared), watches));
     }
+    containers::follow_runtimes(&shared, &mut tasks)?;
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(server::serve_control(
         socket,
@@ -279,6 +283,7 @@ fn set_up(
         watches.introduce(&shared.containers);
     }
     let custom_resources = watches.map(|watches| watches.custom_resources(&shared));
+    containers::expect_runtimes(&shared.containers, &shared.configuration);
     let mut sources = manifests::Sources::new(&shared, custom_resources);
     manifests::load_documents(&shared, &mut sources);
     fault::point("start.manifests");

@@ -261,6 +261,15 @@ pub fn pod_cgroup(cgroup: &Path, uid: &PodUid) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
+/// The cgroup of a process, absolute below the cgroup v2 root.
+#[must_use]
+pub fn cgroup_of(pid: u32) -> Option<PathBuf> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    // What lies outside of the cgroup namespace of whoever reads is told by `..`.
+    (path.starts_with('/') && !path.contains("/..")).then(|| PathBuf::from(path))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,10 +3,18 @@
 //! An edge: turns what a runtime answers into the plain values of [`crate::identity::container`].
 //! Knows no workload, grant or tag.
 
+mod changes;
+pub mod cri;
+pub mod docker;
+
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 
 use crate::identity::container::{Container, Sandbox};
+
+/// Where a container's command is looked for when it says nothing.
+const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What a runtime says there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,4 +45,31 @@ pub trait Runtime: Send + 'static {
     /// Waits until something may have changed. Returns at once where that is not known, after a
     /// short while where the runtime does not tell.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// The cgroup of a container that one of its processes is in or below: a container may make cgroups
+/// of its own, and systemd in one does. Runtimes name a container's by its id.
+fn container_cgroup(cgroup: &Path, id: &str) -> PathBuf {
+    let names = |path: &&Path| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.contains(id))
+    };
+    // The outermost: what a container makes can have any name.
+    cgroup.ancestors().filter(names).last().unwrap_or(cgroup).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup_of_a_container_is_the_outermost_of_its_name() {
+        for (cgroup, of_container) in [
+            ("/kubepods/podx/abc", "/kubepods/podx/abc"),
+            ("/kubepods/podx/abc/init.scope", "/kubepods/podx/abc"),
+            ("/a.slice/docker-abc.scope/abc/below", "/a.slice/docker-abc.scope"),
+            ("/elsewhere", "/elsewhere"),
+        ] {
+            assert_eq!(container_cgroup(Path::new(cgroup), "abc"), Path::new(of_container));
+        }
+    }
 }

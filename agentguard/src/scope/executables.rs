@@ -256,10 +256,26 @@ impl Resolver {
     ///
     /// When the root is gone or can not be read.
     pub fn resolve(&self, pattern: &ExecutablePattern) -> Result<Resolution, ResolveError> {
-        let Lookup { files, problems, names: _ } = self.open()?.look_up(pattern);
-        let mut resolution = Resolution { files: Vec::new(), problems };
-        for (path, pin) in files {
-            resolution.files.push(ResolvedFile { path, id: pin.id });
+        self.resolve_all([pattern])
+    }
+
+    /// What all of `patterns` mean at this moment. Opening the root and reading its mounts is most
+    /// of the work, and is done once.
+    ///
+    /// # Errors
+    ///
+    /// When the root is gone or can not be read.
+    pub fn resolve_all<'a>(
+        &self,
+        patterns: impl IntoIterator<Item = &'a ExecutablePattern>,
+    ) -> Result<Resolution, ResolveError> {
+        let root = self.open()?;
+        let mut resolution = Resolution::default();
+        for pattern in patterns {
+            let Lookup { files, problems, names: _ } = root.look_up(pattern);
+            resolution.problems.extend(problems);
+            let files = files.into_iter().map(|(path, pin)| ResolvedFile { path, id: pin.id });
+            resolution.files.extend(files);
         }
         resolution.keep_each_file_once();
         Ok(resolution)

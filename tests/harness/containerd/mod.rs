@@ -74,7 +74,7 @@ impl Containerd {
         Self::started_with("")
     }
 
-    /// The same, with more in its configuration.
+    /// The same, with more in its configuration; `{directory}` in it is where its files are.
     ///
     /// # Panics
     ///
@@ -128,6 +128,11 @@ impl Containerd {
     #[must_use]
     pub fn api_versions(&self) -> [String; 2] {
         self.cri.versions().map(|version| version.expect("it answers"))
+    }
+
+    /// Stops and removes every pod.
+    pub fn remove_all(&self) {
+        self.cri.remove_all();
     }
 
     /// Ends it as an upgrade does, and starts it again; containers run on.
@@ -224,6 +229,7 @@ impl Containerd {
         });
         fs::write(self.path("cni/10-pods.conflist"), network.to_string())?;
         let directory = self.world.directory().display();
+        let more = more.replace("{directory}", &directory.to_string());
         let config = format!(
             r#"version = 2
 root = "{directory}/root"
@@ -354,6 +360,11 @@ const CONFIG: &str = "containerd.toml";
 const NODE: &str = "node";
 
 /// The program in the images.
-fn agent_binary() -> PathBuf {
+///
+/// # Panics
+///
+/// When it was not built.
+#[must_use]
+pub fn agent_binary() -> PathBuf {
     binary("../static/agentguard-agent", "AGENTGUARD_AGENT_BIN")
 }

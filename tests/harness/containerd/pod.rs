@@ -107,6 +107,12 @@ impl<'a> PodPlan<'a> {
         self
     }
 
+    /// Puts it into another namespace of the orchestrator's.
+    pub fn namespace(mut self, name: &str) -> Self {
+        self.config.metadata.get_or_insert_default().namespace = name.to_owned();
+        self.label("io.kubernetes.pod.namespace", name)
+    }
+
     /// Puts it into the node's own network.
     pub fn host_network(mut self) -> Self {
         let namespaces = self.security().namespace_options.get_or_insert_default();

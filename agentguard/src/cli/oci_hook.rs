@@ -1,0 +1,422 @@
+//! `agentguard oci-hook`: what an OCI runtime runs between making a container and running it.
+//!
+//! Its one job is to tell the daemon whose container is about to run, and to have the runtime give up
+//! where it could not. It runs before every container of the node, so it reads two small files and
+//! asks once; nothing that the node needs to run agentguard waits for agentguard.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::exit::{Exit, Failure};
+use super::output::Tone;
+use super::{Context, Result};
+use crate::api::types::{Announcement, PodView};
+use crate::config::EXEMPT_NAMESPACES;
+
+/// As much of a runtime's files as is read.
+const LONGEST: u64 = 16 << 20;
+/// How much longer a runtime waits for the hook than the hook for the daemon, in seconds.
+const SLACK: u64 = 5;
+
+/// Have the daemon hold a container before its first instruction
+///
+/// An OCI runtime runs this as a createRuntime hook, with the container's state on standard input.
+/// The container's first process waits meanwhile; it is held when this succeeds, and does not run
+/// when this fails. --print writes what makes a runtime run it.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// What becomes of a pod's container that could not be told of: without a daemon, nothing that
+    /// the hook is installed for starts, or everything does and is held once the daemon runs
+    #[arg(long, value_enum, value_name = "deny|allow", default_value_t = OnFailure::Deny)]
+    on_failure: OnFailure,
+
+    /// A namespace whose pods start without being told of; may be repeated. Name the one that the
+    /// daemon itself runs in
+    #[arg(long = "exempt-namespace", value_name = "NAMESPACE", default_values = EXEMPT_NAMESPACES)]
+    exempt: Vec<String>,
+
+    /// How long the daemon may take, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(1..=60))]
+    timeout: u64,
+
+    /// Write what installs this hook, with the options that are given, in place of being it:
+    /// base-spec adds it to the output of `ctr oci spec` on standard input; containerd is the part
+    /// of its configuration that names the result; cri-o is a file for its hooks directory
+    #[arg(long, value_enum, value_name = "WHAT")]
+    print: Option<Print>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnFailure {
+    Deny,
+    Allow,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Print {
+    BaseSpec,
+    Containerd,
+    #[value(name = "cri-o")]
+    CriO,
+}
+
+/// What the runtime says of the container (runtime-spec, `runtime.md`), as far as it is needed.
+#[derive(Debug, Deserialize)]
+struct State {
+    id: String,
+    #[serde(default)]
+    pid: u32,
+    bundle: PathBuf,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+/// What the container is made by (runtime-spec, `config.md`), as far as it is needed.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Spec {
+    root: Root,
+    process: Process,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Root {
+    path: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Process {
+    args: Vec<String>,
+    env: Vec<String>,
+}
+
+/// The pod of a container, as its annotations tell it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct OfPod {
+    is_sandbox: bool,
+    sandbox: Option<String>,
+    container: String,
+    namespace: String,
+    name: String,
+    uid: String,
+}
+
+pub(super) fn run(arguments: &Arguments, mut context: Context<'_, '_>) -> Result {
+    if let Some(print) = arguments.print {
+        return write(print, arguments, &mut context);
+    }
+    let mut text = String::new();
+    let failure = match std::io::stdin().lock().take(LONGEST).read_to_string(&mut text) {
+        Err(error) => not_told("a container", &format!("its state can not be read: {error}")),
+        Ok(_) => match serde_json::from_str::<State>(&text) {
+            Err(error) => not_told(
+                "a container",
+                &format!("its state on standard input is none of an OCI runtime: {error}"),
+            ),
+            Ok(state) => match tell(state, arguments, &context) {
+                Ok(()) => return Ok(Exit::Done),
+                Err(failure) => failure,
+            },
+        },
+    };
+    match arguments.on_failure {
+        OnFailure::Deny => Err(failure),
+        OnFailure::Allow => {
+            let text =
+                format!("{}; it starts all the same, as --on-failure allow says", failure.error);
+            context.console.note("warning:", Tone::Careful, &text);
+            Ok(Exit::Done)
+        }
+    }
+}
+
+fn tell(
+    state: State,
+    arguments: &Arguments,
+    context: &Context<'_, '_>,
+) -> std::result::Result<(), Failure> {
+    let pod = pod_of(&state.annotations);
+    // Here and not in the daemon, which may be what is being started.
+    if pod.as_ref().is_some_and(|pod| arguments.exempt.contains(&pod.namespace)) {
+        return Ok(());
+    }
+    let whose = match &pod {
+        Some(pod) => format!("the container {} of pod {}/{}", state.id, pod.namespace, pod.name),
+        None => format!("the container {}", state.id),
+    };
+    // Without a pod only what it says of itself can make an agent of it.
+    if pod.is_none() && state.annotations.is_empty() {
+        return Ok(());
+    }
+    let announcement = announcement(state, pod).map_err(|why| not_told(&whose, &why))?;
+    let client = context.client.clone().with_patience(Duration::from_secs(arguments.timeout));
+    client.announce(&announcement).map(drop).map_err(|error| {
+        let failure = Failure::from(error);
+        let remedy = failure.remedy.clone();
+        let refused = not_told(&whose, &failure.error);
+        match remedy {
+            Some(remedy) => refused.with_remedy(remedy),
+            None => refused,
+        }
+    })
+}
+
+fn not_told(whose: &str, why: &str) -> Failure {
+    Failure::new(Exit::Failed, format!("{whose} is not held by agentguard: {why}")).with_remedy(
+        "see agentguard status; a hook with --on-failure allow starts what it can not tell of",
+    )
+}
+
+fn announcement(state: State, pod: Option<OfPod>) -> std::result::Result<Announcement, String> {
+    let State { id, pid, bundle, annotations } = state;
+    if pid == 0 {
+        return Err("it has no process yet; run this as a createRuntime hook".to_owned());
+    }
+    let path = bundle.join("config.json");
+    let text = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let Spec { root, process } = serde_json::from_slice(&text)
+        .map_err(|error| format!("{} is no OCI configuration: {error}", path.display()))?;
+    if root.path.as_os_str().is_empty() {
+        return Err(format!("{} names no root", path.display()));
+    }
+    let search_path = process.env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
+    let search_path = search_path.map(str::to_owned);
+    let (name, is_sandbox, sandbox, pod, labels) = match pod {
+        Some(OfPod { is_sandbox, sandbox, container, namespace, name, uid }) => {
+            if uid.is_empty() {
+                return Err("its annotations tell no uid of its pod; update the container runtime"
+                    .to_owned());
+            }
+            let sandbox = sandbox.or_else(|| is_sandbox.then(|| id.clone()));
+            let pod = PodView { namespace, name, uid };
+            (container, is_sandbox, sandbox, Some(pod), BTreeMap::new())
+        }
+        // There is nothing else that could mark it.
+        None => (id.clone(), false, None, None, annotations),
+    };
+    Ok(Announcement {
+        id,
+        pid,
+        root: bundle.join(root.path),
+        name,
+        is_sandbox,
+        sandbox,
+        pod,
+        labels,
+        command: process.args.into_iter().next(),
+        search_path,
+    })
+}
+
+/// Whose it is, by the annotations of containerd (`pkg/cri/annotations`) or CRI-O
+/// (`pkg/annotations`), which the runtimes write after those of pods.
+fn pod_of(annotations: &BTreeMap<String, String>) -> Option<OfPod> {
+    let get = |key: &str| annotations.get(key).cloned();
+    if let Some(kind) = get("io.kubernetes.cri.container-type") {
+        let of = |key: &str| get(&format!("io.kubernetes.cri.{key}")).unwrap_or_default();
+        return Some(OfPod {
+            is_sandbox: kind == "sandbox",
+            sandbox: get("io.kubernetes.cri.sandbox-id"),
+            container: of("container-name"),
+            namespace: of("sandbox-namespace"),
+            name: of("sandbox-name"),
+            uid: of("sandbox-uid"),
+        });
+    }
+    let kind = get("io.kubernetes.cri-o.ContainerType")?;
+    let labels: BTreeMap<String, String> = get("io.kubernetes.cri-o.Labels")
+        .and_then(|labels| serde_json::from_str(&labels).ok())
+        .unwrap_or_default();
+    // Newer versions give these as annotations of their own as well.
+    let of = |key: &str| labels.get(key).cloned().or_else(|| get(key)).unwrap_or_default();
+    let namespace = of("io.kubernetes.pod.namespace");
+    Some(OfPod {
+        is_sandbox: kind == "sandbox",
+        sandbox: get("io.kubernetes.cri-o.SandboxID"),
+        container: of("io.kubernetes.container.name"),
+        namespace: if namespace.is_empty() {
+            get("io.kubernetes.cri-o.Namespace").unwrap_or_default()
+        } else {
+            namespace
+        },
+        name: of("io.kubernetes.pod.name"),
+        uid: of("io.kubernetes.pod.uid"),
+    })
+}
+
+fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> Result {
+    let program = std::env::current_exe().map_err(|error| {
+        Failure::new(Exit::Failed, format!("it is not known where this program is: {error}"))
+            .with_remedy("mount procfs at /proc")
+    })?;
+    let text = match print {
+        Print::BaseSpec => {
+            let mut text = String::new();
+            std::io::stdin().lock().take(LONGEST).read_to_string(&mut text).map_err(|error| {
+                Failure::new(Exit::Failed, format!("standard input can not be read: {error}"))
+            })?;
+            let spec = serde_json::from_str(&text).map_err(|error| error.to_string());
+            let added = spec.and_then(|spec| add(spec, hook(&program, arguments, context)));
+            let spec = added.map_err(|error| {
+                Failure::new(Exit::Usage, format!("standard input is no OCI configuration: {error}"))
+                    .with_remedy(
+                        "pipe in that of containerd: ctr oci spec | agentguard oci-hook --print base-spec",
+                    )
+            })?;
+            format!("{spec:#}\n")
+        }
+        Print::Containerd => CONTAINERD.to_owned(),
+        Print::CriO => {
+            let hook = json!({
+                "version": "1.0.0",
+                "hook": hook(&program, arguments, context),
+                "when": {"always": true},
+                "stages": ["createRuntime"],
+            });
+            format!("{hook:#}\n")
+        }
+    };
+    context.console.out.write_all(text.as_bytes())?;
+    Ok(Exit::Done)
+}
+
+/// The hook, as both runtimes' files have it.
+fn hook(program: &Path, arguments: &Arguments, context: &Context<'_, '_>) -> Value {
+    let mut words = vec!["agentguard".to_owned(), "oci-hook".to_owned()];
+    let mut option = |name: &str, value: &str| words.extend([name.to_owned(), value.to_owned()]);
+    if let Some(socket) = &context.socket {
+        option("--socket", &socket.display().to_string());
+    }
+    if arguments.on_failure == OnFailure::Allow {
+        option("--on-failure", "allow");
+    }
+    for namespace in &arguments.exempt {
+        option("--exempt-namespace", namespace);
+    }
+    option("--timeout", &arguments.timeout.to_string());
+    json!({"path": program, "args": words, "timeout": arguments.timeout + SLACK})
+}
+
+/// Adds the hook to a configuration, in the place of one that was added before.
+fn add(mut spec: Value, hook: Value) -> std::result::Result<Value, String> {
+    if !spec.get("process").is_some_and(Value::is_object) {
+        return Err("it has no `process`".to_owned());
+    }
+    let hooks = &mut spec["hooks"];
+    if hooks.is_null() {
+        *hooks = json!({});
+    }
+    let hooks = hooks.as_object_mut().ok_or("its `hooks` are no object")?;
+    let stage = hooks.entry("createRuntime").or_insert_with(|| json!([]));
+    let stage = stage.as_array_mut().ok_or("its `hooks.createRuntime` is no list")?;
+    stage.retain(|known| known["args"][1] != "oci-hook");
+    stage.push(hook);
+    Ok(spec)
+}
+
+/// For both generations of containerd's configuration.
+const CONTAINERD: &str = r#"# Add to /etc/containerd/config.toml, for the runtime that runs pods, and restart containerd. Write the
+# file first: ctr oci spec | agentguard oci-hook --print base-spec > /etc/containerd/agentguard.json
+
+# containerd 1.5 to 1.7 (version = 2)
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  base_runtime_spec = "/etc/containerd/agentguard.json"
+
+# containerd 2 (version = 3)
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  base_runtime_spec = "/etc/containerd/agentguard.json"
+"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn expected() -> OfPod {
+        OfPod {
+            is_sandbox: false,
+            sandbox: Some("s".to_owned()),
+            container: "agent".to_owned(),
+            namespace: "agents".to_owned(),
+            name: "researcher-0".to_owned(),
+            uid: "u-1".to_owned(),
+        }
+    }
+
+    #[test]
+    fn containerd_and_cri_o_tell_the_pod_of_a_container() {
+        let containerd = annotations(&[
+            ("io.kubernetes.cri.container-type", "container"),
+            ("io.kubernetes.cri.container-name", "agent"),
+            ("io.kubernetes.cri.sandbox-id", "s"),
+            ("io.kubernetes.cri.sandbox-namespace", "agents"),
+            ("io.kubernetes.cri.sandbox-name", "researcher-0"),
+            ("io.kubernetes.cri.sandbox-uid", "u-1"),
+        ]);
+        assert_eq!(pod_of(&containerd), Some(expected()));
+        let labels = r#"{"io.kubernetes.container.name": "agent", "io.kubernetes.pod.uid": "u-1",
+            "io.kubernetes.pod.name": "researcher-0", "io.kubernetes.pod.namespace": "agents"}"#;
+        let cri_o = annotations(&[
+            ("io.kubernetes.cri-o.ContainerType", "container"),
+            ("io.kubernetes.cri-o.SandboxID", "s"),
+            ("io.kubernetes.cri-o.Labels", labels),
+        ]);
+        assert_eq!(pod_of(&cri_o), Some(expected()));
+        assert_eq!(pod_of(&annotations(&[("agentguard.dev/agent", "true")])), None);
+    }
+
+    #[test]
+    fn a_container_is_announced_with_its_root_and_its_command() {
+        let bundle = tempfile::tempdir().unwrap();
+        let config = json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "process": {"args": ["agent", "--flag"], "env": ["PATH=/first", "PATH=/bin"]},
+        });
+        fs::write(bundle.path().join("config.json"), config.to_string()).unwrap();
+        let state = |pid| State {
+            id: "c".to_owned(),
+            pid,
+            bundle: bundle.path().to_owned(),
+            annotations: BTreeMap::new(),
+        };
+        let told = announcement(state(7), Some(expected())).unwrap();
+        assert_eq!((told.id.as_str(), told.pid, told.name.as_str()), ("c", 7, "agent"));
+        assert_eq!(told.root, bundle.path().join("rootfs"));
+        assert_eq!(told.command.as_deref(), Some("agent"));
+        assert_eq!(told.search_path.as_deref(), Some("/bin"));
+        assert_eq!(told.sandbox.as_deref(), Some("s"));
+        let sandbox = OfPod { is_sandbox: true, sandbox: None, ..expected() };
+        assert_eq!(announcement(state(7), Some(sandbox)).unwrap().sandbox.as_deref(), Some("c"));
+        assert!(announcement(state(0), Some(expected())).unwrap_err().contains("createRuntime"));
+        let of_old = OfPod { uid: String::new(), ..expected() };
+        assert!(announcement(state(7), Some(of_old)).unwrap_err().contains("uid"));
+    }
+
+    #[test]
+    fn the_hook_is_added_once_and_leaves_others() {
+        let hook = |timeout: u64| json!({"path": "/a", "args": ["agentguard", "oci-hook"], "timeout": timeout});
+        let other = json!({"path": "/other", "args": ["other", "x"]});
+        let spec = json!({"process": {}, "hooks": {"createRuntime": [other]}});
+        let once = add(spec, hook(1)).unwrap();
+        let twice = add(once, hook(2)).unwrap();
+        assert_eq!(twice["hooks"]["createRuntime"], json!([other, hook(2)]));
+        let added = add(json!({"process": {}}), hook(1)).unwrap();
+        assert_eq!(added["hooks"]["createRuntime"], json!([hook(1)]));
+        assert!(add(json!([]), hook(1)).is_err());
+        assert!(add(json!({"process": {}, "hooks": []}), hook(1)).is_err());
+    }
+}

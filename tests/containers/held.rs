@@ -1,0 +1,531 @@
+//! Pods and containers as workloads: a real runtime, and the daemon beside it.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use agentguard_tests::{
+    Containerd, Guard,
+    address::{API, GRANTED_PORT, OTHER_PORT},
+    attempt::{Ask, Report},
+    containerd::{Container, PROGRAM, Pod, PodPlan, TOOL, agent_binary},
+    daemon::program,
+    wait_until,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{API_PORT, tell};
+
+const ELSEWHERE: std::net::SocketAddr = std::net::SocketAddr::new(API, OTHER_PORT);
+/// The scope of every test here: the API, and no program.
+const BASE: &str = "test:base";
+const AGENT: &str = "agentguard.dev/agent";
+const MODE: &str = "agentguard.dev/mode";
+const HOUR: Duration = Duration::from_secs(3600);
+/// The pod's own name in its identity, by a label.
+const BY_LABEL: &str = "spiffe://{trust_domain}/app/{label:app}";
+/// Each container apart, so that no pod's cgroup is tagged.
+const BY_CONTAINER: &str = "spiffe://{trust_domain}/app/{label:app}/{container}";
+
+fn identity(path: &str) -> String {
+    format!("spiffe://agentguard.test/app/{path}")
+}
+
+fn guard_with(containerd: &Containerd, template: &str) -> Guard {
+    let containers = json!({
+        "runtimes": [containerd.socket()],
+        "identity": template,
+        "sandboxed_handlers": ["kata"],
+    });
+    let more = json!({"mode": "enforce", "containers": containers});
+    Guard::start_with(containerd.world(), &[], &more)
+}
+
+fn guard(containerd: &Containerd) -> Guard {
+    guard_with(containerd, BY_LABEL)
+}
+
+fn agent<'a>(containerd: &'a Containerd, name: &str, app: &str) -> PodPlan<'a> {
+    containerd.pod(name).label(AGENT, "true").label("app", app)
+}
+
+/// The workload of this name, if it is one.
+fn workload(guard: &Guard, name: &str) -> Option<Value> {
+    let list = guard.json(&["workloads"]);
+    list.as_array()?.iter().find(|workload| workload["name"] == name).cloned()
+}
+
+#[track_caller]
+fn is_held(guard: &Guard, name: &str) -> Value {
+    let mut found = None;
+    wait_until(&format!("{name} is a workload"), || {
+        found = workload(guard, name);
+        found.is_some()
+    });
+    found.expect("it was found")
+}
+
+#[track_caller]
+fn grant(guard: &Guard, name: &str, app: &str, scope: &str) {
+    guard.grant(name, &identity(app), scope, HOUR);
+}
+
+/// What every agent here asks for: one thing that is granted, the rest not.
+fn asks() -> Vec<Ask> {
+    vec![
+        Ask::Tcp(ELSEWHERE),
+        Ask::Exec(TOOL.into()),
+        Ask::SendTo(ELSEWHERE),
+        Ask::Udp(ELSEWHERE),
+        Ask::Tcp(API_PORT),
+    ]
+}
+
+/// Whether all of [`asks`] ended as they are to for who has the API alone.
+#[track_caller]
+fn assert_held(report: &Report, whose: &str) {
+    for tally in &report.tallies {
+        let wanted = match &tally.ask {
+            Ask::Tcp(address) if *address == API_PORT => tally.allowed,
+            Ask::Tcp(_) | Ask::Udp(_) | Ask::SendTo(_) => tally.refused(),
+            Ask::Exec(path) if path == Path::new(PROGRAM) => tally.allowed,
+            Ask::Exec(_) => tally.refused(),
+        };
+        assert_eq!(wanted, tally.attempts(), "{whose}: {tally:?}");
+    }
+}
+
+#[track_caller]
+fn assert_free(report: &Report, whose: &str) {
+    for tally in &report.tallies {
+        assert_eq!(tally.allowed, tally.attempts(), "{whose}: {tally:?}");
+    }
+}
+
+fn gaps(guard: &Guard) -> Vec<String> {
+    let status = guard.status();
+    let gaps = status["gaps"].as_array().into_iter().flatten();
+    gaps.filter_map(|gap| gap.as_str().map(str::to_owned)).collect()
+}
+
+/// The hook as it is installed: a base specification of containerd's own with the hook in it, named
+/// by a runtime handler.
+struct Hook {
+    directory: TempDir,
+}
+
+/// Refuses what it can not tell of.
+const DENYING: &str = "denying";
+/// Starts it.
+const ALLOWING: &str = "allowing";
+
+impl Hook {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        // containerd reads it as root; nothing else needs to.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let spec = Command::new("ctr").args(["oci", "spec"]).output().unwrap();
+        assert!(spec.status.success(), "{spec:?}");
+        for (name, on_failure) in [(DENYING, "deny"), (ALLOWING, "allow")] {
+            let mut child = Command::new(program())
+                .args(["oci-hook", "--print", "base-spec", "--on-failure", on_failure])
+                .arg("--socket")
+                .arg(directory.path().join("agentguard.sock"))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(&spec.stdout).unwrap();
+            let written = child.wait_with_output().unwrap();
+            assert!(written.status.success(), "{written:?}");
+            fs::write(directory.path().join(name), written.stdout).unwrap();
+        }
+        Self { directory }
+    }
+
+    /// What containerd's configuration needs of it.
+    fn configuration(&self) -> String {
+        [DENYING, ALLOWING, "kata"]
+            .map(|name| {
+                let handler =
+                    format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}");
+                let spec = self.directory.path().join(name);
+                let base = if spec.exists() {
+                    format!("base_runtime_spec = \"{}\"\n", spec.display())
+                } else {
+                    String::new()
+                };
+                format!(
+                    "{handler}]\nruntime_type = \"io.containerd.runc.v2\"\n{base}\
+                     {handler}.options]\nRoot = \"{{directory}}/runc\"\n"
+                )
+            })
+            .concat()
+    }
+
+    /// Leads it to a daemon.
+    fn lead_to(&self, containerd: &Containerd) {
+        let socket = containerd.world().directory().join("guard/run/api.sock");
+        symlink(socket, self.directory.path().join("agentguard.sock")).unwrap();
+    }
+}
+
+#[test]
+fn pods_are_held_by_their_labels_and_others_are_not() {
+    let containerd = Containerd::started();
+    let guard = guard(&containerd);
+    grant(&guard, "researcher", "researcher", BASE);
+
+    let pod = agent(&containerd, "researcher-0", "researcher").run();
+    let workload = is_held(&guard, "agents/researcher-0");
+    assert_eq!(workload["identity"], identity("researcher"));
+    assert_eq!(workload["source"], "container");
+    assert_eq!(workload["mode"], "enforce");
+    assert_eq!(workload["pod"]["uid"], pod.uid());
+    let container = pod.container("agent").attempts(20, &asks()).start();
+    assert_held(&container.report(), "the agent");
+    guard.recorded("a denial with the pod's name", |record| {
+        let workload = &record["workload"];
+        record["kind"] == "verdict"
+            && record["verdict"] == "deny"
+            && workload["pod"]["name"] == "researcher-0"
+            && workload["identity"] == identity("researcher")
+    });
+
+    let ordinary = containerd.pod("ordinary").label("app", "researcher").run();
+    let audited = agent(&containerd, "audited", "researcher").label(MODE, "audit").run();
+    assert_eq!(is_held(&guard, "agents/audited")["mode"], "audit");
+    for (pod, whose) in [(&ordinary, "an ordinary pod"), (&audited, "a pod in audit mode")] {
+        let container = pod.container("agent").attempts(5, &asks()).start();
+        assert_free(&container.report(), whose);
+    }
+    assert!(self::workload(&guard, "agents/ordinary").is_none());
+
+    // Of whom it is not known which agent it is, everything is denied.
+    let nameless = containerd.pod("nameless").label(AGENT, "true").run();
+    assert_eq!(is_held(&guard, "agents/nameless")["identity"], Value::Null);
+    let container = nameless.container("agent").attempts(3, &[Ask::Tcp(API_PORT)]).start();
+    // Even its own command: there is no allow-list that could permit it.
+    wait_until("it ends or is denied", || {
+        !container.is_running() || container.log().contains("tcp")
+    });
+    assert!(!container.log().contains("\"allowed\":3"), "{}", container.log());
+    assert!(gaps(&guard).iter().any(|gap| gap.contains("label app is not known")));
+}
+
+#[test]
+fn executables_are_granted_in_the_containers_own_mounts() {
+    let containerd = Containerd::started();
+    let guard = guard(&containerd);
+    guard.define("test:tool", &json!({"exec": [{"path": TOOL}, {"path": "/bin/in-no-image"}]}));
+    guard.define("test:data", &json!({"exec": [{"path": "/data/tool"}]}));
+    grant(&guard, "base", "coder", BASE);
+    let pod = agent(&containerd, "coder-0", "coder").run();
+    is_held(&guard, "agents/coder-0");
+
+    // A volume that can be written to holds nothing that can be granted.
+    let volume = containerd.world().directory().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::copy(agent_binary(), volume.join("tool")).unwrap();
+    let first = pod.container("init").command([PROGRAM, "end"]).start();
+    wait_until("the init container has ended", || !first.is_running());
+    let container = pod.container("agent").mount(&volume, "/data").start();
+
+    let run = |path: &str| container.exec([path, "end"]).exit_code;
+    // What the runtime started runs again; nothing else does.
+    wait_until("the container's own command may run", || run(PROGRAM) == 0);
+    assert_ne!(run(TOOL), 0, "a command of exec that no scope grants");
+    assert_ne!(run("/data/tool"), 0);
+    grant(&guard, "tool", "coder", "test:tool");
+    grant(&guard, "data", "coder", "test:data");
+    wait_until("the tool may run", || run(TOOL) == 0);
+    assert_ne!(run("/data/tool"), 0, "a file on a volume that can be written to");
+    let gaps = self::gaps(&guard);
+    assert!(
+        gaps.iter().any(|gap| gap.contains("/data/tool") && gap.contains("volume")),
+        "{gaps:?}"
+    );
+    assert!(!gaps.iter().any(|gap| gap.contains("in-no-image")), "{gaps:?}");
+    guard.revoke("tool");
+    wait_until("the tool may not run any more", || run(TOOL) != 0);
+
+    // A container that restarts is born held, and knows its scopes.
+    grant(&guard, "tool-again", "coder", "test:tool");
+    container.stop();
+    container.remove();
+    let plan = pod.container("agent").attempt(1);
+    let container = plan.attempts(10, &[Ask::Tcp(ELSEWHERE), Ask::Tcp(API_PORT)]).start();
+    assert_held(&container.report(), "a container that was restarted");
+    wait_until("the tool may run there too", || container.exec([TOOL, "end"]).exit_code == 0);
+}
+
+#[test]
+fn what_is_not_held_whole_is_said() {
+    let hook = Hook::new();
+    let containerd = Containerd::started_with(&hook.configuration());
+    let guard = guard(&containerd);
+    grant(&guard, "base", "odd", BASE);
+
+    let of_node = agent(&containerd, "of-node", "odd").host_network().run();
+    is_held(&guard, "agents/of-node");
+    let container = of_node.container("agent").attempts(5, &asks()).start();
+    assert_held(&container.report(), "a pod in the node's network");
+
+    let privileged = agent(&containerd, "mighty", "odd").privileged().run();
+    is_held(&guard, "agents/mighty");
+    let container = privileged.container("agent").privileged().attempts(5, &asks()).start();
+    assert_held(&container.report(), "a privileged pod");
+    wait_until("status says that it is privileged", || {
+        gaps(&guard).iter().any(|gap| gap.contains("agents/mighty") && gap.contains("CAP_"))
+    });
+
+    let _sandboxed = agent(&containerd, "sandboxed", "odd").runtime_handler("kata").run();
+    let workload = is_held(&guard, "agents/sandboxed");
+    assert_eq!(workload["protection"], "none", "{workload}");
+    assert!(gaps(&guard).iter().any(|gap| gap.contains("agents/sandboxed")));
+
+    let exempt = agent(&containerd, "dns", "odd").namespace("kube-system").run();
+    let container = exempt.container("agent").attempts(5, &asks()).start();
+    assert_free(&container.report(), "a pod that the node needs");
+    assert!(self::workload(&guard, "kube-system/dns").is_none());
+}
+
+#[test]
+fn pods_stay_held_while_daemon_and_runtime_restart_and_end_with_their_cgroup() {
+    let mut containerd = Containerd::started();
+    let mut guard = guard(&containerd);
+    grant(&guard, "base", "steady", BASE);
+    let id = {
+        let pod = agent(&containerd, "steady-0", "steady").run();
+        is_held(&guard, "agents/steady-0");
+        let container = pod.container("agent").start();
+        assert_held(&container.exec_attempts(5, &asks()), "before");
+        container.id().to_owned()
+    };
+    let held = |guard: Option<&Guard>, containerd: &Containerd, when: &str| {
+        let report = containerd.container(&id).exec_attempts(20, &asks());
+        assert_held(&report, when);
+        if let Some(guard) = guard {
+            assert_eq!(is_held(guard, "agents/steady-0")["identity"], identity("steady"));
+        }
+    };
+    guard.kill();
+    held(None, &containerd, "while the daemon is dead");
+    guard.restart();
+    held(Some(&guard), &containerd, "after the daemon's restart");
+    guard.kill();
+    containerd.stop();
+    guard.restart();
+    // Neither listed nor forgotten: the runtime has not spoken.
+    assert!(workload(&guard, "agents/steady-0").is_some());
+    wait_until("status says that the runtime does not answer", || {
+        gaps(&guard).iter().any(|gap| gap.contains("containerd.sock"))
+    });
+    containerd.start();
+    held(Some(&guard), &containerd, "after the runtime's restart");
+    wait_until("the runtime answers again", || {
+        !gaps(&guard).iter().any(|gap| gap.contains("containerd.sock"))
+    });
+    let added = guard
+        .audit_records()
+        .into_iter()
+        .filter(|record| record["kind"] == "workload" && record["change"] == "added");
+    assert_eq!(added.count(), 1, "it was one workload all the time");
+
+    containerd.remove_all();
+    wait_until("the workload is gone", || workload(&guard, "agents/steady-0").is_none());
+    guard.recorded("the workload's end", |record| {
+        record["change"] == "removed" && record["workload"]["name"] == "agents/steady-0"
+    });
+}
+
+#[test]
+fn the_hook_holds_a_container_before_its_first_instruction_or_gives_up() {
+    let hook = Hook::new();
+    let containerd = Containerd::started_with(&hook.configuration());
+    let mut guard = guard_with(&containerd, BY_CONTAINER);
+    hook.lead_to(&containerd);
+    grant(&guard, "base", "hooked/agent", BASE);
+    let denying = agent(&containerd, "denying", "hooked").runtime_handler(DENYING).run();
+    let allowing = agent(&containerd, "allowing", "hooked").runtime_handler(ALLOWING).run();
+    let plain = containerd.pod("plain").runtime_handler(DENYING).run();
+    let system = containerd.pod("dns").namespace("kube-system").runtime_handler(DENYING).run();
+    for number in 0..5 {
+        let plan = denying.container("agent").attempt(number).attempts(10, &asks());
+        let container = plan.start();
+        assert_held(&container.report(), "a container that the hook told of");
+    }
+    let container = plain.container("agent").attempts(2, &asks()).start();
+    assert_free(&container.report(), "no agent, told of all the same");
+
+    guard.kill();
+    let refused = denying.container("late").create();
+    let why = refused.try_start().unwrap_err();
+    assert!(why.contains("is not held by agentguard") && why.contains("no daemon"), "{why}");
+    let why = plain.container("late").create().try_start().unwrap_err();
+    assert!(why.contains("pod agents/plain"), "{why}");
+    system.container("agent").start();
+    let let_through = allowing.container("agent").start();
+    guard.restart();
+    is_held(&guard, "agents/allowing/agent");
+    let report = let_through.exec_attempts(5, &asks());
+    assert_held(&report, "what was started without a daemon");
+    // Whoever was refused is started again, as kubelet does.
+    let container = denying.container("late").attempt(1).start();
+    is_held(&guard, "agents/denying/late");
+    assert_ne!(container.exec([TOOL, "end"]).exit_code, 0);
+}
+
+#[test]
+fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
+    let containerd = Containerd::started();
+    let begin = Instant::now();
+    let pods: Vec<Pod<'_>> = in_parallel(PODS, |number| {
+        agent(&containerd, &format!("p-{number}"), "many").host_network().run()
+    });
+    let containers = in_parallel(pods.len(), |number| pods[number].container("agent").start());
+    tell(&format!("{} pods run after {:.1} s", pods.len(), begin.elapsed().as_secs_f64()));
+    let guard = guard(&containerd);
+    let begin = Instant::now();
+    let mut seen = Vec::new();
+    wait_until("all are workloads", || {
+        let list = guard.json(&["workloads"]);
+        let now = list.as_array().map_or(0, Vec::len);
+        seen.push((now, begin.elapsed().as_millis()));
+        now == PODS
+    });
+    tell(&format!("workloads by milliseconds since the daemon was ready: {seen:?}"));
+    let took = seen.last().expect("it was looked at").1;
+    grant(&guard, "base", "many", BASE);
+    for container in containers.iter().step_by(PODS / 5) {
+        assert_held(&container.exec_attempts(3, &asks()), "one of many");
+    }
+    assert!(took < 1000, "{took} ms for {PODS} pods");
+}
+
+const PODS: usize = 100;
+
+#[test]
+fn nothing_of_a_storm_of_starts_is_undecided_with_the_hook() {
+    let hook = Hook::new();
+    let containerd = Containerd::started_with(&hook.configuration());
+    let guard = guard_with(&containerd, BY_CONTAINER);
+    hook.lead_to(&containerd);
+    storm(&containerd, &guard, &Storm { handler: DENYING, pods: 20, containers: 10, known: false });
+}
+
+#[test]
+fn nothing_of_a_storm_of_starts_in_known_pods_is_undecided_without_the_hook() {
+    let containerd = Containerd::started();
+    let guard = guard(&containerd);
+    storm(&containerd, &guard, &Storm { handler: "", pods: 5, containers: 10, known: true });
+}
+
+struct Storm {
+    handler: &'static str,
+    pods: usize,
+    containers: usize,
+    /// Whether the pods are workloads before.
+    known: bool,
+}
+
+/// How many start at once.
+const STARTERS: usize = 8;
+
+fn storm(containerd: &Containerd, guard: &Guard, storm: &Storm) {
+    let Storm { handler, pods, containers, known } = *storm;
+    for number in 0..containers {
+        let app = if known { "storm".to_owned() } else { format!("storm/c-{number}") };
+        grant(guard, &format!("g-{number}"), &app, BASE);
+        if known {
+            break;
+        }
+    }
+    let pods: Vec<Pod<'_>> = in_parallel(pods, |number| {
+        let plan = agent(containerd, &format!("p-{number}"), "storm").runtime_handler(handler);
+        plan.host_network().run()
+    });
+    if known {
+        for number in 0..pods.len() {
+            is_held(guard, &format!("agents/p-{number}"));
+        }
+    }
+    // A hundred requests of each container, what is not granted first.
+    let mut asks: Vec<Ask> = Vec::new();
+    for _ in 0..4 {
+        asks.extend([Ask::Tcp(ELSEWHERE), Ask::SendTo(ELSEWHERE), Ask::Udp(ELSEWHERE)]);
+        asks.extend([Ask::Tcp(API_PORT), Ask::Udp(API_PORT)]);
+    }
+    asks.insert(0, Ask::Exec(TOOL.into()));
+    asks.push(Ask::Exec(PROGRAM.into()));
+    let made: Vec<Container<'_>> = in_parallel(pods.len() * containers, |number| {
+        let name = format!("c-{}", number / pods.len());
+        pods[number % pods.len()].container(&name).attempts(5, &asks).create()
+    });
+    let begin = Instant::now();
+    in_parallel(made.len(), |number| made[number].start());
+    let started = begin.elapsed();
+    let mut requests = 0;
+    for container in &made {
+        let report = container.report();
+        requests += report.tallies.iter().map(|tally| tally.attempts()).sum::<u64>();
+        for tally in &report.tallies {
+            let granted = match &tally.ask {
+                Ask::Udp(address) => *address == API_PORT,
+                Ask::Tcp(_) | Ask::SendTo(_) | Ask::Exec(_) => false,
+            };
+            if granted {
+                assert_eq!(tally.allowed, tally.attempts(), "{}: {tally:?}", container.id());
+            }
+        }
+        let rest: Vec<_> = report
+            .tallies
+            .iter()
+            .filter(|tally| tally.ask != Ask::Udp(API_PORT))
+            .cloned()
+            .collect();
+        assert_held(&Report { began: report.began, tallies: rest }, container.id());
+    }
+    let containers = made.len();
+    tell(&format!(
+        "{containers} containers were started in {:.1} s and made {requests} requests by {:.1} s, all \
+         decided as they are to be",
+        started.as_secs_f64(),
+        begin.elapsed().as_secs_f64(),
+    ));
+    assert!(requests >= 100 * containers as u64, "{requests}");
+    // Every request was decided by the kernel, and counted.
+    let status = guard.status();
+    let decided = status["totals"]["events"]["decided"].as_u64().unwrap_or_default();
+    tell(&format!("the kernel decided {decided} requests"));
+    assert!(decided >= requests, "{decided} of {requests}");
+}
+
+/// Does `what` for each number, several at once.
+fn in_parallel<T: Send>(count: usize, what: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let mut done: Vec<(usize, T)> = thread::scope(|scope| {
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return done;
+                }
+                done.push((number, what(number)));
+            }
+        };
+        let threads: Vec<_> = (0..STARTERS).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("no start fails")).collect()
+    });
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, value)| value).collect()
+}
