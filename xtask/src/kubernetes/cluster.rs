@@ -7,7 +7,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -27,6 +27,9 @@ use crate::run::output;
 const PODS: &str = "10.244.0.0/24";
 const SERVICES: &str = "10.96.0.0/16";
 const API_SERVICE: &str = "10.96.0.1";
+
+/// The API server as pods know it.
+pub(super) const API: &str = "10.96.0.1/443";
 
 /// The node's name.
 pub(super) const NODE: &str = "node1";
@@ -92,6 +95,38 @@ impl<'a> Cluster<'a> {
         self.node.inside(&sh)
     }
 
+    /// A program of the node.
+    pub(super) fn program(&self, name: &str) -> PathBuf {
+        self.programs.program(name)
+    }
+
+    /// What runs containers here.
+    pub(super) fn runtime_program(&self) -> PathBuf {
+        self.programs.runc()
+    }
+
+    /// Starts a program that stays.
+    pub(super) fn start_program(&mut self, name: &str, command: &Command) -> Result<()> {
+        self.node.start(name, command)
+    }
+
+    /// Takes the API server away.
+    pub(super) fn stop_api_server(&mut self) -> Result<()> {
+        self.node.stop("kube-apiserver")
+    }
+
+    /// Starts it again, and returns once it is ready.
+    pub(super) fn start_api_server(&mut self) -> Result<()> {
+        let api = self.api_server_command();
+        self.node.start("kube-apiserver", &api)?;
+        let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
+        let took = self.node.wait("the API server is ready", READY, |_| {
+            Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
+        })?;
+        said("kube-apiserver", took);
+        Ok(())
+    }
+
     /// Imports an archive of images.
     pub(super) fn import(&self, archive: &Path) -> Result<()> {
         let mut ctr = Command::new(self.programs.program("ctr"));
@@ -155,7 +190,10 @@ impl<'a> Cluster<'a> {
             .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
         self.node.start("etcd", &etcd)?;
+        self.start_api_server()
+    }
 
+    fn api_server_command(&self) -> Command {
         let key = |name: &str| self.keys.path(name).display().to_string();
         let mut api = Command::new(self.control_plane.program("kube-apiserver"));
         api.args([
@@ -179,13 +217,7 @@ impl<'a> Cluster<'a> {
             "--allow-privileged=true".to_owned(),
             "--feature-gates=EphemeralContainers=true".to_owned(),
         ]);
-        self.node.start("kube-apiserver", &api)?;
-        let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
-        let took = self.node.wait("the API server is ready", READY, |_| {
-            Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
-        })?;
-        said("kube-apiserver", took);
-        Ok(())
+        api
     }
 
     /// What acts on what the API server holds.
@@ -256,6 +288,7 @@ impl<'a> Cluster<'a> {
                  failSwapOn: false\n\
                  oomScoreAdj: 0\n\
                  maxPods: 250\n\
+                 containerLogMaxSize: 1Gi\n\
                  nodeStatusUpdateFrequency: 1s\n\
                  resolvConf: \"\"\n\
                  staticPodPath: /etc/kubernetes/manifests\n\

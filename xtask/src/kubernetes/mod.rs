@@ -11,6 +11,7 @@ mod images;
 mod keys;
 mod node;
 mod programs;
+mod traffic;
 
 use std::{
     path::PathBuf,

@@ -118,6 +118,11 @@ impl Node {
         &self.scratch
     }
 
+    /// Where a path of the node's own is on this machine, without a slash in front.
+    pub(super) fn outside(&self, path: &str) -> PathBuf {
+        self.scratch.join("own").join(path)
+    }
+
     /// The same command, on the node.
     pub(super) fn inside(&self, command: &Command) -> Command {
         let id = self.view.id();

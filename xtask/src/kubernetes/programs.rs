@@ -92,6 +92,11 @@ impl Programs {
         self.root.join("usr/bin").join(name)
     }
 
+    /// What runs containers.
+    pub(super) fn runc(&self) -> PathBuf {
+        self.root.join("usr/sbin/runc")
+    }
+
     /// Where the plugins are that give containers their network.
     pub(super) fn network_plugins(&self) -> PathBuf {
         self.root.join("usr/lib/cni")

@@ -27,6 +27,7 @@ const LIMIT: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 3;
 
 pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let cluster: &Cluster<'_> = cluster;
     let Agents { researcher, audited, targets, .. } = agents;
     let more = targets.more.as_str();
     let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();

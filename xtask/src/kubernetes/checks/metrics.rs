@@ -53,7 +53,7 @@ pub(super) fn tell(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
         .arg(format!("--config.file={}", config.display()))
         .arg(format!("--storage.tsdb.path={}", scratch.join("prometheus").display()))
         .arg(format!("--web.listen-address={LISTENS}"));
-    cluster.start("prometheus", &prometheus)?;
+    cluster.start_program("prometheus", &prometheus)?;
     let begin = Instant::now();
     let alert = loop {
         if let Some(alert) = fired(cluster).unwrap_or_default() {
