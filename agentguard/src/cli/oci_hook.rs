@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -52,6 +53,18 @@ pub(super) struct Arguments {
     /// of its configuration that names the result; cri-o is a file for its hooks directory
     #[arg(long, value_enum, value_name = "WHAT")]
     print: Option<Print>,
+
+    /// Write to this file, in one step, and not to standard output
+    #[arg(long, value_name = "PATH", requires = "print")]
+    output: Option<PathBuf>,
+
+    /// Copy this program to a file first, in one step: out of a container to its node
+    #[arg(long, value_name = "PATH")]
+    copy_to: Option<PathBuf>,
+
+    /// Where the program is for the container runtime, if not where it is for this process
+    #[arg(long, value_name = "PATH", requires = "print")]
+    program: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -112,8 +125,17 @@ struct OfPod {
 }
 
 pub(super) fn run(arguments: &Arguments, mut context: Context<'_, '_>) -> Result {
+    if let Some(path) = &arguments.copy_to {
+        let content = fs::read(own_program()?).map_err(|error| {
+            Failure::new(Exit::Failed, format!("this program can not be read: {error}"))
+        })?;
+        put(path, &content, 0o755)?;
+    }
     if let Some(print) = arguments.print {
         return write(print, arguments, &mut context);
+    }
+    if arguments.copy_to.is_some() {
+        return Ok(Exit::Done);
     }
     let mut text = String::new();
     let failure = match std::io::stdin().lock().take(LONGEST).read_to_string(&mut text) {
@@ -255,10 +277,10 @@ fn pod_of(annotations: &BTreeMap<String, String>) -> Option<OfPod> {
 }
 
 fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> Result {
-    let program = std::env::current_exe().map_err(|error| {
-        Failure::new(Exit::Failed, format!("it is not known where this program is: {error}"))
-            .with_remedy("mount procfs at /proc")
-    })?;
+    let program = match &arguments.program {
+        Some(program) => program.clone(),
+        None => own_program()?,
+    };
     let text = match print {
         Print::BaseSpec => {
             let mut text = String::new();
@@ -286,8 +308,31 @@ fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> 
             format!("{hook:#}\n")
         }
     };
-    context.console.out.write_all(text.as_bytes())?;
+    match &arguments.output {
+        Some(path) => put(path, text.as_bytes(), 0o644)?,
+        None => context.console.out.write_all(text.as_bytes())?,
+    }
     Ok(Exit::Done)
+}
+
+fn own_program() -> std::result::Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| {
+        Failure::new(Exit::Failed, format!("it is not known where this program is: {error}"))
+            .with_remedy("mount procfs at /proc")
+    })
+}
+
+/// Writes a file so that whoever reads it sees the old one or the new one: a runtime may run the
+/// program at any time.
+fn put(path: &Path, content: &[u8], mode: u32) -> std::result::Result<(), Failure> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    fs::write(&beside, content)
+        .and_then(|()| fs::set_permissions(&beside, fs::Permissions::from_mode(mode)))
+        .and_then(|()| fs::rename(&beside, path))
+        .map_err(|error| {
+            Failure::new(Exit::Failed, format!("{} can not be written: {error}", path.display()))
+        })
 }
 
 /// The hook, as both runtimes' files have it.

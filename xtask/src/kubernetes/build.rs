@@ -37,6 +37,11 @@ pub(super) struct ControlPlane {
 }
 
 impl ControlPlane {
+    /// Those that are there.
+    pub(super) fn at(cache: &Path) -> Self {
+        Self { directory: cache.join(VERSION) }
+    }
+
     /// Finds or builds them.
     ///
     /// # Errors

@@ -40,12 +40,31 @@ const ETCD: &str = "http://127.0.0.1:2379";
 /// How long a part may take to be ready.
 const READY: Duration = Duration::from_secs(240);
 
+/// How fast the machine is that the cluster is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    Own,
+    /// Each processor is a program: a time says little there.
+    Emulated,
+}
+
+impl Pace {
+    /// What a limit is in practice that is promised of real machines.
+    pub(super) fn allows(self, limit: Duration) -> Duration {
+        match self {
+            Self::Own => limit,
+            Self::Emulated => limit * 20,
+        }
+    }
+}
+
 /// A cluster that is ready for pods. Dropping it ends it.
 pub(super) struct Cluster<'a> {
     node: Node,
     programs: &'a Programs,
     control_plane: &'a ControlPlane,
     keys: Keys,
+    pace: Pace,
 }
 
 impl<'a> Cluster<'a> {
@@ -58,17 +77,22 @@ impl<'a> Cluster<'a> {
         scratch: &Path,
         programs: &'a Programs,
         control_plane: &'a ControlPlane,
+        pace: Pace,
     ) -> Result<Self> {
         let node = Node::new(scratch, programs.path())?;
         let directory = node.scratch().join("keys");
         fs::create_dir_all(&directory)?;
         let keys = Keys::new(&directory)?;
-        let mut cluster = Self { node, programs, control_plane, keys };
+        let mut cluster = Self { node, programs, control_plane, keys, pace };
         cluster.runtime()?;
         cluster.api_server()?;
         cluster.controllers()?;
         cluster.kubelet()?;
         Ok(cluster)
+    }
+
+    pub(super) const fn pace(&self) -> Pace {
+        self.pace
     }
 
     pub(super) fn node(&self) -> &Node {

@@ -86,6 +86,7 @@ impl Node {
                 .with_context(|| format!("{}: cannot be made", cgroup.display()))?;
             inherit_cpuset(cgroup)?;
         }
+        delegate(&unified)?;
         // Beside what the kubelet makes, so that neither is in the other's way.
         fs::create_dir_all(unified.join("system"))?;
 
@@ -315,6 +316,22 @@ fn inherit_cpuset(cgroup: &Path) -> Result<()> {
         // In version 2 the parent is the root, which has no such file.
         if own.exists() && parent.exists() && fs::read_to_string(&own)?.trim().is_empty() {
             fs::write(&own, fs::read_to_string(parent)?.trim())?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets the cgroups below ours have what controllers there are in version 2, where nothing else has them.
+fn delegate(unified: &Path) -> Result<()> {
+    let Some(root) = unified.parent() else { return Ok(()) };
+    let there = fs::read_to_string(root.join("cgroup.controllers"))?;
+    if !there.contains("memory") {
+        return Ok(());
+    }
+    for controller in there.split_whitespace() {
+        for cgroup in [root, unified] {
+            fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"))
+                .with_context(|| format!("{}: has no {controller}", cgroup.display()))?;
         }
     }
     Ok(())

@@ -54,6 +54,11 @@ pub(super) struct Programs {
 }
 
 impl Programs {
+    /// Those that are there.
+    pub(super) fn at(cache: &Path) -> Self {
+        Self { root: cache.join("programs") }
+    }
+
     /// Finds or downloads them.
     ///
     /// # Errors

@@ -62,8 +62,8 @@ impl Targets {
         let pod = ["get", "pod", "--selector", "app=server", "--output"];
         let pod = kubectl(cluster, &[&pod[..], &["jsonpath={.items[0].status.podIP}"]].concat())?;
         Ok(Self {
-            service: format!("{service}/80"),
-            endpoint: format!("{pod}/8080"),
+            service: format!("{service}/81"),
+            endpoint: format!("{pod}/8081"),
             granted: format!("{pod}/4444"),
             ungranted: format!("{pod}/4445"),
             more: format!("{pod}/4446"),
@@ -181,7 +181,8 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
         let exec = ["--namespace", "agents", "exec", pod, "--"];
         kubectl(cluster, &[&exec[..], command].concat())
     };
-    let url = format!("http://{}/hello", targets.service.replace('/', ":"));
+    let (address, _port) = targets.service.split_once('/').context("a target has a port")?;
+    let url = format!("http://{address}/hello");
     let curl = ["/usr/bin/curl", "--silent", "--fail", "--max-time", "5", &url];
     let said = exec("researcher", &curl)?;
     ensure!(said.trim() == "hello", "kubectl exec of a granted program says {said:?}");

@@ -66,12 +66,13 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
         let each: Vec<String> = took.iter().map(|took| took.as_millis().to_string()).collect();
         println!("seen      {what}: in force {} ms after kubectl returned", each.join(", "));
     }
+    let limit = cluster.pace().allows(LIMIT);
     let late: Vec<&str> = took
         .iter()
-        .filter(|(_, took)| took.iter().any(|took| *took > LIMIT))
+        .filter(|(_, took)| took.iter().any(|took| *took > limit))
         .map(|(what, _)| *what)
         .collect();
-    ensure!(late.is_empty(), "in force later than {} s: {}", LIMIT.as_secs(), late.join(", "));
+    ensure!(late.is_empty(), "in force later than {} s: {}", limit.as_secs(), late.join(", "));
     Ok(())
 }
 

@@ -40,7 +40,7 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let ended = researcher.first(&targets.more, Outcome::Refused, down)?;
     ensure!(ended >= ends, "the grant ended at {ended}, before {ends}");
     let late = Duration::try_from(ended - ends)?;
-    ensure!(late <= LATE, "the grant ended {} late", seconds(late));
+    ensure!(late <= cluster.pace().allows(LATE), "the grant ended {} late", seconds(late));
     println!("seen      a grant ends in time ({} ms late)", late.as_millis());
 
     // One that starts now knows only what was written down.
@@ -58,7 +58,7 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let applied = apply(cluster, GRANT, &grant)?;
     let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
     let took = Duration::try_from(seen - applied).unwrap_or_default();
-    ensure!(took <= AGAIN, "a grant was in force only {} after the outage", seconds(took));
+    ensure!(took <= cluster.pace().allows(AGAIN), "a grant was in force only {} after the outage", seconds(took));
     println!("seen      a grant that is added afterwards is in force after {}", seconds(took));
     Ok(())
 }
