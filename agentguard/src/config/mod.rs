@@ -346,13 +346,14 @@ impl Default for Containers {
         Self {
             runtimes: Vec::new(),
             docker: None,
-            runtime_programs: ["runc", "crun", "youki"]
-                .into_iter()
-                .flat_map(|name| {
-                    ["/usr/bin/", "/usr/sbin/", "/usr/local/bin/", "/usr/local/sbin/"]
-                        .map(|directory| absolute(&format!("{directory}{name}")))
-                })
-                .collect(),
+            runtime_programs: [
+                "/usr/bin/runc",
+                "/usr/sbin/runc",
+                "/usr/local/sbin/runc",
+                "/usr/bin/crun",
+            ]
+            .map(absolute)
+            .to_vec(),
             identity: match IdentityTemplate::DEFAULT.parse() {
                 Ok(template) => template,
                 // A constant, which a test reads.
