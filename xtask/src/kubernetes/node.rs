@@ -225,6 +225,11 @@ impl Node {
         format!("/{NAME}")
     }
 
+    /// What the cgroup of each process in a pod begins with.
+    pub(super) fn cgroup_of_pods() -> String {
+        format!("{}/kubepods", Self::cgroup())
+    }
+
     /// Ends everything and takes the node away; the logs stay.
     pub(super) fn take_away(&mut self) -> Result<()> {
         kill_all(&self.unified)?;
