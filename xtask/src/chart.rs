@@ -95,6 +95,15 @@ pub(crate) fn everything(version: &str) -> Result<String> {
     render(&helm()?, version, &["--values", path(&values)?])
 }
 
+/// The manifests of a release with these values.
+///
+/// # Errors
+///
+/// There is no helm, or it refuses the values.
+pub(crate) fn with_values(version: &str, values: &Path) -> Result<String> {
+    render(&helm()?, version, &["--values", path(values)?])
+}
+
 /// Where the plain manifests are.
 pub(crate) fn plain_file() -> PathBuf {
     root().join("deploy/kubernetes/agentguard.yaml")

@@ -24,6 +24,9 @@ use crate::{
 /// The version of the tool that writes the bill of materials.
 const CYCLONEDX: (&str, &str) = ("cargo-cyclonedx", "0.5.9");
 
+/// The name of the archive.
+const ARCHIVE: &str = "agentguard.tar";
+
 /// Where the images of releases are.
 const REPOSITORY: &str = "ghcr.io/agentguard/agentguard";
 
@@ -103,6 +106,15 @@ pub(crate) fn image(arguments: &Arguments) -> Result<()> {
     println!("{}", written.archive.display());
     println!("{}", bill.display());
     Ok(())
+}
+
+/// The image that was built last in a directory, where there is one.
+pub(crate) fn written(directory: &Path) -> Written {
+    Written {
+        archive: directory.join(ARCHIVE),
+        name: format!("{REPOSITORY}:{}", env!("CARGO_PKG_VERSION")),
+        digest: String::new(),
+    }
 }
 
 /// Builds the image of this checkout.
@@ -197,7 +209,7 @@ fn write(binary: &Path, directory: &Path) -> Result<Written> {
         ]
         .into(),
     };
-    let archive = directory.join("agentguard.tar");
+    let archive = directory.join(ARCHIVE);
     let digest = image.write(&archive)?;
     Ok(Written { archive, name, digest })
 }

@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -21,9 +21,6 @@ use super::{Context, Result};
 use crate::api::types::{Announcement, PodView};
 use crate::config::EXEMPT_NAMESPACES;
 
-/// What `install` calls the program and the hook.
-const PROGRAM: &str = "agentguard";
-const HOOK: &str = "agentguard.json";
 /// As much of a runtime's files as is read.
 const LONGEST: u64 = 16 << 20;
 /// How much longer a runtime waits for the hook than the hook for the daemon, in seconds.
@@ -33,12 +30,9 @@ const SLACK: u64 = 5;
 ///
 /// An OCI runtime runs this as a createRuntime hook, with the container's state on standard input.
 /// The container's first process waits meanwhile; it is held when this succeeds, and does not run
-/// when this fails. --print writes what makes a runtime run it, and install puts it on a node.
+/// when this fails. --print writes what makes a runtime run it.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    #[command(subcommand)]
-    command: Option<Command>,
-
     /// What becomes of a pod's container that could not be told of: without a daemon, nothing that
     /// the hook is installed for starts, or everything does and is held once the daemon runs
     #[arg(long, value_enum, value_name = "deny|allow", default_value_t = OnFailure::Deny)]
@@ -59,27 +53,18 @@ pub(super) struct Arguments {
     /// of its configuration that names the result; cri-o is a file for its hooks directory
     #[arg(long, value_enum, value_name = "WHAT")]
     print: Option<Print>,
-}
 
-#[derive(Debug, Subcommand)]
-enum Command {
-    Install(Install),
-}
+    /// Write to this file, in one step, and not to standard output
+    #[arg(long, value_name = "PATH", requires = "print")]
+    output: Option<PathBuf>,
 
-/// Put this program and a hook for CRI-O and podman, with the options that are given before, on a node
-#[derive(Debug, Args)]
-struct Install {
-    /// Where the runtime looks for hooks, as it is seen from here
-    #[arg(long, value_name = "DIRECTORY")]
-    hooks_directory: PathBuf,
+    /// Copy this program to a file first, in one step: out of a container to its node
+    #[arg(long, value_name = "PATH")]
+    copy_to: Option<PathBuf>,
 
-    /// Where the program goes, as it is seen from here
-    #[arg(long, value_name = "DIRECTORY")]
-    program_directory: PathBuf,
-
-    /// The same, as the runtime sees it [default: as it is seen from here]
-    #[arg(long, value_name = "DIRECTORY")]
-    program_directory_on_host: Option<PathBuf>,
+    /// Where the program is for the container runtime, if not where it is for this process
+    #[arg(long, value_name = "PATH", requires = "print")]
+    program: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -140,11 +125,17 @@ struct OfPod {
 }
 
 pub(super) fn run(arguments: &Arguments, mut context: Context<'_, '_>) -> Result {
-    if let Some(Command::Install(install)) = &arguments.command {
-        return put(install, arguments, &context);
+    if let Some(path) = &arguments.copy_to {
+        let content = fs::read(own_program()?).map_err(|error| {
+            Failure::new(Exit::Failed, format!("this program can not be read: {error}"))
+        })?;
+        put(path, &content, 0o755)?;
     }
     if let Some(print) = arguments.print {
         return write(print, arguments, &mut context);
+    }
+    if arguments.copy_to.is_some() {
+        return Ok(Exit::Done);
     }
     let mut text = String::new();
     let failure = match std::io::stdin().lock().take(LONGEST).read_to_string(&mut text) {
@@ -285,50 +276,11 @@ fn pod_of(annotations: &BTreeMap<String, String>) -> Option<OfPod> {
     })
 }
 
-fn this_program() -> Result<PathBuf> {
-    std::env::current_exe().map_err(|error| {
-        Failure::new(Exit::Failed, format!("it is not known where this program is: {error}"))
-            .with_remedy("mount procfs at /proc")
-    })
-}
-
-fn put(install: &Install, arguments: &Arguments, context: &Context<'_, '_>) -> Result {
-    let Install { hooks_directory, program_directory, program_directory_on_host } = install;
-    let on_host = program_directory_on_host.as_ref().unwrap_or(program_directory);
-    let content = fs::read(this_program()?).map_err(|error| {
-        Failure::new(Exit::Failed, format!("this program can not be read: {error}"))
-    })?;
-    let hook = of_cri_o(&hook(&on_host.join(PROGRAM), arguments, context));
-    // The program first: a hook without it would keep every container from starting.
-    replace(&program_directory.join(PROGRAM), &content, 0o755)?;
-    replace(&hooks_directory.join(HOOK), hook.as_bytes(), 0o644)?;
-    Ok(Exit::Done)
-}
-
-/// Writes a file in one step: it may be run, or read, at this moment.
-fn replace(path: &Path, content: &[u8], mode: u32) -> Result<()> {
-    let half = path.with_extension("new");
-    let written = fs::write(&half, content)
-        .and_then(|()| fs::set_permissions(&half, fs::Permissions::from_mode(mode)))
-        .and_then(|()| fs::rename(&half, path));
-    written.map_err(|error| {
-        Failure::new(Exit::Failed, format!("{} can not be written: {error}", path.display()))
-            .with_remedy("mount a directory of the node there that can be written to")
-    })
-}
-
-fn of_cri_o(hook: &Value) -> String {
-    let hook = json!({
-        "version": "1.0.0",
-        "hook": hook,
-        "when": {"always": true},
-        "stages": ["createRuntime"],
-    });
-    format!("{hook:#}\n")
-}
-
 fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> Result {
-    let program = this_program()?;
+    let program = match &arguments.program {
+        Some(program) => program.clone(),
+        None => own_program()?,
+    };
     let text = match print {
         Print::BaseSpec => {
             let mut text = String::new();
@@ -346,10 +298,41 @@ fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> 
             format!("{spec:#}\n")
         }
         Print::Containerd => CONTAINERD.to_owned(),
-        Print::CriO => of_cri_o(&hook(&program, arguments, context)),
+        Print::CriO => {
+            let hook = json!({
+                "version": "1.0.0",
+                "hook": hook(&program, arguments, context),
+                "when": {"always": true},
+                "stages": ["createRuntime"],
+            });
+            format!("{hook:#}\n")
+        }
     };
-    context.console.out.write_all(text.as_bytes())?;
+    match &arguments.output {
+        Some(path) => put(path, text.as_bytes(), 0o644)?,
+        None => context.console.out.write_all(text.as_bytes())?,
+    }
     Ok(Exit::Done)
+}
+
+fn own_program() -> std::result::Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| {
+        Failure::new(Exit::Failed, format!("it is not known where this program is: {error}"))
+            .with_remedy("mount procfs at /proc")
+    })
+}
+
+/// Writes a file so that whoever reads it sees the old one or the new one: a runtime may run the
+/// program at any time.
+fn put(path: &Path, content: &[u8], mode: u32) -> std::result::Result<(), Failure> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    fs::write(&beside, content)
+        .and_then(|()| fs::set_permissions(&beside, fs::Permissions::from_mode(mode)))
+        .and_then(|()| fs::rename(&beside, path))
+        .map_err(|error| {
+            Failure::new(Exit::Failed, format!("{} can not be written: {error}", path.display()))
+        })
 }
 
 /// The hook, as both runtimes' files have it.

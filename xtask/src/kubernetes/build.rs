@@ -23,6 +23,9 @@ use crate::{
 pub(super) const VERSION: &str = "v1.20.2";
 const COMMIT: &str = "faecb196815e248d3ecfb03c680a4507229c2a56";
 
+/// The Go package that is replaced in the tree.
+const REFLECTION: &str = "github.com/modern-go/reflect2";
+
 /// What is built.
 const PROGRAMS: [&str; 5] =
     ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"];
@@ -34,6 +37,11 @@ pub(super) struct ControlPlane {
 }
 
 impl ControlPlane {
+    /// Those that are there.
+    pub(super) fn at(cache: &Path) -> Self {
+        Self { directory: cache.join(VERSION) }
+    }
+
     /// Finds or builds them.
     ///
     /// # Errors
@@ -56,6 +64,7 @@ impl ControlPlane {
             apt.unpack_source("kubernetes", &scratch.path().join("source"))?;
             fs::rename(scratch.path().join("source"), &source)?;
         }
+        replace_reflection(&source, programs)?;
         compile(cache, &source, programs)?;
         fs::create_dir_all(&directory)?;
         for name in PROGRAMS {
@@ -75,6 +84,32 @@ impl ControlPlane {
     pub(super) fn program(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
+}
+
+/// Takes the source of a dependency from its own package in Debian. The version in the tree is older
+/// than Go 1.18, against which it reads maps by pointers that are none: the API server would crash at
+/// the first custom resource.
+fn replace_reflection(source: &Path, programs: &Programs) -> Result<()> {
+    let there = source.join("vendor").join(REFLECTION);
+    let is_code = |path: &Path| {
+        path.extension().is_some_and(|extension| extension == "go" || extension == "s")
+    };
+    let files = |directory: &Path| -> Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(directory)
+            .with_context(|| format!("{}: cannot be read", directory.display()))?;
+        let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        files.retain(|path| is_code(path));
+        Ok(files)
+    };
+    for file in files(&there)? {
+        fs::remove_file(file)?;
+    }
+    for file in files(&programs.go_library(REFLECTION))? {
+        let name = file.file_name().context("a file has a name")?;
+        fs::copy(&file, there.join(name))
+            .with_context(|| format!("{}: cannot be copied", file.display()))?;
+    }
+    Ok(())
 }
 
 fn compile(cache: &Path, source: &Path, programs: &Programs) -> Result<()> {

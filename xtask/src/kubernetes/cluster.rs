@@ -7,7 +7,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -28,6 +28,9 @@ const PODS: &str = "10.244.0.0/24";
 const SERVICES: &str = "10.96.0.0/16";
 const API_SERVICE: &str = "10.96.0.1";
 
+/// The API server as pods know it.
+pub(super) const API: &str = "10.96.0.1/443";
+
 /// The node's name.
 pub(super) const NODE: &str = "node1";
 
@@ -37,12 +40,31 @@ const ETCD: &str = "http://127.0.0.1:2379";
 /// How long a part may take to be ready.
 const READY: Duration = Duration::from_secs(240);
 
+/// How fast the machine is that the cluster is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    Own,
+    /// Each processor is a program: a time says little there.
+    Emulated,
+}
+
+impl Pace {
+    /// What a limit is in practice that is promised of real machines.
+    pub(super) fn allows(self, limit: Duration) -> Duration {
+        match self {
+            Self::Own => limit,
+            Self::Emulated => limit * 20,
+        }
+    }
+}
+
 /// A cluster that is ready for pods. Dropping it ends it.
 pub(super) struct Cluster<'a> {
     node: Node,
     programs: &'a Programs,
     control_plane: &'a ControlPlane,
     keys: Keys,
+    pace: Pace,
 }
 
 impl<'a> Cluster<'a> {
@@ -55,17 +77,22 @@ impl<'a> Cluster<'a> {
         scratch: &Path,
         programs: &'a Programs,
         control_plane: &'a ControlPlane,
+        pace: Pace,
     ) -> Result<Self> {
         let node = Node::new(scratch, programs.path())?;
         let directory = node.scratch().join("keys");
         fs::create_dir_all(&directory)?;
         let keys = Keys::new(&directory)?;
-        let mut cluster = Self { node, programs, control_plane, keys };
+        let mut cluster = Self { node, programs, control_plane, keys, pace };
         cluster.runtime()?;
         cluster.api_server()?;
         cluster.controllers()?;
         cluster.kubelet()?;
         Ok(cluster)
+    }
+
+    pub(super) const fn pace(&self) -> Pace {
+        self.pace
     }
 
     pub(super) fn node(&self) -> &Node {
@@ -90,6 +117,38 @@ impl<'a> Cluster<'a> {
             .env("KUBECONFIG", self.keys.path("admin.kubeconfig"))
             .env("HOME", self.node.scratch());
         self.node.inside(&sh)
+    }
+
+    /// A program of the node.
+    pub(super) fn program(&self, name: &str) -> PathBuf {
+        self.programs.program(name)
+    }
+
+    /// What runs containers here.
+    pub(super) fn runtime_program(&self) -> PathBuf {
+        self.programs.runc()
+    }
+
+    /// Starts a program that stays.
+    pub(super) fn start_program(&mut self, name: &str, command: &Command) -> Result<()> {
+        self.node.start(name, command)
+    }
+
+    /// Takes the API server away.
+    pub(super) fn stop_api_server(&mut self) -> Result<()> {
+        self.node.stop("kube-apiserver")
+    }
+
+    /// Starts it again, and returns once it is ready.
+    pub(super) fn start_api_server(&mut self) -> Result<()> {
+        let api = self.api_server_command();
+        self.node.start("kube-apiserver", &api)?;
+        let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
+        let took = self.node.wait("the API server is ready", READY, |_| {
+            Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
+        })?;
+        said("kube-apiserver", took);
+        Ok(())
     }
 
     /// Imports an archive of images.
@@ -155,7 +214,10 @@ impl<'a> Cluster<'a> {
             .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
         self.node.start("etcd", &etcd)?;
+        self.start_api_server()
+    }
 
+    fn api_server_command(&self) -> Command {
         let key = |name: &str| self.keys.path(name).display().to_string();
         let mut api = Command::new(self.control_plane.program("kube-apiserver"));
         api.args([
@@ -179,13 +241,7 @@ impl<'a> Cluster<'a> {
             "--allow-privileged=true".to_owned(),
             "--feature-gates=EphemeralContainers=true".to_owned(),
         ]);
-        self.node.start("kube-apiserver", &api)?;
-        let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
-        let took = self.node.wait("the API server is ready", READY, |_| {
-            Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
-        })?;
-        said("kube-apiserver", took);
-        Ok(())
+        api
     }
 
     /// What acts on what the API server holds.
@@ -256,6 +312,7 @@ impl<'a> Cluster<'a> {
                  failSwapOn: false\n\
                  oomScoreAdj: 0\n\
                  maxPods: 250\n\
+                 containerLogMaxSize: 1Gi\n\
                  nodeStatusUpdateFrequency: 1s\n\
                  resolvConf: \"\"\n\
                  staticPodPath: /etc/kubernetes/manifests\n\

@@ -18,7 +18,7 @@ use crate::{
 /// What holds a pod's namespaces.
 pub(super) const PAUSE: &str = "agentguard.test/pause:1";
 
-/// A shell and its tools, with a web server among them, and `curl`.
+/// A shell and its tools, with a web server among them, `curl`, and a shell that connects by itself.
 pub(super) const TOOLS: &str = "agentguard.test/tools:1";
 
 /// Programs of busybox that go by their own name.
@@ -29,7 +29,7 @@ const APPLETS: &[&str] = &[
 ];
 
 /// What a static busybox can not do: it ends by a signal when it looks up a name, or an address.
-const PROGRAMS: &[&str] = &["curl"];
+const PROGRAMS: &[&str] = &["bash", "curl"];
 
 /// Writes the archive of [`PAUSE`].
 pub(super) fn pause(to: &Path) -> Result<PathBuf> {

@@ -11,20 +11,28 @@ mod images;
 mod keys;
 mod node;
 mod programs;
+mod traffic;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::{build::ControlPlane, cluster::Cluster, programs::Programs};
+use self::{
+    build::ControlPlane,
+    cluster::{Cluster, Pace},
+    programs::Programs,
+};
 use crate::{
+    chart,
     guard::Ending,
+    image::{self, Profile},
     interrupt,
     run::{heading, target_dir},
+    vm,
 };
 
 /// Arguments of `cargo xtask e2e-kubernetes`.
@@ -37,7 +45,22 @@ pub(crate) struct Arguments {
     /// end the cluster
     #[arg(long, value_name = "COMMAND", conflicts_with = "prepare")]
     run: Option<String>,
+    /// The same in a virtual machine whose kernel has the BPF LSM active
+    #[arg(long)]
+    vm: bool,
+    /// The kernel of the machine, a row of the matrix
+    #[arg(long, value_name = "ROW", default_value = "6.12", requires = "vm")]
+    kernel: String,
+    /// What `--vm` runs inside: everything is there, and only the scratch directory can be written to
+    #[arg(long, hide = true, value_name = "SCRATCH")]
+    inside: Option<PathBuf>,
 }
+
+/// Memory of the machine, in MiB: images and the control plane's store are in it.
+const MEMORY: u32 = 6144;
+
+/// How long the machine may take, on emulated processors that others use too.
+const LIMIT: Duration = Duration::from_secs(3000);
 
 /// Runs the checks in a cluster.
 ///
@@ -52,17 +75,58 @@ pub(crate) fn e2e(arguments: &Arguments) -> Result<()> {
     );
     heading("set-up");
     let cache = cache()?;
+    if let Some(scratch) = &arguments.inside {
+        let there = Parts {
+            programs: Programs::at(&cache),
+            control_plane: ControlPlane::at(&cache),
+            image: image::written(&target_dir().join("image")),
+        };
+        return in_cluster(arguments, scratch, &there);
+    }
     let programs = Programs::prepare(&cache)?;
     let control_plane = ControlPlane::prepare(&cache, &programs)?;
+    let image = image::build(Profile::Dev, &target_dir().join("image"))?;
     if arguments.prepare {
         return Ok(());
     }
+    if arguments.vm {
+        return in_machine(arguments);
+    }
+    in_cluster(arguments, &cache.join("node"), &Parts { programs, control_plane, image })
+}
 
+/// What a cluster takes.
+struct Parts {
+    programs: Programs,
+    control_plane: ControlPlane,
+    image: image::Written,
+}
+
+/// This program again, in a machine that sees what was prepared.
+fn in_machine(arguments: &Arguments) -> Result<()> {
+    // Rendered here: a machine does not have every program.
+    chart::helm()?;
+    let program = std::env::current_exe()?;
+    let mut script = format!(
+        "export CARGO_TARGET_DIR='{}'\nexec '{}' e2e-kubernetes --inside /srv/agentguard-e2e",
+        target_dir().canonicalize()?.display(),
+        program.display()
+    );
+    if let Some(command) = &arguments.run {
+        script.push_str(&format!(" --run '{}'", command.replace('\'', r"'\''")));
+    }
+    script.push('\n');
+    vm::run_script(&arguments.kernel, &script, MEMORY, LIMIT)
+}
+
+fn in_cluster(arguments: &Arguments, scratch: &Path, parts: &Parts) -> Result<()> {
+    let Parts { programs, control_plane, image } = parts;
     heading("cluster");
     let begin = Instant::now();
-    let scratch = cache.join("node");
-    let mut cluster = Cluster::start(&scratch, &programs, &control_plane)?;
-    println!("ready     the cluster ({})", seconds(begin.elapsed()));
+    let pace = if arguments.inside.is_some() { Pace::Emulated } else { Pace::Own };
+    let mut cluster = Cluster::start(scratch, programs, control_plane, pace)?;
+    cluster.import(&image.archive)?;
+    println!("ready     the cluster, with the image {} ({})", image.name, seconds(begin.elapsed()));
 
     match &arguments.run {
         Some(command) => to_the_end(&mut cluster.shell(command))?,
@@ -72,7 +136,7 @@ pub(crate) fn e2e(arguments: &Arguments) -> Result<()> {
     heading("end");
     let begin = Instant::now();
     cluster.end()?;
-    let left = node::left_over(&scratch)?;
+    let left = node::left_over(scratch)?;
     ensure!(left.is_empty(), "left over: {}", left.join("; "));
     println!("ended     the cluster ({}); nothing of it is left", seconds(begin.elapsed()));
     Ok(())

@@ -86,6 +86,7 @@ impl Node {
                 .with_context(|| format!("{}: cannot be made", cgroup.display()))?;
             inherit_cpuset(cgroup)?;
         }
+        delegate(&unified)?;
         // Beside what the kubelet makes, so that neither is in the other's way.
         fs::create_dir_all(unified.join("system"))?;
 
@@ -116,6 +117,11 @@ impl Node {
     /// Where what it writes goes, and its logs.
     pub(super) fn scratch(&self) -> &Path {
         &self.scratch
+    }
+
+    /// Where a path of the node's own is on this machine, without a slash in front.
+    pub(super) fn outside(&self, path: &str) -> PathBuf {
+        self.scratch.join("own").join(path)
     }
 
     /// The same command, on the node.
@@ -219,6 +225,11 @@ impl Node {
         format!("/{NAME}")
     }
 
+    /// What the cgroup of each process in a pod begins with.
+    pub(super) fn cgroup_of_pods() -> String {
+        format!("{}/kubepods", Self::cgroup())
+    }
+
     /// Ends everything and takes the node away; the logs stay.
     pub(super) fn take_away(&mut self) -> Result<()> {
         kill_all(&self.unified)?;
@@ -310,6 +321,22 @@ fn inherit_cpuset(cgroup: &Path) -> Result<()> {
         // In version 2 the parent is the root, which has no such file.
         if own.exists() && parent.exists() && fs::read_to_string(&own)?.trim().is_empty() {
             fs::write(&own, fs::read_to_string(parent)?.trim())?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets the cgroups below ours have what controllers there are in version 2, where nothing else has them.
+fn delegate(unified: &Path) -> Result<()> {
+    let Some(root) = unified.parent() else { return Ok(()) };
+    let there = fs::read_to_string(root.join("cgroup.controllers"))?;
+    if !there.contains("memory") {
+        return Ok(());
+    }
+    for controller in there.split_whitespace() {
+        for cgroup in [root, unified] {
+            fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"))
+                .with_context(|| format!("{}: has no {controller}", cgroup.display()))?;
         }
     }
     Ok(())

@@ -31,7 +31,9 @@ const PACKAGES: &[&str] = &[
     "etcd-server",
     "golang-1.19-go",
     "golang-1.19-src",
+    "golang-github-modern-go-reflect2-dev",
     "kubernetes-client",
+    "prometheus",
     "runc",
 ];
 
@@ -52,6 +54,11 @@ pub(super) struct Programs {
 }
 
 impl Programs {
+    /// Those that are there.
+    pub(super) fn at(cache: &Path) -> Self {
+        Self { root: cache.join("programs") }
+    }
+
     /// Finds or downloads them.
     ///
     /// # Errors
@@ -90,6 +97,11 @@ impl Programs {
         self.root.join("usr/bin").join(name)
     }
 
+    /// What runs containers.
+    pub(super) fn runc(&self) -> PathBuf {
+        self.root.join("usr/sbin/runc")
+    }
+
     /// Where the plugins are that give containers their network.
     pub(super) fn network_plugins(&self) -> PathBuf {
         self.root.join("usr/lib/cni")
@@ -98,6 +110,11 @@ impl Programs {
     /// The Go toolchain.
     pub(super) fn go(&self) -> PathBuf {
         self.root.join("usr/lib/go-1.19")
+    }
+
+    /// The source of a Go package.
+    pub(super) fn go_library(&self, name: &str) -> PathBuf {
+        self.root.join("usr/share/gocode/src").join(name)
     }
 
     /// `PATH` for a program that calls others.

@@ -30,6 +30,9 @@ pub(super) const QEMU: &str = "qemu-system-x86_64";
 /// What QEMU warns of because the processor it shows is not wholly emulated; of no matter.
 const NO_MATTER: &str = "TCG doesn't support requested feature";
 
+/// What the tests take, in MiB.
+pub(super) const MEMORY: u32 = 2048;
+
 /// How long the probe of an accelerator may take; a boot takes a tenth of it.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -66,6 +69,8 @@ pub(super) struct Machine<'a> {
     pub(super) accelerator: Accelerator,
     /// Serves the host's files.
     pub(super) virtiofsd: &'a Path,
+    /// Of memory, in MiB.
+    pub(super) memory: u32,
     /// After this it is switched off.
     pub(super) limit: Duration,
     /// Where what the kernel says is kept.
@@ -109,10 +114,12 @@ impl Machine<'_> {
         let errors = file("qemu");
 
         let mut qemu = Command::new(QEMU);
-        qemu.args(["-M", "q35", "-smp", "2", "-m", "2048", "-no-reboot", "-nodefaults"])
+        qemu.args(["-M", "q35", "-smp", "2", "-no-reboot", "-nodefaults"])
+            .args(["-m", &self.memory.to_string()])
             .args(["-display", "none"])
             .args(self.accelerator.arguments())
-            .args(["-object", "memory-backend-memfd,id=memory,size=2048M,share=on"])
+            .arg("-object")
+            .arg(format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory))
             .args(["-numa", "node,memdev=memory"])
             .arg("-kernel")
             .arg(self.kernel.image())
@@ -252,6 +259,7 @@ pub(super) fn probe(kernel: &Kernel, virtiofsd: &Path, cache: &Path) -> Result<A
             parameters: "",
             accelerator: Accelerator::Kvm,
             virtiofsd,
+            memory: MEMORY,
             limit: PROBE,
             console: cache.join("probe.console"),
         };

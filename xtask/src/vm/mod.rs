@@ -195,6 +195,25 @@ fn by_hand(command: &str, daemon: &Path, wanted: &Wanted<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Runs a script in a machine with a kernel of the matrix and as much memory, in MiB, as it takes,
+/// and prints what it says. It sees this checkout and what was built of it.
+///
+/// # Errors
+///
+/// The machine cannot be had, or the script does not end well.
+pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) -> Result<()> {
+    crate::setup::setup(Purpose::Vm)?;
+    let row = self::row(row)?;
+    let wanted = Wanted { rows: &[row], filter: None, all: false, limit, refresh: false };
+    let host = Host::new(Path::new(""), &wanted)?;
+    let machine = Machine { memory, ..host.machine(row, &wanted)? };
+    println!("boots     {} by {}", host.kernel(row)?.release, host.accelerator.as_str());
+    let job = Job { script, manager: row.manager, visible: &host.visible() };
+    let ended = machine.run(&job, |line| println!("{line}"))?;
+    ensure!(ended.code == Some(0), "the machine's job ended with {:?}", ended.code);
+    Ok(())
+}
+
 /// What all machines of a run share.
 struct Host<'a> {
     daemon: &'a Path,
@@ -246,6 +265,7 @@ impl<'a> Host<'a> {
             parameters: row.boot.parameters(),
             accelerator: self.accelerator,
             virtiofsd: &self.virtiofsd,
+            memory: machine::MEMORY,
             limit: wanted.limit,
             console: self.console(row),
         })

@@ -37,6 +37,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{/* The configuration file. What the chart mounts stands last, so that it is what counts. */}}
 {{- define "agentguard.config" -}}
 {{- $metrics := dict "listen" (printf "0.0.0.0:%d" (int .Values.metrics.port)) -}}
+{{- $containers := dict
+      "runtimes" (list .Values.runtimeSocket)
+      "exempt_namespaces" (append .Values.exemptNamespaces .Release.Namespace | uniq) -}}
 {{- $own := dict
       "trust_domain" .Values.trustDomain
       "mode" .Values.mode
@@ -46,6 +49,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
       "state_directory" "/var/lib/agentguard"
       "runtime_directory" "/run/agentguard"
       "manifests_directory" "/etc/agentguard/manifests"
+      "kubernetes" (dict "access" "in-cluster")
+      "containers" $containers
       "metrics" $metrics -}}
 {{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $own) -}}
 {{- end -}}

@@ -1,0 +1,247 @@
+//! Agent pods next to ordinary pods.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
+
+use super::{apply, expected, kubectl, traffic};
+use crate::{
+    interrupt,
+    kubernetes::{
+        cluster::{API, Cluster},
+        node::ADDRESS,
+        seconds,
+        traffic::{Outcome, Traffic},
+    },
+};
+
+const MANIFESTS: &str = include_str!("../manifests/agents.yaml");
+const POD: &str = include_str!("../manifests/traffic.yaml");
+
+/// The service that comes later.
+pub(super) const LATER: &str = "10.96.77.77/80";
+
+/// An address that is nobody's: no route leads there.
+const NOBODY: &str = "192.0.2.1/80";
+
+/// The pods.
+#[derive(Debug)]
+pub(super) struct Agents {
+    /// Has a grant in enforce mode.
+    pub(super) researcher: Traffic,
+    /// Has a grant of all addresses.
+    pub(super) wide: Traffic,
+    /// Is an agent without a grant, in audit mode.
+    pub(super) audited: Traffic,
+    /// Asks for the same, and is no agent.
+    pub(super) bystander: Traffic,
+    pub(super) targets: Targets,
+}
+
+/// What is asked for.
+#[derive(Debug)]
+pub(super) struct Targets {
+    /// The service of the web server, and its pod at the port that the service leads to.
+    pub(super) service: String,
+    pub(super) endpoint: String,
+    /// Ports of its pod at which nothing listens: one that is granted, one that is not, and one that
+    /// the scope `more` has.
+    pub(super) granted: String,
+    pub(super) ungranted: String,
+    pub(super) more: String,
+}
+
+impl Targets {
+    fn of(cluster: &Cluster<'_>) -> Result<Self> {
+        let service = ["get", "service", "server", "--output", "jsonpath={.spec.clusterIP}"];
+        let service = kubectl(cluster, &service)?;
+        let pod = ["get", "pod", "--selector", "app=server", "--output"];
+        let pod = kubectl(cluster, &[&pod[..], &["jsonpath={.items[0].status.podIP}"]].concat())?;
+        Ok(Self {
+            service: format!("{service}/81"),
+            endpoint: format!("{pod}/8081"),
+            granted: format!("{pod}/4444"),
+            ungranted: format!("{pod}/4445"),
+            more: format!("{pod}/4446"),
+        })
+    }
+
+    fn all(&self) -> String {
+        let Self { service, endpoint, granted, ungranted, more } = self;
+        [service, endpoint, granted, ungranted, more, LATER].join(" ")
+    }
+
+    /// What the grant `researcher` comes to, without what changes.
+    pub(super) fn of_researcher(&self) -> BTreeMap<String, Outcome> {
+        expected(&[
+            (&self.service, Outcome::Passed),
+            (&self.endpoint, Outcome::Passed),
+            (&self.granted, Outcome::Passed),
+            (&self.ungranted, Outcome::Refused),
+            ("curl", Outcome::Passed),
+        ])
+    }
+}
+
+impl Agents {
+    /// Starts them, and returns once all ask.
+    pub(super) fn start(cluster: &mut Cluster<'_>) -> Result<Self> {
+        apply(cluster, MANIFESTS, &[])?;
+        let account = ["--namespace", "agents", "get", "serviceaccount", "default"];
+        let begin = Instant::now();
+        while kubectl(cluster, &account).is_err() {
+            ensure!(begin.elapsed() < Duration::from_secs(30), "no default service account");
+            interrupt::sleep(Duration::from_millis(200))?;
+        }
+        let targets = Targets::of(cluster)?;
+        let wide = format!("{API} {ADDRESS}/6443 {ADDRESS}/10250 {} {NOBODY}", targets.endpoint);
+        let enforced = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: enforce";
+        let audited = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: audit";
+        let pods = [
+            ("researcher", "researcher", enforced, targets.all()),
+            ("wide", "wide", enforced, wide),
+            ("audited", "default", audited, targets.all()),
+            ("bystander", "researcher", "", targets.all()),
+        ];
+        for (name, account, labels, asks) in &pods {
+            let variables =
+                [("$NAME", *name), ("$ACCOUNT", *account), ("$LABELS", *labels), ("$TARGETS", asks)];
+            apply(cluster, POD, &variables)?;
+        }
+        for (name, ..) in &pods {
+            cluster.wait_for(
+                &format!("the pod {name} runs"),
+                &["--namespace", "agents", "get", "pod", name, "--output", "jsonpath={.status.phase}"],
+                "Running",
+            )?;
+        }
+        let agents = Self {
+            researcher: traffic(cluster, "researcher")?,
+            wide: traffic(cluster, "wide")?,
+            audited: traffic(cluster, "audited")?,
+            bystander: traffic(cluster, "bystander")?,
+            targets,
+        };
+        println!("seen      the pods run, agents and others");
+        Ok(agents)
+    }
+}
+
+/// Each kind of pod gets what it should, and nothing else.
+pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let Agents { researcher, wide, audited, bystander, targets } = agents;
+    // From the very first request on: an agent is held before it runs, or as soon as it is known.
+    let first = researcher.all()?.first().map(|asked| asked.at);
+    let held = researcher.first(&targets.ungranted, Outcome::Refused, Timestamp::UNIX_EPOCH)?;
+    if let Some(first) = first {
+        println!(
+            "seen      an agent is held {} after its first request, without the runtime's hook",
+            seconds(Duration::try_from(held - first).unwrap_or_default())
+        );
+    }
+    wide.first(&format!("{ADDRESS}/6443"), Outcome::Refused, Timestamp::UNIX_EPOCH)?;
+    let since = Timestamp::now();
+    interrupt::sleep(Duration::from_secs(3))?;
+
+    let mut of_researcher = targets.of_researcher();
+    of_researcher.insert(targets.more.clone(), Outcome::Refused);
+    of_researcher.insert(LATER.to_owned(), Outcome::Refused);
+    let count = researcher.judge(since, &of_researcher)?;
+    println!(
+        "seen      an agent reaches its service, the service's endpoint, and its port of a pod, runs its \
+         program, and is refused the rest: {count} requests"
+    );
+    let of_wide = expected(&[
+        (API, Outcome::Refused),
+        (&format!("{ADDRESS}/6443"), Outcome::Refused),
+        (&format!("{ADDRESS}/10250"), Outcome::Refused),
+        (&targets.endpoint, Outcome::Refused),
+        (NOBODY, Outcome::Passed),
+        ("curl", Outcome::Refused),
+    ]);
+    let count = wide.judge(since, &of_wide)?;
+    println!(
+        "seen      an agent that is granted 0.0.0.0/0 reaches neither the API server, nor the kubelet, nor \
+         a pod: {count} requests"
+    );
+    let free: BTreeMap<_, _> =
+        of_researcher.into_keys().map(|target| (target, Outcome::Passed)).collect();
+    let audited = audited.judge(since, &free)?;
+    let bystanders = bystander.judge(since, &free)?;
+    println!(
+        "seen      neither an agent in audit mode ({audited} requests) nor an ordinary pod ({bystanders}) \
+         is refused anything"
+    );
+
+    let exec = |pod: &str, command: &[&str]| {
+        let exec = ["--namespace", "agents", "exec", pod, "--"];
+        kubectl(cluster, &[&exec[..], command].concat())
+    };
+    let (address, _port) = targets.service.split_once('/').context("a target has a port")?;
+    let url = format!("http://{address}/hello");
+    let curl = ["/usr/bin/curl", "--silent", "--fail", "--max-time", "5", &url];
+    let said = exec("researcher", &curl)?;
+    ensure!(said.trim() == "hello", "kubectl exec of a granted program says {said:?}");
+    let cat = ["/bin/cat", "/etc/passwd"];
+    let said = exec("bystander", &cat)?;
+    ensure!(said.contains("root:"), "kubectl exec in an ordinary pod says {said:?}");
+    match exec("researcher", &cat) {
+        Ok(said) => anyhow::bail!("kubectl exec of an ungranted program says {said:?}"),
+        Err(error) => println!(
+            "seen      kubectl exec of a granted program works, of another it is refused: {}",
+            error.to_string().lines().last().unwrap_or_default()
+        ),
+    }
+    Ok(())
+}
+
+/// Columns and conditions of what `kubectl get` shows.
+pub(super) fn shown(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
+    let valid = "jsonpath={.status.conditions[?(@.type==\"Valid\")].status}";
+    let enforced = "jsonpath={.status.conditions[?(@.type==\"Enforced\")].status}";
+    let nodes = "jsonpath={.status.enforced}";
+    for (object, namespace, path, wanted) in [
+        ("grant/researcher", "agents", valid, "True"),
+        ("grant/researcher", "agents", enforced, "True"),
+        ("grant/researcher", "agents", nodes, "1"),
+        ("scope/web", "agents", enforced, "True"),
+        ("clustergrant/wide", "agents", enforced, "True"),
+        ("grant/not-theirs", "strangers", valid, "False"),
+        ("grant/not-theirs", "strangers", enforced, "False"),
+    ] {
+        let question = ["--namespace", namespace, "get", object, "--output", path];
+        cluster
+            .wait_for(&format!("{object} says so in its status"), &question, wanted)
+            .with_context(|| path.to_owned())?;
+    }
+    for kinds in ["scopes", "grants", "clustergrants"] {
+        let table = kubectl(cluster, &["get", kinds, "--all-namespaces"])?;
+        for line in table.lines() {
+            println!("          {line}");
+        }
+    }
+    let message = "jsonpath={.status.conditions[?(@.type==\"Valid\")].message}";
+    let question = ["--namespace", "strangers", "get", "grant/not-theirs", "--output", message];
+    let why = kubectl(cluster, &question)?;
+    ensure!(why.contains("namespace"), "a grant of another namespace's subject says {why:?}");
+    println!("seen      a grant of a subject of another namespace is refused: {why}");
+    Ok(())
+}
+
+/// What an ordinary pod asked for from beginning to end, it got.
+pub(super) fn bystander_saw_nothing(_: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let mut free = agents.targets.of_researcher();
+    for target in [agents.targets.more.as_str(), LATER] {
+        free.insert(target.to_owned(), Outcome::Passed);
+    }
+    for outcome in free.values_mut() {
+        *outcome = Outcome::Passed;
+    }
+    let count = agents.bystander.judge(Timestamp::UNIX_EPOCH, &free)?;
+    println!("seen      none of {count} requests of an ordinary pod was refused");
+    Ok(())
+}

@@ -1,0 +1,98 @@
+//! How soon what is changed in the cluster is in force.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Result, ensure};
+use jiff::Timestamp;
+
+use super::{
+    agents::{Agents, LATER},
+    apply, kubectl,
+};
+use crate::{
+    interrupt,
+    kubernetes::{
+        cluster::Cluster,
+        traffic::{Outcome, Traffic},
+    },
+};
+
+const GRANT: &str = include_str!("../manifests/grant.yaml");
+const SERVICE: &str = include_str!("../manifests/later.yaml");
+
+/// How long it may take from when `kubectl` returns.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// How often each change is made.
+const ROUNDS: usize = 3;
+
+pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let cluster: &Cluster<'_> = cluster;
+    let Agents { researcher, audited, targets, .. } = agents;
+    let more = targets.more.as_str();
+    let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    for _round in 0..ROUNDS {
+        let mut note = |what, took_this| took.entry(what).or_default().push(took_this);
+        let grant = [("$NAME", "changing"), ("$EXPIRES", "never")];
+        let change = || apply(cluster, GRANT, &grant);
+        note("a grant is added", measured(researcher, more, Outcome::Passed, change)?);
+        let delete = ["--namespace", "agents", "delete", "grant", "changing"];
+        let change = || told(cluster, &delete);
+        note("a grant is deleted", measured(researcher, more, Outcome::Refused, change)?);
+
+        let change = || apply(cluster, SERVICE, &[]);
+        note("a service is added", measured(researcher, LATER, Outcome::Passed, change)?);
+        let delete = ["delete", "service", "later"];
+        let change = || told(cluster, &delete);
+        note("a service is deleted", measured(researcher, LATER, Outcome::Refused, change)?);
+
+        let label = |label: &'static str| {
+            move || {
+                let to = ["--namespace", "agents", "label", "--overwrite", "pod", "audited", label];
+                told(cluster, &to)
+            }
+        };
+        let ungranted = targets.ungranted.as_str();
+        let change = label("agentguard.dev/mode=enforce");
+        note("the mode becomes enforce", measured(audited, ungranted, Outcome::Refused, change)?);
+        let change = label("agentguard.dev/agent-");
+        note("a pod is no agent any more", measured(audited, ungranted, Outcome::Passed, change)?);
+        let change = label("agentguard.dev/agent=true");
+        note("a pod becomes an agent", measured(audited, ungranted, Outcome::Refused, change)?);
+        let change = label("agentguard.dev/mode=audit");
+        note("the mode becomes audit", measured(audited, ungranted, Outcome::Passed, change)?);
+    }
+    for (what, took) in &took {
+        let each: Vec<String> = took.iter().map(|took| took.as_millis().to_string()).collect();
+        println!("seen      {what}: in force {} ms after kubectl returned", each.join(", "));
+    }
+    let limit = cluster.pace().allows(LIMIT);
+    let late: Vec<&str> = took
+        .iter()
+        .filter(|(_, took)| took.iter().any(|took| *took > limit))
+        .map(|(what, _)| *what)
+        .collect();
+    ensure!(late.is_empty(), "in force later than {} s: {}", limit.as_secs(), late.join(", "));
+    Ok(())
+}
+
+/// How long after `change` a pod saw it, and fails if what it saw does not stay so.
+fn measured(
+    pod: &Traffic,
+    target: &str,
+    outcome: Outcome,
+    change: impl FnOnce() -> Result<Timestamp>,
+) -> Result<Duration> {
+    let begin = Timestamp::now();
+    let returned = change()?;
+    // What was asked before may be in the log after it, by as much as the runtime takes.
+    let seen = pod.first(target, outcome, begin)?;
+    interrupt::sleep(Duration::from_millis(300))?;
+    pod.judge(seen, &BTreeMap::from([(target.to_owned(), outcome)]))?;
+    Ok(Duration::try_from(seen - returned).unwrap_or_default())
+}
+
+fn told(cluster: &Cluster<'_>, arguments: &[&str]) -> Result<Timestamp> {
+    kubectl(cluster, arguments)?;
+    Ok(Timestamp::now())
+}

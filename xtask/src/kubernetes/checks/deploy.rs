@@ -1,0 +1,151 @@
+//! What is shipped below `deploy/`, before a real API server.
+
+use std::{fs, time::Instant};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{filled, kubectl};
+use crate::{
+    chart,
+    kubernetes::{build::VERSION, cluster::Cluster, seconds},
+    run::root,
+};
+
+/// Values of the chart that fit this machine.
+const VALUES: &str = include_str!("../manifests/values.yaml");
+
+/// What is in no cluster's tongue: a configuration, and rules of a Prometheus that has no operator.
+const NO_MANIFESTS: &[&str] = &[
+    "agentguard.yaml",
+    "examples/workloads.yaml",
+    "helm/agentguard/Chart.yaml",
+    "helm/agentguard/ci/everything-values.yaml",
+    "helm/agentguard/values.yaml",
+    "prometheus/agentguard.rules.test.yaml",
+    "prometheus/agentguard.rules.yaml",
+];
+
+/// What is applied by [`examples_are_taken`] and by helm.
+const ELSEWHERE: &[&str] = &["examples/", "helm/agentguard/templates/"];
+
+/// Asks the API server about every manifest without keeping it: the plain manifests, the definitions,
+/// and the chart with everything switched on. What belongs to another operator is left out, with a word
+/// for it. Fails on a YAML file that is neither asked about nor named above.
+pub(super) fn everything_is_valid(cluster: &mut Cluster<'_>) -> Result<()> {
+    let deploy = root().join("deploy");
+    let everything = chart::everything(VERSION)?;
+    let foreign = |document: &&str| document.contains("apiVersion: monitoring.coreos.com/");
+    let documents: Vec<&str> = everything.split("\n---\n").collect();
+    let left_out = documents.iter().filter(|document| foreign(document)).count();
+    let known: Vec<&str> = documents.into_iter().filter(|document| !foreign(document)).collect();
+    let rendered = cluster.node().scratch().join("everything.yaml");
+    fs::write(&rendered, known.join("\n---\n"))?;
+    // The namespace first: without it nothing in it can be asked about.
+    kubectl(cluster, &["create", "namespace", "agentguard"])?;
+    let mut files = vec![rendered];
+    for file in yaml_files(&deploy)? {
+        let name = file.strip_prefix(&deploy)?.display().to_string();
+        let is_elsewhere = ELSEWHERE.iter().any(|directory| name.starts_with(directory));
+        if !is_elsewhere && !NO_MANIFESTS.contains(&name.as_str()) {
+            files.push(file);
+        }
+    }
+    for file in files {
+        let file = file.display().to_string();
+        let apply = ["apply", "--dry-run=server", "--validate=true", "--filename", &file];
+        let said = kubectl(cluster, &apply)?;
+        println!("seen      {} objects of {file} are valid", said.lines().count());
+    }
+    println!("seen      {left_out} objects are of the Prometheus operator, which is not here");
+    kubectl(cluster, &["delete", "namespace", "agentguard"]).map(drop)
+}
+
+/// Applies the plain manifests as they are, and then the chart with values for this machine: an upgrade.
+pub(super) fn daemon_runs(cluster: &mut Cluster<'_>) -> Result<()> {
+    let begin = Instant::now();
+    let plain = chart::plain_file().display().to_string();
+    kubectl(cluster, &["apply", "--filename", &plain])?;
+    rolled_out(cluster).context("the plain manifests")?;
+    println!("seen      the daemon of the plain manifests is ready ({})", seconds(begin.elapsed()));
+
+    let begin = Instant::now();
+    let scratch = cluster.node().scratch().to_owned();
+    let values = scratch.join("values.yaml");
+    let runc = cluster.runtime_program().display().to_string();
+    fs::write(&values, filled(VALUES, &[("$RUNC", &runc)]))?;
+    let rendered = scratch.join("agentguard.yaml");
+    fs::write(&rendered, chart::with_values(VERSION, &values)?)?;
+    kubectl(cluster, &["apply", "--filename", &rendered.display().to_string()])?;
+    rolled_out(cluster).context("the chart")?;
+    println!("seen      that of the chart with other values too ({})", seconds(begin.elapsed()));
+
+    let status = in_daemon(cluster, &["status"])?;
+    ensure!(status.contains("portable"), "agentguard status says:\n{status}");
+    print!("{}", indented(&status));
+    Ok(())
+}
+
+/// Waits until the DaemonSet's newest generation runs.
+pub(super) fn rolled_out(cluster: &Cluster<'_>) -> Result<()> {
+    let namespace = ["--namespace", "agentguard"];
+    let wait = ["rollout", "status", "daemonset/agentguard", "--timeout=90s"];
+    let waited = kubectl(cluster, &[&namespace[..], &wait].concat());
+    if waited.is_err() {
+        let pods = ["describe", "pods"];
+        let logs = ["logs", "daemonset/agentguard", "--tail=40"];
+        for question in [&pods[..], &logs] {
+            let said = kubectl(cluster, &[&namespace[..], question].concat());
+            eprintln!("{}", said.unwrap_or_else(|error| format!("{error:#}")));
+        }
+    }
+    waited.map(drop)
+}
+
+/// Runs the daemon's program in the daemon's pod.
+pub(super) fn in_daemon(cluster: &Cluster<'_>, arguments: &[&str]) -> Result<String> {
+    let exec = ["--namespace", "agentguard", "exec", "daemonset/agentguard", "--"];
+    kubectl(cluster, &[&exec[..], &["/usr/bin/agentguard"], arguments].concat())
+}
+
+/// The examples that are custom resources, as they are shipped.
+pub(super) fn examples_are_taken(cluster: &mut Cluster<'_>) -> Result<()> {
+    let examples = root().join("deploy/examples");
+    // The namespace that the one for clusters speaks of.
+    kubectl(cluster, &["create", "namespace", "agents"])?;
+    for file in yaml_files(&examples)? {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == "workloads.yaml" {
+            println!("seen      {name} has what only a node of its own has: Workload");
+            continue;
+        }
+        let text = fs::read_to_string(&file)?;
+        // A Grant in a file need have no namespace; one in a cluster has, and a Workload is no resource.
+        let documents: Vec<&str> =
+            text.split("\n---\n").filter(|document| !document.contains("kind: Workload")).collect();
+        let kept = cluster.node().scratch().join(&name);
+        fs::write(&kept, documents.join("\n---\n"))?;
+        let kept = kept.display().to_string();
+        let said = kubectl(cluster, &["apply", "--namespace", "agents", "--filename", &kept])?;
+        println!("seen      {} objects of {name} are taken", said.lines().count());
+        kubectl(cluster, &["delete", "--namespace", "agents", "--filename", &kept])?;
+    }
+    Ok(())
+}
+
+fn yaml_files(directory: &std::path::Path) -> Result<Vec<std::path::PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            files.extend(yaml_files(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "yaml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("          {line}\n")).collect()
+}

@@ -1,0 +1,180 @@
+//! What a pod asked, and what became of it, as its log tells.
+//!
+//! Its one job is to read what the pods of `manifests/traffic.yaml` write: one line for each request,
+//! with the time at which the container runtime took it. The log is read where the kubelet keeps it,
+//! so that it is there while the API server is not.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use jiff::Timestamp;
+
+use crate::interrupt;
+
+/// How long is waited for a line.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Outcome {
+    /// The guard refused it.
+    Refused,
+    /// It got past the guard: something answered, or nothing was there.
+    Passed,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    pub(super) at: Timestamp,
+    pub(super) target: String,
+    pub(super) outcome: Outcome,
+}
+
+/// A pod that asks.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    name: String,
+    directory: PathBuf,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Refused => "refused",
+            Self::Passed => "let through",
+        })
+    }
+}
+
+impl Traffic {
+    /// That of a pod, whose logs are below `logs`.
+    pub(super) fn of(logs: &Path, namespace: &str, pod: &str) -> Result<Self> {
+        let prefix = format!("{namespace}_{pod}_");
+        let begin = Instant::now();
+        loop {
+            let entries = fs::read_dir(logs)
+                .with_context(|| format!("{}: cannot be read", logs.display()))?;
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                    return Ok(Self { name: format!("{namespace}/{pod}"), directory: entry.path() });
+                }
+            }
+            ensure!(begin.elapsed() < PATIENCE, "the pod {namespace}/{pod} has no log");
+            interrupt::sleep(Duration::from_millis(100))?;
+        }
+    }
+
+    /// Everything that was asked, from the first request on.
+    pub(super) fn all(&self) -> Result<Vec<Asked>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let container = entry?.path();
+            for entry in fs::read_dir(&container)? {
+                files.push(entry?.path());
+            }
+        }
+        files.sort();
+        let mut all = Vec::new();
+        for file in files {
+            // A line that is being written is not one yet.
+            let text = fs::read_to_string(&file)?;
+            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+            for line in whole.lines() {
+                all.extend(asked(line).with_context(|| format!("{}: {line}", self.name))?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// What was asked from a time on.
+    pub(super) fn since(&self, time: Timestamp) -> Result<Vec<Asked>> {
+        let mut all = self.all()?;
+        all.retain(|asked| asked.at >= time);
+        Ok(all)
+    }
+
+    /// When the first request for `target` since `time` had this outcome.
+    pub(super) fn first(
+        &self,
+        target: &str,
+        outcome: Outcome,
+        time: Timestamp,
+    ) -> Result<Timestamp> {
+        let begin = Instant::now();
+        loop {
+            let since = self.since(time)?;
+            let of_target = since.iter().filter(|asked| asked.target == target);
+            if let Some(first) = of_target.clone().find(|asked| asked.outcome == outcome) {
+                return Ok(first.at);
+            }
+            if begin.elapsed() > PATIENCE {
+                bail!(
+                    "{target} is not {outcome} for {} within {} s; asked {} times",
+                    self.name,
+                    PATIENCE.as_secs(),
+                    of_target.count()
+                );
+            }
+            interrupt::sleep(Duration::from_millis(100))?;
+        }
+    }
+
+    /// Fails unless all requests since `time` had the outcome that is expected of their target, and
+    /// each target was asked for; how many there were. What is not expected anything of is not looked
+    /// at.
+    pub(super) fn judge(
+        &self,
+        time: Timestamp,
+        expected: &BTreeMap<String, Outcome>,
+    ) -> Result<usize> {
+        let mut counts: BTreeMap<&str, usize> =
+            expected.keys().map(|target| (target.as_str(), 0)).collect();
+        let since = self.since(time)?;
+        for Asked { at, target, outcome } in &since {
+            let Some(wanted) = expected.get(target) else { continue };
+            ensure!(
+                outcome == wanted,
+                "{target} was {outcome} for {} at {at}; it has to be {wanted}",
+                self.name
+            );
+            *counts.entry(target).or_default() += 1;
+        }
+        for (target, count) in &counts {
+            ensure!(*count > 0, "{} did not ask for {target}", self.name);
+        }
+        Ok(counts.values().sum())
+    }
+}
+
+/// What a line of the log says; most are of the shell's own kind.
+fn asked(line: &str) -> Result<Option<Asked>> {
+    // `2026-11-26T18:53:53.123456789Z stdout F …`
+    let mut parts = line.splitn(4, ' ');
+    let (Some(time), Some(_), Some(_), Some(text)) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Ok(None);
+    };
+    let said = if let Some(said) = text.strip_prefix("asked ") {
+        said.split_once(' ')
+    } else {
+        // `bash: line 5: /dev/tcp/10.0.0.1/80: Connection refused`
+        text.split_once("/dev/tcp/").and_then(|(_, said)| said.split_once(": "))
+    };
+    let Some((target, said)) = said else { return Ok(None) };
+    let outcome = match said {
+        // That it was killed before its first instruction, or refused.
+        "Operation not permitted" | "status 137" | "status 126" => Outcome::Refused,
+        "Connection refused" | "Network is unreachable" | "No route to host" | "through"
+        | "status 0" => Outcome::Passed,
+        other => bail!("{other:?} is no outcome that is known"),
+    };
+    Ok(Some(Asked { at: time.parse()?, target: target.to_owned(), outcome }))
+}
