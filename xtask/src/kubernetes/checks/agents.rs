@@ -25,7 +25,7 @@ const POD: &str = include_str!("../manifests/traffic.yaml");
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
 
-/// An address that is nobody's: no route leads there.
+/// An address outside of the cluster.
 const NOBODY: &str = "192.0.2.1/80";
 
 /// The pods.
