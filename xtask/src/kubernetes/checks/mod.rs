@@ -81,9 +81,10 @@ fn apply(cluster: &Cluster<'_>, text: &str, variables: &[(&str, &str)]) -> Resul
 
 fn filled(text: &str, variables: &[(&str, &str)]) -> String {
     let common = [("$TRUST_DOMAIN", TRUST_DOMAIN), ("$TOOLS", TOOLS)];
-    common.iter().chain(variables).fold(text.to_owned(), |text, (name, value)| {
-        text.replace(name, value)
-    })
+    common
+        .iter()
+        .chain(variables)
+        .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
 fn kubectl(cluster: &Cluster<'_>, arguments: &[&str]) -> Result<String> {
