@@ -23,6 +23,9 @@ use crate::scope::cluster::ObjectName;
 const SUMMARY: &str = "agentguard-summary";
 /// Changes that come together are written together.
 const SETTLE: Duration = Duration::from_millis(200);
+/// What is said where nothing is wrong. Not nothing: old API servers take an empty text that is applied
+/// for one that is missing, and refuse the whole status.
+const FINE: &str = "nothing is wrong with it";
 /// The longest error that is written.
 const MAX_ERROR_CHARACTERS: usize = 1024;
 
@@ -139,7 +142,7 @@ impl ObjectStatus {
                 is(enforced > 0),
                 format!("on {enforced} of {nodes} nodes that it concerns"),
             ),
-            ("Valid", is(error.is_none()), error.unwrap_or_default()),
+            ("Valid", is(error.is_none()), error.unwrap_or_else(|| FINE.to_owned())),
         ];
         let conditions = said.into_iter().map(|(name, status, message)| {
             let before = self.summary.conditions.get(name);
@@ -209,14 +212,27 @@ pub async fn run(client: Client, node: String, objects: Arc<Objects>) {
     loop {
         objects.to_report().await;
         tokio::time::sleep(SETTLE).await;
+        let mut has_failed = false;
         for due in objects.due(&node, Timestamp::now()) {
-            if let Err(error) = apply(&client, &due).await {
-                // What can not be said is said later; what is enforced does not depend on it.
-                tracing::debug!(%error, object = due.kind.path(&due.name), "a status is not written");
-                tokio::time::sleep(pauses.next().unwrap_or_default()).await;
-                objects.report_again();
-                break;
+            // What can not be said is said later; what is enforced does not depend on it.
+            match apply(&client, &due).await {
+                Ok(()) => {}
+                // One that the API server refuses is no reason to say nothing of the others.
+                Err(error @ kube::Error::Api(_)) => {
+                    tracing::warn!(%error, object = due.kind.path(&due.name), "a status is refused");
+                    has_failed = true;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, object = due.kind.path(&due.name), "a status is not written");
+                    has_failed = true;
+                    break;
+                }
             }
+        }
+        if has_failed {
+            tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+            objects.report_again();
+        } else {
             pauses = Retry::default();
         }
     }

@@ -25,6 +25,10 @@ pub(super) const NAME: &str = "agentguard-e2e";
 /// The node's address, to which its API server and kubelet are bound.
 pub(super) const ADDRESS: &str = "10.99.0.1";
 
+/// An address outside of the cluster, and one of a service that comes later. The node has them, so that
+/// a connection is refused at once: the kernel tells of an address without a route once in a second.
+pub(super) const NOBODIES: [&str; 2] = ["192.0.2.1", "10.96.77.77"];
+
 /// How long processes may take to be gone once they are killed.
 const GONE: Duration = Duration::from_secs(20);
 
@@ -93,6 +97,9 @@ impl Node {
         let network = Namespace::new(NAME)?;
         network.ip(&["link", "add", "node0", "type", "veth", "peer", "name", "node1"])?;
         network.ip(&["address", "add", &format!("{ADDRESS}/24"), "dev", "node0"])?;
+        for address in NOBODIES {
+            network.ip(&["address", "add", &format!("{address}/32"), "dev", "node0"])?;
+        }
         network.ip(&["link", "set", "node0", "up"])?;
         network.ip(&["link", "set", "node1", "up"])?;
 

@@ -63,7 +63,10 @@ impl Traffic {
             for entry in entries {
                 let entry = entry?;
                 if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                    return Ok(Self { name: format!("{namespace}/{pod}"), directory: entry.path() });
+                    return Ok(Self {
+                        name: format!("{namespace}/{pod}"),
+                        directory: entry.path(),
+                    });
                 }
             }
             ensure!(begin.elapsed() < PATIENCE, "the pod {namespace}/{pod} has no log");
@@ -172,7 +175,10 @@ fn asked(line: &str) -> Result<Option<Asked>> {
     let outcome = match said {
         // That it was killed before its first instruction, or refused.
         "Operation not permitted" | "status 137" | "status 126" => Outcome::Refused,
-        "Connection refused" | "Network is unreachable" | "No route to host" | "through"
+        "Connection refused"
+        | "Network is unreachable"
+        | "No route to host"
+        | "through"
         | "status 0" => Outcome::Passed,
         other => bail!("{other:?} is no outcome that is known"),
     };

@@ -25,7 +25,7 @@ const POD: &str = include_str!("../manifests/traffic.yaml");
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
 
-/// An address that is nobody's: no route leads there.
+/// An address outside of the cluster.
 const NOBODY: &str = "192.0.2.1/80";
 
 /// The pods.
@@ -108,14 +108,26 @@ impl Agents {
             ("bystander", "researcher", "", targets.all()),
         ];
         for (name, account, labels, asks) in &pods {
-            let variables =
-                [("$NAME", *name), ("$ACCOUNT", *account), ("$LABELS", *labels), ("$TARGETS", asks)];
+            let variables = [
+                ("$NAME", *name),
+                ("$ACCOUNT", *account),
+                ("$LABELS", *labels),
+                ("$TARGETS", asks),
+            ];
             apply(cluster, POD, &variables)?;
         }
         for (name, ..) in &pods {
             cluster.wait_for(
                 &format!("the pod {name} runs"),
-                &["--namespace", "agents", "get", "pod", name, "--output", "jsonpath={.status.phase}"],
+                &[
+                    "--namespace",
+                    "agents",
+                    "get",
+                    "pod",
+                    name,
+                    "--output",
+                    "jsonpath={.status.phase}",
+                ],
                 "Running",
             )?;
         }
@@ -126,6 +138,15 @@ impl Agents {
             bystander: traffic(cluster, "bystander")?,
             targets,
         };
+        // What an image starts may run without a grant: a container that was ended at its start is one
+        // that was held before it was known what starts it.
+        interrupt::sleep(Duration::from_secs(3))?;
+        for (name, ..) in &pods {
+            let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
+            let question = ["--namespace", "agents", "get", "pod", name, "--output", restarts];
+            let restarts = kubectl(cluster, &question)?;
+            ensure!(restarts == "0", "the pod {name} was ended at its start {restarts} times");
+        }
         println!("seen      the pods run, agents and others");
         Ok(agents)
     }

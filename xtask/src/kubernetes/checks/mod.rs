@@ -29,11 +29,11 @@ type Check = fn(&mut Cluster<'_>, &Agents) -> Result<()>;
 /// In this order, each under its name.
 const CHECKS: &[(&str, Check)] = &[
     ("agents are held to their grants", agents::held),
-    ("what kubectl shows", agents::shown),
     ("changes", changes::take_effect),
     ("metrics", metrics::tell),
     ("updates of the daemon", updates::leave_no_window),
     ("without an API server", outage::is_survived),
+    ("what kubectl shows", agents::shown),
     ("ordinary pods to the end", agents::bystander_saw_nothing),
 ];
 
@@ -81,9 +81,10 @@ fn apply(cluster: &Cluster<'_>, text: &str, variables: &[(&str, &str)]) -> Resul
 
 fn filled(text: &str, variables: &[(&str, &str)]) -> String {
     let common = [("$TRUST_DOMAIN", TRUST_DOMAIN), ("$TOOLS", TOOLS)];
-    common.iter().chain(variables).fold(text.to_owned(), |text, (name, value)| {
-        text.replace(name, value)
-    })
+    common
+        .iter()
+        .chain(variables)
+        .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
 fn kubectl(cluster: &Cluster<'_>, arguments: &[&str]) -> Result<String> {

@@ -68,7 +68,11 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let applied = apply(cluster, GRANT, &grant)?;
     let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
     let took = Duration::try_from(seen - applied).unwrap_or_default();
-    ensure!(took <= cluster.pace().allows(AGAIN), "a grant was in force only {} after the outage", seconds(took));
+    ensure!(
+        took <= cluster.pace().allows(AGAIN),
+        "a grant was in force only {} after the outage",
+        seconds(took)
+    );
     println!("seen      a grant that is added afterwards is in force after {}", seconds(took));
     Ok(())
 }

@@ -40,7 +40,12 @@ pub(super) fn leave_no_window(cluster: &mut Cluster<'_>, agents: &Agents) -> Res
     kill(third)?;
     let question = [
         &namespace[..],
-        &["get", "pods", "--output", "jsonpath={.items[0].status.containerStatuses[0].restartCount}"],
+        &[
+            "get",
+            "pods",
+            "--output",
+            "jsonpath={.items[0].status.containerStatuses[0].restartCount}",
+        ],
     ];
     cluster.wait_for("the daemon is started again", &question.concat(), "1")?;
     rolled_out(cluster)?;
