@@ -116,7 +116,7 @@ fn nested_scripts(depth: usize, forbidden: usize, world: &World) -> WayOut {
     way_out.or_gap(OPEN)
 }
 
-const FORMATS: Facility = Facility::FileSystem { name: "binfmt_misc" };
+const FORMATS: Facility = Facility::OwnFormats;
 
 ways_out! {
     /// E5

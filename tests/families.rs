@@ -79,7 +79,11 @@ ways_out! {
     multipath_tcp_over_v6 needs [MPTCP]: |world| protocol(world, "mptcp", "connect", FORBIDDEN6);
     sctp_connect needs [SCTP]: |world| protocol(world, "sctp", "connect", FORBIDDEN);
     sctp_connect_over_v6 needs [SCTP]: |world| protocol(world, "sctp", "connect", FORBIDDEN6);
-    sctp_connectx needs [SCTP]: |world| protocol(world, "sctp", "connectx", FORBIDDEN);
+    sctp_connectx needs [SCTP]: |world| {
+        // A call that waits in vain looks the same wherever the packets were lost.
+        world.servers_mut().watch();
+        protocol(world, "sctp", "connectx", FORBIDDEN).proved_by(Proof::Arrived(DATABASE))
+    };
     sctp_connectx_over_v6 needs [SCTP]: |world| protocol(world, "sctp", "connectx", FORBIDDEN6);
     sctp_message_that_connects needs [SCTP]: |world| protocol(world, "sctp", "send", FORBIDDEN);
     sctp_message_to_another_address_of_the_peer needs [SCTP]: |world| {

@@ -90,6 +90,9 @@ impl Inquiry {
     ) -> Self {
         match destination {
             Some(Destination { address, protocol, port }) => {
+                // Keeps this a branch: without it the compiler chooses field by field, and reads
+                // those of a destination that is not there, which verifiers refuse.
+                let port = kernel::barrier(port.into()) as u16;
                 Self { protocol, port, target: address.words(), ..Self::new(hook, kind) }
             }
             None => Self::malformed(hook),
@@ -315,7 +318,7 @@ pub(crate) fn judge_without_room(
     origin: &Origin,
 ) -> Action {
     let inquiry = Inquiry::leave(Hook::Leave, cgroup, Mover::Workload);
-    let tag = maps::tag(workload).unwrap_or(ROWLESS);
+    let tag = maps::tag_or(workload, ROWLESS);
     deny_without_table::<Others>(&inquiry, workload, &tag, origin, 0)
 }
 

@@ -569,6 +569,22 @@ pub(crate) fn opaque(number: u64) -> u64 {
     number
 }
 
+/// As [`opaque`], and never done where the program does not come by.
+#[inline(always)]
+pub(crate) fn barrier(number: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut number = number;
+        // SAFETY: as for `opaque`. Not `pure`, which alone keeps it in its branch.
+        unsafe {
+            core::arch::asm!("{0} = {0}", inout(reg) number, options(nostack, nomem));
+        }
+        number
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    number
+}
+
 /// Makes the verifier forget what it knows of a number. Where many paths meet and each brings a
 /// number of its own, it would follow what comes after once for each; a global function is checked
 /// for itself, and may return anything.

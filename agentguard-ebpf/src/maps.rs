@@ -324,6 +324,16 @@ pub(crate) fn tag(workload: WorkloadId) -> Option<Tag> {
     None
 }
 
+/// As [`tag`], with what holds where there is none. In one go: out of an `Option` the compiler would
+/// choose field by field, and read those of a tag that is not there, which old verifiers refuse.
+#[inline(always)]
+pub(crate) fn tag_or(workload: WorkloadId, otherwise: Tag) -> Tag {
+    let Some(row) = WORKLOADS.get_ptr(workload) else { return otherwise };
+    // SAFETY: as for `tag`.
+    let tag = unsafe { core::ptr::read_volatile(row) };
+    if tag.is_whole(workload) { tag } else { otherwise }
+}
+
 /// Whether a workload was ever granted to be reached at a local port.
 #[inline(always)]
 pub(crate) fn may_serve(workload: WorkloadId, protocol: u8, port: u16) -> bool {

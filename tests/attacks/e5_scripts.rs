@@ -132,8 +132,7 @@ fn registered(
     Ok(execute(&file, line))
 }
 
-/// Formats of one's own where the kernel has them per user namespace (from 6.7 on), the machine's
-/// where not.
+/// Formats of one's own, which the kernel must have per user namespace.
 fn own_formats(forbidden: &Forbidden) -> Result<(), Failure> {
     let directory = forbidden.scratch("formats");
     fs::create_dir(&directory).map_err(|error| Failure::setup(directory.display(), error))?;

@@ -12,7 +12,7 @@ use std::{
     fs,
     io::{self, Write as _},
     os::fd::AsRawFd as _,
-    path::Path,
+    process::{Command, Stdio},
     thread,
 };
 
@@ -30,8 +30,9 @@ pub enum Facility {
     Ring { word: &'static str, operation: u8 },
     /// A network device of this kind.
     Device { kind: &'static str },
-    /// A file system of this name.
-    FileSystem { name: &'static str },
+    /// Interpreters that a user namespace registers for itself (`binfmt_misc`). Where the machine has
+    /// them for all, only its own root registers one, which is outside of what is promised.
+    OwnFormats,
     /// The file of a device.
     DeviceFile { word: &'static str, path: &'static str },
     /// A network device that only the initial network namespace may have is no help: packets can be
@@ -60,7 +61,7 @@ impl Facility {
                 word
             }
             Self::Device { kind } => kind,
-            Self::FileSystem { name } => name,
+            Self::OwnFormats => "own-binfmt_misc",
             Self::MultipathLimits => "mptcp-join",
         }
     }
@@ -75,7 +76,7 @@ impl Facility {
             }
             Self::Ring { operation, .. } => has_operation(operation).unwrap_or(false),
             Self::Device { kind } => has_device(kind),
-            Self::FileSystem { name } => has_file_system(name),
+            Self::OwnFormats => has_own_formats(),
             Self::DeviceFile { path, .. } => fs::File::open(path).is_ok(),
             Self::MultipathLimits => has_multipath_limits(),
         }
@@ -123,24 +124,11 @@ fn has_multipath_limits() -> bool {
         && crate::world::in_own_network(&["ip", "mptcp", "limits", "show"])
 }
 
-/// Known already, or after the kernel was asked to mount it.
-fn has_file_system(name: &str) -> bool {
-    let known = || {
-        fs::read_to_string("/proc/filesystems").is_ok_and(|all| {
-            all.lines().any(|line| line.split_ascii_whitespace().last() == Some(name))
-        })
-    };
-    if known() {
-        return true;
-    }
+fn has_own_formats() -> bool {
     let Ok(directory) = tempfile::tempdir() else { return false };
-    let path: &Path = directory.path();
-    let nothing = None::<&str>;
-    if nix::mount::mount(Some(name), path, Some(name), nix::mount::MsFlags::empty(), nothing)
-        .is_ok()
-        && let Err(errno) = nix::mount::umount(path)
-    {
-        eprintln!("{} is left mounted: {errno}", path.display());
-    }
-    known()
+    let mut mount = Command::new("unshare");
+    mount.args(["--user", "--map-root-user", "--mount", "mount", "-t", "binfmt_misc", "none"]);
+    mount.arg(directory.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // The mount ends with its namespace.
+    mount.status().is_ok_and(|status| status.success())
 }
