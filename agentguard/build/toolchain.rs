@@ -123,7 +123,15 @@ impl Toolchain {
         for variable in NOT_INHERITED {
             command.env_remove(variable);
         }
+        // Whoever builds the daemon incrementally, or in a profile of its own, gets the same object:
+        // another one may be another to the verifier.
+        for (variable, _) in env::vars_os() {
+            if variable.to_str().is_some_and(|name| name.starts_with("CARGO_PROFILE_")) {
+                command.env_remove(variable);
+            }
+        }
         command
+            .env("CARGO_INCREMENTAL", "0")
             .arg(subcommand)
             .args(["--target", TARGET])
             .arg("--target-dir")
