@@ -67,7 +67,7 @@ impl Boot {
 /// Which tests a row runs of those that its promises allow; `--all` runs them all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tests {
-    /// Those by which a kernel is known: every hook and table of the kernel half, and [`ATTACKS`].
+    /// Those by which a kernel is known: every hook and table of the kernel half.
     Kernel,
     /// As `Kernel`, without those that load a kernel for long.
     Hooks,
@@ -83,11 +83,14 @@ impl Tests {
             (Self::Of(name), _) => suite == name,
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
-            (Self::Kernel | Self::Hooks, _) => {
-                ATTACKS.iter().any(|(_, of, attack)| *of == suite && is_of(test, attack))
-            }
+            (Self::Kernel | Self::Hooks, _) => false,
         }
     }
+}
+
+/// Whether a test is among [`ATTACKS`].
+pub(super) fn is_attack(suite: &str, test: &str) -> bool {
+    ATTACKS.iter().any(|(_, of, attack)| *of == suite && is_of(test, attack))
 }
 
 /// Whether `test` is `attack`, or one of the runs that make it up.
@@ -95,7 +98,7 @@ pub(super) fn is_of(test: &str, attack: &str) -> bool {
     test.strip_prefix(attack).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// The attacks that each kernel meets in every run: for each row of the threat model that is tested,
+/// The attacks that each kernel meets with `--attacks`: for each row of the threat model that is tested,
 /// at least one, and where the LSM layer has a door of its own for it, one that comes to that door. An
 /// emulated machine takes too long for the others, which are run there by `--all`.
 ///

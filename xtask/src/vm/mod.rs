@@ -28,7 +28,7 @@ use self::{
     image::Job,
     kernels::Kernel,
     machine::{Accelerator, Machine},
-    matrix::{ATTACKS, ROWS, Row, is_of},
+    matrix::{ATTACKS, ROWS, Row, is_attack, is_of},
     results::Outcome,
     verdict::Found,
 };
@@ -55,6 +55,9 @@ pub(crate) struct Arguments {
     /// Only tests whose name contains this
     #[arg(long = "test", value_name = "FILTER")]
     filter: Option<String>,
+    /// Also at least one attack for each row of the threat model that is tested
+    #[arg(long)]
+    attacks: bool,
     /// Every test that a row's promises allow, however long it takes
     #[arg(long)]
     all: bool,
@@ -86,6 +89,8 @@ fn row(name: &str) -> Result<&'static Row> {
 pub(crate) struct Wanted<'a> {
     rows: &'a [&'static Row],
     filter: Option<&'a str>,
+    /// Also the attacks that every kernel is to meet.
+    attacks: bool,
     /// Also tests that the rows leave to other rows.
     all: bool,
     limit: Duration,
@@ -95,7 +100,7 @@ pub(crate) struct Wanted<'a> {
 impl<'a> Wanted<'a> {
     /// The whole matrix, of the tests whose name contains `filter`.
     pub(crate) const fn everywhere(filter: Option<&'a str>) -> Self {
-        Self { rows: &[], filter, all: false, limit: LIMIT, refresh: false }
+        Self { rows: &[], filter, attacks: false, all: false, limit: LIMIT, refresh: false }
     }
 }
 
@@ -115,6 +120,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     let wanted = Wanted {
         rows: &arguments.kernels,
         filter: arguments.filter.as_deref(),
+        attacks: arguments.attacks,
         all: arguments.all,
         limit: Duration::from_secs(arguments.limit),
         refresh: arguments.refresh,
@@ -204,7 +210,8 @@ fn by_hand(command: &str, daemon: &Path, wanted: &Wanted<'_>) -> Result<()> {
 pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) -> Result<()> {
     crate::setup::setup(Purpose::Vm)?;
     let row = self::row(row)?;
-    let wanted = Wanted { rows: &[row], filter: None, all: false, limit, refresh: false };
+    let wanted =
+        Wanted { rows: &[row], filter: None, attacks: false, all: false, limit, refresh: false };
     let host = Host::new(Path::new(""), &wanted)?;
     let machine = Machine { memory, ..host.machine(row, &wanted)? };
     println!("boots     {} by {}", host.kernel(row)?.release, host.accelerator.as_str());
@@ -284,7 +291,11 @@ impl<'a> Host<'a> {
         let mut left_to_others = 0;
         for suite in suites {
             let matches = |test: &str| wanted.filter.is_none_or(|part| test.contains(part));
-            let chosen = |test: &str| wanted.all || row.tests.include(&suite.name, test);
+            let chosen = |test: &str| {
+                wanted.all
+                    || row.tests.include(&suite.name, test)
+                    || wanted.attacks && is_attack(&suite.name, test)
+            };
             let selection = suite.select(row.promises, |test| matches(test) && chosen(test));
             left_to_others +=
                 suite.select(row.promises, |test| matches(test) && !chosen(test)).run.len();
