@@ -219,7 +219,8 @@ mod tests {
         assert!(is_of("sendto::is_refused_in_enforce_mode", "sendto"));
         assert!(!is_of("sendto_over_v6::is_refused_in_enforce_mode", "sendto"));
         assert!(is_of("a_stream_stops", "a_stream_stops"));
-        assert!(Tests::Hooks.include("network", "sendto::works_without_the_guard"));
-        assert!(!Tests::Hooks.include("unix", "sendto::works_without_the_guard"));
+        assert!(is_attack("network", "sendto::works_without_the_guard"));
+        assert!(!is_attack("unix", "sendto::works_without_the_guard"));
+        assert!(!Tests::Hooks.include("network", "sendto::works_without_the_guard"));
     }
 }
