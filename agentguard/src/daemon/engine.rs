@@ -1047,7 +1047,6 @@ impl Engine {
             return (false, failed);
         }
         self.reconcile();
-        fault::point("add.compiled");
         let name_of = |engine: &Self, id: WorkloadId| {
             engine.workloads.get(&id).map(|workload| workload.name.clone()).unwrap_or_default()
         };
