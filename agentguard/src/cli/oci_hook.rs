@@ -56,7 +56,7 @@ pub(super) struct Arguments {
 
     /// Write to this file, in one step, and not to standard output
     #[arg(long, value_name = "PATH", requires = "print")]
-    output: Option<PathBuf>,
+    write_to: Option<PathBuf>,
 
     /// Copy this program to a file first, in one step: out of a container to its node
     #[arg(long, value_name = "PATH")]
@@ -308,7 +308,7 @@ fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> 
             format!("{hook:#}\n")
         }
     };
-    match &arguments.output {
+    match &arguments.write_to {
         Some(path) => put(path, text.as_bytes(), 0o644)?,
         None => context.console.out.write_all(text.as_bytes())?,
     }

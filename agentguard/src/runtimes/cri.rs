@@ -153,12 +153,12 @@ impl Cri {
             what = format!("{what}: {error}");
             cause = error.source();
         }
-        let remedy = match status.code() {
-            Code::Unimplemented => {
-                "update it, or take it out of containers.runtimes if it is no container runtime"
-            }
-            Code::DeadlineExceeded => "see its log; it may be busy or stopped",
-            _ => "see that it runs and that containers.runtimes names its socket",
+        let remedy = if status.code() == Code::Unimplemented {
+            "update it, or take it out of containers.runtimes if it is no container runtime"
+        } else if status.code() == Code::DeadlineExceeded {
+            "see its log; it may be busy or stopped"
+        } else {
+            "see that it runs and that containers.runtimes names its socket"
         };
         RuntimeError { endpoint: self.endpoint.clone(), what, remedy }
     }
