@@ -96,6 +96,7 @@ const UNSAFE: &[&str] = &[
     // One system call that no safe crate makes.
     "agentguard/src/datapath/link.rs",
     "tests/attacks/",
+    "tests/datapath/runtimes.rs",
     "tests/datapath/worker.rs",
 ];
 
