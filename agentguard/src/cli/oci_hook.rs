@@ -167,7 +167,8 @@ fn tell(
     arguments: &Arguments,
     context: &Context<'_, '_>,
 ) -> std::result::Result<(), Failure> {
-    let pod = pod_of(&state.annotations);
+    let pod = pod_of(&state.annotations)
+        .map_err(|why| not_told(&format!("the container {}", state.id), &why))?;
     // Here and not in the daemon, which may be what is being started.
     if pod.as_ref().is_some_and(|pod| arguments.exempt.contains(&pod.namespace)) {
         return Ok(());
@@ -215,11 +216,11 @@ fn announcement(state: State, pod: Option<OfPod>) -> std::result::Result<Announc
     let search_path = search_path.map(str::to_owned);
     let (name, is_sandbox, sandbox, pod, labels) = match pod {
         Some(OfPod { is_sandbox, sandbox, container, namespace, name, uid }) => {
-            if uid.is_empty() {
-                return Err("its annotations tell no uid of its pod; update the container runtime"
-                    .to_owned());
-            }
-            let sandbox = sandbox.or_else(|| is_sandbox.then(|| id.clone()));
+            // Without it nothing would tell that the container is its pod's.
+            let sandbox = sandbox
+                .or_else(|| is_sandbox.then(|| id.clone()))
+                .ok_or("its annotations tell no sandbox; update the container runtime")?;
+            let sandbox = Some(sandbox);
             let pod = PodView { namespace, name, uid };
             (container, is_sandbox, sandbox, Some(pod), BTreeMap::new())
         }
@@ -240,40 +241,59 @@ fn announcement(state: State, pod: Option<OfPod>) -> std::result::Result<Announc
     })
 }
 
-/// Whose it is, by the annotations of containerd (`pkg/cri/annotations`) or CRI-O
-/// (`pkg/annotations`), which the runtimes write after those of pods.
-fn pod_of(annotations: &BTreeMap<String, String>) -> Option<OfPod> {
-    let get = |key: &str| annotations.get(key).cloned();
-    if let Some(kind) = get("io.kubernetes.cri.container-type") {
-        let of = |key: &str| get(&format!("io.kubernetes.cri.{key}")).unwrap_or_default();
-        return Some(OfPod {
-            is_sandbox: kind == "sandbox",
-            sandbox: get("io.kubernetes.cri.sandbox-id"),
-            container: of("container-name"),
-            namespace: of("sandbox-namespace"),
-            name: of("sandbox-name"),
-            uid: of("sandbox-uid"),
-        });
+/// The pod that a container's annotations tell of; `None` where they tell of none.
+///
+/// CRI-O's own come first: it hands on what whoever made the pod has written, under any other name.
+fn pod_of(annotations: &BTreeMap<String, String>) -> std::result::Result<Option<OfPod>, String> {
+    let get = |key: &str| annotations.get(key).cloned().filter(|value| !value.is_empty());
+    if let Some(kind) = get("io.kubernetes.cri-o.ContainerType") {
+        let labels: BTreeMap<String, String> = match get("io.kubernetes.cri-o.Labels") {
+            None => BTreeMap::new(),
+            Some(labels) => serde_json::from_str(&labels).map_err(|error| {
+                format!("its annotation io.kubernetes.cri-o.Labels is none of CRI-O: {error}")
+            })?,
+        };
+        // Newer versions give these as annotations of their own as well.
+        let own = |key: &str| labels.get(key).cloned().or_else(|| get(key));
+        let of = |key: &str| own(key).ok_or_else(|| lacks(key));
+        let is_sandbox = kind == "sandbox";
+        return Ok(Some(OfPod {
+            is_sandbox,
+            sandbox: get("io.kubernetes.cri-o.SandboxID"),
+            container: name_of(is_sandbox, of("io.kubernetes.container.name"))?,
+            namespace: own("io.kubernetes.pod.namespace")
+                .or_else(|| get("io.kubernetes.cri-o.Namespace"))
+                .ok_or_else(|| lacks("io.kubernetes.cri-o.Namespace"))?,
+            name: of("io.kubernetes.pod.name")?,
+            uid: of("io.kubernetes.pod.uid")?,
+        }));
     }
-    let kind = get("io.kubernetes.cri-o.ContainerType")?;
-    let labels: BTreeMap<String, String> = get("io.kubernetes.cri-o.Labels")
-        .and_then(|labels| serde_json::from_str(&labels).ok())
-        .unwrap_or_default();
-    // Newer versions give these as annotations of their own as well.
-    let of = |key: &str| labels.get(key).cloned().or_else(|| get(key)).unwrap_or_default();
-    let namespace = of("io.kubernetes.pod.namespace");
-    Some(OfPod {
-        is_sandbox: kind == "sandbox",
-        sandbox: get("io.kubernetes.cri-o.SandboxID"),
-        container: of("io.kubernetes.container.name"),
-        namespace: if namespace.is_empty() {
-            get("io.kubernetes.cri-o.Namespace").unwrap_or_default()
-        } else {
-            namespace
-        },
-        name: of("io.kubernetes.pod.name"),
-        uid: of("io.kubernetes.pod.uid"),
-    })
+    let Some(kind) = get("io.kubernetes.cri.container-type") else { return Ok(None) };
+    let of = |key: &str| {
+        let key = format!("io.kubernetes.cri.{key}");
+        get(&key).ok_or_else(|| lacks(&key))
+    };
+    let is_sandbox = kind == "sandbox";
+    Ok(Some(OfPod {
+        is_sandbox,
+        sandbox: get("io.kubernetes.cri.sandbox-id"),
+        container: name_of(is_sandbox, of("container-name"))?,
+        namespace: of("sandbox-namespace")?,
+        name: of("sandbox-name")?,
+        uid: of("sandbox-uid")?,
+    }))
+}
+
+/// A sandbox has no name of its own.
+fn name_of(
+    is_sandbox: bool,
+    name: std::result::Result<String, String>,
+) -> std::result::Result<String, String> {
+    if is_sandbox { Ok(name.unwrap_or_else(|_none| String::new())) } else { name }
+}
+
+fn lacks(key: &str) -> String {
+    format!("it has no annotation {key}, by which its pod is known; update the container runtime")
 }
 
 fn write(print: Print, arguments: &Arguments, context: &mut Context<'_, '_>) -> Result {
@@ -411,7 +431,7 @@ mod tests {
             ("io.kubernetes.cri.sandbox-name", "researcher-0"),
             ("io.kubernetes.cri.sandbox-uid", "u-1"),
         ]);
-        assert_eq!(pod_of(&containerd), Some(expected()));
+        assert_eq!(pod_of(&containerd), Ok(Some(expected())));
         let labels = r#"{"io.kubernetes.container.name": "agent", "io.kubernetes.pod.uid": "u-1",
             "io.kubernetes.pod.name": "researcher-0", "io.kubernetes.pod.namespace": "agents"}"#;
         let cri_o = annotations(&[
@@ -419,8 +439,39 @@ mod tests {
             ("io.kubernetes.cri-o.SandboxID", "s"),
             ("io.kubernetes.cri-o.Labels", labels),
         ]);
-        assert_eq!(pod_of(&cri_o), Some(expected()));
-        assert_eq!(pod_of(&annotations(&[("agentguard.dev/agent", "true")])), None);
+        assert_eq!(pod_of(&cri_o), Ok(Some(expected())));
+        // What whoever made the pod has written does not take its place.
+        let mut both = cri_o;
+        both.extend(annotations(&[
+            ("io.kubernetes.cri.container-type", "container"),
+            ("io.kubernetes.cri.sandbox-namespace", "kube-system"),
+        ]));
+        assert_eq!(pod_of(&both), Ok(Some(expected())));
+        assert_eq!(pod_of(&annotations(&[("agentguard.dev/agent", "true")])), Ok(None));
+    }
+
+    #[test]
+    fn a_pod_that_is_told_of_in_part_is_an_error_that_names_what_is_missing() {
+        let whole = [
+            ("io.kubernetes.cri.container-name", "agent"),
+            ("io.kubernetes.cri.sandbox-namespace", "agents"),
+            ("io.kubernetes.cri.sandbox-name", "researcher-0"),
+            ("io.kubernetes.cri.sandbox-uid", "u-1"),
+        ];
+        for missing in whole {
+            let mut told = annotations(&whole);
+            told.insert("io.kubernetes.cri.container-type".to_owned(), "container".to_owned());
+            told.insert(missing.0.to_owned(), String::new());
+            assert!(pod_of(&told).unwrap_err().contains(missing.0), "{missing:?}");
+        }
+        let cri_o = |labels: &str| {
+            pod_of(&annotations(&[
+                ("io.kubernetes.cri-o.ContainerType", "container"),
+                ("io.kubernetes.cri-o.Labels", labels),
+            ]))
+        };
+        assert!(cri_o("{").unwrap_err().contains("io.kubernetes.cri-o.Labels"));
+        assert!(cri_o("{}").unwrap_err().contains("io.kubernetes.container.name"));
     }
 
     #[test]
@@ -447,8 +498,8 @@ mod tests {
         let sandbox = OfPod { is_sandbox: true, sandbox: None, ..expected() };
         assert_eq!(announcement(state(7), Some(sandbox)).unwrap().sandbox.as_deref(), Some("c"));
         assert!(announcement(state(0), Some(expected())).unwrap_err().contains("createRuntime"));
-        let of_old = OfPod { uid: String::new(), ..expected() };
-        assert!(announcement(state(7), Some(of_old)).unwrap_err().contains("uid"));
+        let stray = OfPod { sandbox: None, ..expected() };
+        assert!(announcement(state(7), Some(stray)).unwrap_err().contains("sandbox"));
     }
 
     #[test]

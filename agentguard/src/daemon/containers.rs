@@ -219,7 +219,37 @@ impl Containers {
     }
 }
 
+/// How much is known of a pod whose container is about to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    No,
+    /// What a runtime says of it, and the labels of its namespace; the cluster may say more.
+    ByRuntime,
+    /// All that there is to know.
+    Whole,
+}
+
 impl Inputs {
+    /// What is known of a sandbox's pod. Where there is a cluster, that is nothing as long as the
+    /// labels of its namespace are not known, which can make an agent of it.
+    fn knows(&self, sandbox: &Sandbox) -> Known {
+        let by_runtime = || {
+            let mut listings = self.runtimes.values().filter_map(|known| known.listing.as_ref());
+            listings.any(|listing| listing.sandboxes.contains_key(&sandbox.id))
+        };
+        if !self.has_cluster {
+            return if by_runtime() { Known::Whole } else { Known::No };
+        }
+        let Some(cluster) = &self.cluster else { return Known::No };
+        let pod = cluster.pods.get(&sandbox.pod.uid);
+        let namespace = pod.map_or(&sandbox.pod.namespace, |pod| &pod.namespace);
+        match (cluster.namespaces.contains_key(namespace), pod) {
+            (true, Some(_)) => Known::Whole,
+            (true, None) if by_runtime() => Known::ByRuntime,
+            (true, None) | (false, _) => Known::No,
+        }
+    }
+
     /// Everything together: what runtimes list goes before what their hooks announced.
     fn node(&self) -> Node {
         let mut node = Node::default();
@@ -349,7 +379,9 @@ pub async fn watch(shared: Arc<Shared>) {
         if told.elapsed() >= PROGRAMS_CHANGE {
             told = Instant::now();
             let work = Arc::clone(&shared);
-            drop(tokio::task::spawn_blocking(move || tell_runtimes(&work)).await);
+            if let Err(error) = tokio::task::spawn_blocking(move || tell_runtimes(&work)).await {
+                tracing::error!(%error, "it was not looked which programs run containers");
+            }
         }
         drop(tokio::time::timeout(AGAIN, shared.containers.heard.notified()).await);
         let work = Arc::clone(&shared);
@@ -484,7 +516,7 @@ pub async fn announce(
     let patience = if is_sandbox { SANDBOX_PATIENCE } else { PATIENCE };
     let until = Instant::now() + patience;
     let id = heard.container.id.clone();
-    let sandbox = heard.container.sandbox.clone();
+    let sandbox = heard.sandbox.clone();
     {
         let mut inputs = containers.inputs();
         inputs.announced.insert(id.clone(), heard);
@@ -492,30 +524,14 @@ pub async fn announce(
     }
     // Whose it is must be known before it runs: by the cluster, or by the runtime's own list.
     loop {
-        let is_known = {
-            let inputs = containers.inputs();
-            let by_runtime = |sandbox: &String| {
-                let listings = inputs.runtimes.values().filter_map(|known| known.listing.as_ref());
-                listings.into_iter().any(|listing| listing.sandboxes.contains_key(sandbox))
-            };
-            let by_cluster = announcement.pod.as_ref().is_some_and(|pod| {
-                let uid = PodUid::new(&pod.uid);
-                let cluster = inputs.cluster.as_ref();
-                uid.is_some_and(|uid| cluster.is_some_and(|known| known.pods.contains_key(&uid)))
-            });
-            let cluster_is_enough = by_cluster || !inputs.has_cluster;
-            match &sandbox {
-                None => true,
-                Some(sandbox) => {
-                    (by_cluster || by_runtime(sandbox))
-                        && (cluster_is_enough || Instant::now() >= until)
-                }
-            }
-        };
-        if is_known {
-            break;
+        let is_late = Instant::now() >= until;
+        let known = sandbox.as_ref().map(|sandbox| containers.inputs().knows(sandbox));
+        match known {
+            None | Some(Known::Whole) => break,
+            Some(Known::ByRuntime) if is_late => break,
+            Some(Known::ByRuntime | Known::No) => {}
         }
-        if Instant::now() >= until {
+        if is_late {
             if is_sandbox {
                 break;
             }
@@ -586,6 +602,16 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
     if !root.is_absolute() {
         return Err(invalid(format!("root: {} is not absolute", root.display())));
     }
+    match (&pod, &sandbox) {
+        (Some(_), Some(_)) | (None, None) => {}
+        // Taken for a container without a pod, it would be nobody's.
+        (Some(_), None) => {
+            return Err(invalid("sandbox: is missing; a pod's container is in one".to_owned()));
+        }
+        (None, Some(_)) => {
+            return Err(invalid("pod: is missing; a sandbox is a pod's".to_owned()));
+        }
+    }
     let process = ProcessRef::of(pid).ok_or_else(|| {
         invalid(format!("pid: there is no process {pid}; name the container's first"))
     })?;
@@ -597,7 +623,11 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
             "pid: the process {pid} is in the root cgroup; the runtime must give each container one of its own"
         )));
     }
+    if !process.is_alive() {
+        return Err(invalid(format!("pid: the process {pid} ended while it was looked at")));
+    }
     let sandbox_of = match (&pod, &sandbox) {
+        (None, _) | (_, None) => None,
         (Some(pod), Some(sandbox)) => Some(Sandbox {
             id: sandbox.clone(),
             pod: Pod {
@@ -613,7 +643,6 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
             handler: String::new(),
             cgroup: is_sandbox.then(|| cgroup.clone()),
         }),
-        (None, _) | (_, None) => None,
     };
     let command = command.map(|executable| Command {
         executable,
@@ -622,4 +651,89 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
     let container =
         Container { id, sandbox, name, labels, is_sandbox, cgroup, process, root, command };
     Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "5c1a6f0e-7e0e-4b5e-9a52-8a1f0f6f3b11";
+
+    fn pod() -> Pod {
+        Pod {
+            uid: PodUid::new(UID).unwrap(),
+            namespace: "agents".to_owned(),
+            name: "researcher-0".to_owned(),
+            service_account: None,
+            labels: Labels::new(),
+            host_network: false,
+            runtime_class: None,
+        }
+    }
+
+    fn sandbox() -> Sandbox {
+        Sandbox { id: "s".to_owned(), pod: pod(), handler: String::new(), cgroup: None }
+    }
+
+    fn listed() -> RuntimeInput {
+        let sandboxes = BTreeMap::from([("s".to_owned(), sandbox())]);
+        let listing = Listing { sandboxes, containers: BTreeMap::new() };
+        RuntimeInput { listing: Some(listing), failure: None }
+    }
+
+    #[test]
+    fn a_pod_is_known_once_the_labels_that_can_mark_it_are() {
+        let mut inputs = Inputs::default();
+        assert_eq!(inputs.knows(&sandbox()), Known::No);
+        inputs.runtimes.insert("r".to_owned(), RuntimeInput::default());
+        assert_eq!(inputs.knows(&sandbox()), Known::No);
+        inputs.runtimes.insert("r".to_owned(), listed());
+        assert_eq!(inputs.knows(&sandbox()), Known::Whole, "without a cluster");
+        inputs.has_cluster = true;
+        assert_eq!(inputs.knows(&sandbox()), Known::No, "before the cluster has spoken");
+        let mut cluster = Cluster::default();
+        cluster.pods.insert(pod().uid, pod());
+        inputs.cluster = Some(cluster.clone());
+        assert_eq!(inputs.knows(&sandbox()), Known::No, "its namespace can mark it too");
+        cluster.namespaces.insert("agents".to_owned(), Labels::new());
+        inputs.cluster = Some(cluster.clone());
+        assert_eq!(inputs.knows(&sandbox()), Known::Whole);
+        cluster.pods.clear();
+        inputs.cluster = Some(cluster);
+        assert_eq!(inputs.knows(&sandbox()), Known::ByRuntime);
+        inputs.runtimes.clear();
+        assert_eq!(inputs.knows(&sandbox()), Known::No);
+    }
+
+    #[test]
+    fn a_pods_container_without_its_sandbox_is_refused_and_not_taken_for_nobodys() {
+        let whole = Announcement {
+            id: "c".to_owned(),
+            pid: std::process::id(),
+            root: "/".into(),
+            name: "agent".to_owned(),
+            is_sandbox: false,
+            sandbox: Some("s".to_owned()),
+            pod: Some(crate::api::types::PodView {
+                namespace: "agents".to_owned(),
+                name: "researcher-0".to_owned(),
+                uid: UID.to_owned(),
+            }),
+            labels: BTreeMap::new(),
+            command: None,
+            search_path: None,
+        };
+        let refused = |announcement: &Announcement| match hear(announcement) {
+            Err(ServiceError::Invalid(errors)) => errors.join("; "),
+            other => panic!("{other:?}"),
+        };
+        let stray = Announcement { sandbox: None, ..whole.clone() };
+        assert!(refused(&stray).starts_with("sandbox: is missing"));
+        let stray = Announcement { pod: None, ..whole.clone() };
+        assert!(refused(&stray).starts_with("pod: is missing"));
+        let stray = Announcement { pid: u32::MAX, ..whole.clone() };
+        assert!(refused(&stray).starts_with("pid: there is no process"));
+        let stray = Announcement { root: "rootfs".into(), ..whole };
+        assert!(refused(&stray).starts_with("root: rootfs is not absolute"));
+    }
 }

@@ -41,21 +41,28 @@ impl CustomResources {
     fn say(&self, name: &str, object: &Object) -> Result<Said, Vec<ManifestError>> {
         let Object { text, created, namespace } = object;
         let (manifests, mut errors) = parse_text(name, text, Creation::At(*created));
-        if let Some(namespace) = namespace {
-            let own = self.template.of_namespace(&self.trust_domain, namespace);
-            errors.extend(manifests.iter().filter_map(|manifest| match manifest {
-                Manifest::Grant(grant) => {
-                    confine(grant, namespace, self.template.as_str(), own.as_ref())
-                }
-                Manifest::Scope(_) | Manifest::Workload(_) => None,
-            }));
-        }
+        errors.extend(self.strays(&manifests, namespace.as_deref()));
         if errors.is_empty() {
             return Ok(Said::new(text, manifests, Timestamp::now()).created(*created));
         }
         // The lines are those of no text that anybody has seen.
         errors.iter_mut().for_each(|error| error.position = None);
         Err(errors)
+    }
+}
+
+impl CustomResources {
+    /// What namespaced grants name beyond their namespace.
+    fn strays(&self, manifests: &[Manifest], namespace: Option<&str>) -> Vec<ManifestError> {
+        let Some(namespace) = namespace else { return Vec::new() };
+        let own = self.template.of_namespace(&self.trust_domain, namespace);
+        let strays = manifests.iter().filter_map(|manifest| match manifest {
+            Manifest::Grant(grant) => {
+                confine(grant, namespace, self.template.as_str(), own.as_ref())
+            }
+            Manifest::Scope(_) | Manifest::Workload(_) => None,
+        });
+        strays.collect()
     }
 }
 
@@ -73,7 +80,10 @@ impl GrantSource for CustomResources {
         let mut now = Files::new();
         for (name, object) in known {
             let path = PathBuf::from(&name);
-            let earlier = last.get(&path);
+            // What it said under another template or trust domain is no reason to go on saying it.
+            let earlier = last.get(&path).filter(|said| {
+                self.strays(&said.manifests, object.namespace.as_deref()).is_empty()
+            });
             // Most have not changed, and are not read again.
             if let Some(same) =
                 earlier.filter(|said| said.is_of(&object.text, Some(object.created)))
@@ -231,6 +241,22 @@ mod tests {
         source.objects.see(ObjectKind::Scope, Seen::Gone(ObjectName::new("", "git")));
         let (third, errors) = source.read(&second);
         assert_eq!((third.len(), errors.len()), (1, 0));
+    }
+
+    #[test]
+    fn what_a_grant_said_under_another_template_is_not_gone_on_with() {
+        let text = grant("Grant", "g", Some("agents"), &exact("ns/agents/sa/a"));
+        let read = |template: &str, last: &Files| {
+            let source = source(template);
+            list(&source, ObjectKind::Scope, &[]);
+            list(&source, ObjectKind::ClusterGrant, &[]);
+            list(&source, ObjectKind::Grant, &[("agents", "g", object(&text, Some("agents")))]);
+            source.read(last)
+        };
+        let (before, errors) = read(IdentityTemplate::DEFAULT, &Files::new());
+        assert_eq!((before.len(), errors.len()), (1, 0));
+        let (after, errors) = read("spiffe://{trust_domain}/team/{namespace}/{pod}", &before);
+        assert_eq!((after.len(), errors.len()), (0, 1));
     }
 
     #[test]

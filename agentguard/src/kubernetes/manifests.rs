@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use super::resources::group_and_version;
 use super::status::{Due, ObjectStatus, Word, shortened};
 use super::watch::{Lost, Seen, everything, follow};
 use crate::manifest::API_VERSION;
@@ -110,7 +111,7 @@ impl ObjectKind {
     }
 
     pub(super) fn resource(self) -> ApiResource {
-        let (group, version) = API_VERSION.split_once('/').unwrap_or_default();
+        let (group, version) = group_and_version();
         let kind = GroupVersionKind::gvk(group, version, self.as_str());
         ApiResource::from_gvk_with_plural(&kind, self.plural())
     }

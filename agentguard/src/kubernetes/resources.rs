@@ -17,6 +17,15 @@ use crate::manifest::{API_VERSION, schema};
 /// The longest time that RFC 3339 writes with nanoseconds and offset, in characters.
 const TIME_CHARACTERS: u64 = 35;
 
+/// The two parts of [`API_VERSION`].
+pub(super) fn group_and_version() -> (&'static str, &'static str) {
+    match API_VERSION.split_once('/') {
+        Some(parts) => parts,
+        // A constant, which a test reads.
+        None => unreachable!("{API_VERSION} has no group"),
+    }
+}
+
 /// Each definition, by the name of its file.
 #[must_use]
 pub fn definitions() -> Vec<(String, Value)> {
@@ -27,7 +36,7 @@ pub fn definitions() -> Vec<(String, Value)> {
 }
 
 fn definition(kind: ObjectKind) -> Value {
-    let (group, version) = API_VERSION.split_once('/').unwrap_or_default();
+    let (group, version) = group_and_version();
     let (scope, short) = match kind {
         ObjectKind::Scope => ("Cluster", "agscope"),
         ObjectKind::Grant => ("Namespaced", "aggrant"),
@@ -64,7 +73,10 @@ fn object_schema(kind: ObjectKind) -> Value {
     let title = kind.as_str();
     let schemas = schema::schemas();
     let whole = schemas.into_iter().map(|(_, schema)| schema).find(|s| s["title"] == title);
-    let whole = whole.unwrap_or_default();
+    let Some(whole) = whole else {
+        // Each kind has one, which a test reads.
+        unreachable!("{title} has no schema");
+    };
     let mut spec = structural(&whole["properties"]["spec"]);
     match kind {
         ObjectKind::Scope => {}
@@ -97,7 +109,7 @@ fn grant_rules(spec: &mut Value) {
 /// each node refuses the same, and says so in the status.
 #[must_use]
 pub fn admission_policy() -> Vec<Value> {
-    let (group, version) = API_VERSION.split_once('/').unwrap_or_default();
+    let (group, version) = group_and_version();
     let name = format!("grants.{group}");
     let has_two_times = "has(object.spec.notBefore) && has(object.spec.expiresAt) \
                          && object.spec.expiresAt != 'never'";

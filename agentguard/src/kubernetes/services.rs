@@ -241,7 +241,7 @@ async fn follow_endpoints(client: Client, feed: Arc<Feed>) {
             Ok(has) => break has,
             Err(error) => feed.see_endpoints(Seen::Lost(error.to_string())),
         }
-        tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+        tokio::time::sleep(pauses.pause()).await;
     };
     if has_slices {
         let sink = move |seen| feed.see_endpoints(seen);

@@ -230,7 +230,7 @@ pub async fn run(client: Client, node: String, objects: Arc<Objects>) {
             }
         }
         if has_failed {
-            tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+            tokio::time::sleep(pauses.pause()).await;
             objects.report_again();
         } else {
             pauses = Retry::default();

@@ -93,6 +93,12 @@ impl Retry {
             .with_jitter()
             .build()
     }
+
+    /// The next pause.
+    pub(super) fn pause(&mut self) -> Duration {
+        // There is always one; without, the longest.
+        self.0.next().unwrap_or(PAUSES.1)
+    }
 }
 
 impl Default for Retry {
@@ -105,7 +111,7 @@ impl Iterator for Retry {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        self.0.next()
+        Some(self.pause())
     }
 }
 
