@@ -497,7 +497,7 @@ mod tests {
             network: PodNetwork::Host,
         };
         view.pods.insert(name, pod);
-        view.put_namespace("a", labels);
+        view.namespaces.insert("a".to_owned(), labels);
         let node = NodeAddresses {
             addresses: vec![address],
             pod_blocks: vec!["10.0.0.0/24".parse().unwrap()],

@@ -57,6 +57,8 @@ struct State {
     statuses: BTreeMap<(ObjectKind, ObjectName), ObjectStatus>,
     /// What this node says of each, by what errors call it.
     words: BTreeMap<String, Word>,
+    /// The nodes of the cluster, once they are known.
+    nodes: Option<BTreeSet<String>>,
 }
 
 impl ObjectKind {
@@ -166,11 +168,23 @@ impl Objects {
         }
     }
 
+    /// Takes the names of all nodes of the cluster.
+    pub fn see_nodes(&self, nodes: BTreeSet<String>) {
+        let mut state = self.state();
+        let nodes = Some(nodes);
+        if state.nodes != nodes {
+            state.nodes = nodes;
+            drop(state);
+            self.reporting.notify_one();
+        }
+    }
+
     /// What is to be written of the status of objects.
     pub(super) fn due(&self, node: &str, now: Timestamp) -> Vec<Due> {
         let state = self.state();
         let due = state.statuses.iter().flat_map(|((kind, name), status)| {
-            let due = status.due(node, state.words.get(&kind.path(name)), now);
+            let word = state.words.get(&kind.path(name));
+            let due = status.due(node, word, state.nodes.as_ref(), now);
             due.into_iter().map(|(manager, status)| Due {
                 kind: *kind,
                 name: name.clone(),

@@ -4,9 +4,9 @@
 //! Fills one [`ClusterView`]. It is handed out only once every kind has been listed: with a part of
 //! it missing, an address that is reserved would not be known as such.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
     EndpointPort as LegacyPort, Endpoints as LegacyEndpoints, Namespace, Node, Pod,
@@ -15,13 +15,13 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::Api;
 use kube::{Client, ResourceExt as _};
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::watch::{Lost, Retry, Seen, everything, follow};
+use super::filled::{self, Change, Filled, change_map};
+use super::watch::{Retry, Seen, everything, follow};
 use crate::scope::cluster::{
     ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, PodNetwork, PortProtocol,
-    Service, ServicePort,
+    Service, ServicePort, namespace_labels,
 };
 use crate::scope::selector::Labels;
 
@@ -30,7 +30,7 @@ const SLICE_OF: &str = "kubernetes.io/service-name";
 
 /// The kinds of objects that the view is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Part {
+enum Part {
     Services,
     Endpoints,
     Pods,
@@ -40,31 +40,19 @@ pub enum Part {
 
 /// The view as it is being filled.
 #[derive(Debug, Default)]
-pub struct Feed {
-    state: Mutex<State>,
-    changed: Notify,
-}
+pub struct Feed(Filled<Part, ClusterView>);
 
-#[derive(Debug, Default)]
-struct State {
-    view: ClusterView,
-    listed: BTreeSet<Part>,
-    lost: Lost<Part>,
-    /// Whether the view has changed since it was last taken.
-    fresh: bool,
-}
+impl filled::Part for Part {
+    const ALL: &'static [Self] =
+        &[Self::Services, Self::Endpoints, Self::Pods, Self::Namespaces, Self::Nodes];
 
-impl Part {
-    pub const ALL: [Self; 5] =
-        [Self::Services, Self::Endpoints, Self::Pods, Self::Namespaces, Self::Nodes];
-
-    const fn as_str(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
-            Self::Services => "services",
-            Self::Endpoints => "endpoints",
-            Self::Pods => "pods",
-            Self::Namespaces => "namespaces",
-            Self::Nodes => "nodes",
+            Self::Services => "services of the cluster",
+            Self::Endpoints => "endpoints of the cluster",
+            Self::Pods => "pods of the cluster",
+            Self::Namespaces => "namespaces of the cluster",
+            Self::Nodes => "nodes of the cluster",
         }
     }
 }
@@ -72,136 +60,80 @@ impl Part {
 impl Feed {
     /// The view, if it is whole and has changed since it was last taken.
     pub fn take(&self) -> Option<ClusterView> {
-        let mut state = self.state();
-        if state.listed.len() < Part::ALL.len() || !std::mem::take(&mut state.fresh) {
-            return None;
-        }
-        Some(state.view.clone())
+        self.0.take()
     }
 
     /// Waits until [`Self::take`] may have something.
     pub async fn changed(&self) {
-        self.changed.notified().await;
+        self.0.changed().await;
     }
 
     /// What can not be watched at present, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
-        let state = self.state();
-        let lost = state.lost.iter();
-        lost.map(|(part, error)| {
-            format!("{} of the cluster are as they were last known: {error}", part.as_str())
-        })
-        .collect()
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes what was seen of a part; `put`, `gone` and `clear` change the view.
-    fn see<V>(
-        &self,
-        part: Part,
-        seen: Seen<V>,
-        mut put: impl FnMut(&mut ClusterView, ObjectName, V),
-        mut gone: impl FnMut(&mut ClusterView, &ObjectName),
-        clear: impl FnOnce(&mut ClusterView),
-    ) {
-        let mut state = self.state();
-        let State { view, listed, lost, fresh } = &mut *state;
-        match seen {
-            Seen::Lost(error) => {
-                if lost.note(part, error.clone()) {
-                    tracing::warn!(
-                        error,
-                        part = part.as_str(),
-                        "the API server does not answer; what was known stays"
-                    );
-                }
-                return;
-            }
-            Seen::Whole(all) => {
-                clear(view);
-                for (name, kept) in all {
-                    put(view, name, kept);
-                }
-                listed.insert(part);
-            }
-            Seen::Put(name, kept) => put(view, name, kept),
-            Seen::Gone(name) => gone(view, &name),
-        }
-        if lost.answered(&part) {
-            tracing::info!(part = part.as_str(), "the API server answers again");
-        }
-        *fresh = true;
-        drop(state);
-        self.changed.notify_one();
+        self.0.problems()
     }
 
     fn see_service(&self, seen: Seen<Service>) {
-        self.see(
-            Part::Services,
-            seen,
-            |view, name, service| drop(view.services.insert(name, service)),
-            |view, name| drop(view.services.remove(name)),
-            |view| view.services.clear(),
-        );
+        self.0.see(Part::Services, seen, |view, change| {
+            change_map(&mut view.services, change, |name| name)
+        });
     }
 
     fn see_endpoints(&self, seen: Seen<(ObjectName, Vec<Endpoints>)>) {
-        /// Removes an object from whichever service it was listed for.
-        fn remove(view: &mut ClusterView, object: &ObjectName) {
-            view.endpoints.retain(|service, objects| {
+        type ByService = BTreeMap<ObjectName, BTreeMap<String, Vec<Endpoints>>>;
+        /// Removes an object from whichever service it was listed for; whether it was.
+        fn remove(known: &mut ByService, object: &ObjectName) -> bool {
+            let mut was_there = false;
+            known.retain(|service, objects| {
                 if service.namespace == object.namespace {
-                    objects.remove(&object.name);
+                    was_there |= objects.remove(&object.name).is_some();
                 }
                 !objects.is_empty()
             });
+            was_there
         }
-        self.see(
-            Part::Endpoints,
-            seen,
-            |view, object, (service, endpoints)| {
-                let known = view.endpoints.get(&service);
-                if known.is_none_or(|objects| !objects.contains_key(&object.name)) {
-                    remove(view, &object);
+        self.0.see(Part::Endpoints, seen, |view, change| {
+            let known = &mut view.endpoints;
+            match change {
+                Change::All(all) => {
+                    let before = std::mem::take(known);
+                    for (object, (service, endpoints)) in all {
+                        known.entry(service).or_default().insert(object.name, endpoints);
+                    }
+                    before != *known
                 }
-                view.endpoints.entry(service).or_default().insert(object.name, endpoints);
-            },
-            remove,
-            |view| view.endpoints.clear(),
-        );
+                Change::Put(object, (service, endpoints)) => {
+                    let there = known.get(&service).and_then(|objects| objects.get(&object.name));
+                    if there == Some(&endpoints) {
+                        return false;
+                    }
+                    if there.is_none() {
+                        remove(known, &object);
+                    }
+                    known.entry(service).or_default().insert(object.name, endpoints);
+                    true
+                }
+                Change::Gone(object) => remove(known, &object),
+            }
+        });
     }
 
     fn see_pod(&self, seen: Seen<PodAddresses>) {
-        self.see(
-            Part::Pods,
-            seen,
-            |view, name, pod| drop(view.pods.insert(name, pod)),
-            |view, name| drop(view.pods.remove(name)),
-            |view| view.pods.clear(),
-        );
+        self.0
+            .see(Part::Pods, seen, |view, change| change_map(&mut view.pods, change, |name| name));
     }
 
     fn see_namespace(&self, seen: Seen<Labels>) {
-        self.see(
-            Part::Namespaces,
-            seen,
-            |view, name, labels| view.put_namespace(&name.name, labels),
-            |view, name| drop(view.namespaces.remove(&name.name)),
-            |view| view.namespaces.clear(),
-        );
+        self.0.see(Part::Namespaces, seen, |view, change| {
+            change_map(&mut view.namespaces, change, |name| name.name)
+        });
     }
 
     fn see_node(&self, seen: Seen<NodeAddresses>) {
-        self.see(
-            Part::Nodes,
-            seen,
-            |view, name, node| drop(view.nodes.insert(name.name, node)),
-            |view, name| drop(view.nodes.remove(&name.name)),
-            |view| view.nodes.clear(),
-        );
+        self.0.see(Part::Nodes, seen, |view, change| {
+            change_map(&mut view.nodes, change, |name| name.name)
+        });
     }
 }
 
@@ -329,9 +261,11 @@ fn pod(pod: &Pod) -> Option<PodAddresses> {
     })
 }
 
+/// The labels of a namespace, of which its name is one.
 #[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]
-fn namespace(namespace: &Namespace) -> Option<Labels> {
-    Some(namespace.metadata.labels.clone().unwrap_or_default())
+pub(super) fn namespace(namespace: &Namespace) -> Option<Labels> {
+    let labels = namespace.metadata.labels.clone().unwrap_or_default();
+    Some(namespace_labels(&namespace.name_any(), labels))
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]

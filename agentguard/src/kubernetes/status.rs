@@ -1,10 +1,11 @@
 //! What this node says of the custom resources, written into their status.
 //!
-//! Each node has an entry of its own and nobody else writes it (server-side apply, one manager per
-//! node). The sum is written by one of them, the first by name, so that there is no contention and
-//! no controller. Only nodes that an object concerns say anything of it.
+//! Each node has an entry of its own (server-side apply, one manager per node). The sum is written by
+//! one of them, the first by name, so that there is no contention and no controller; the same one
+//! takes away the entries of nodes that the cluster has no more. Only nodes that an object concerns
+//! say anything of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -98,9 +99,16 @@ impl ObjectStatus {
         }
     }
 
-    /// What is to be written so that the status says what `node` says and what all together say.
+    /// What is to be written so that the status says what `node` says and what all together say, by
+    /// the nodes that the cluster has, where they are known.
     #[must_use]
-    pub fn due(&self, node: &str, word: Option<&Word>, now: Timestamp) -> Vec<(String, Value)> {
+    pub fn due(
+        &self,
+        node: &str,
+        word: Option<&Word>,
+        cluster: Option<&BTreeSet<String>>,
+        now: Timestamp,
+    ) -> Vec<(String, Value)> {
         let mut due = Vec::new();
         if self.nodes.get(node) != word {
             let entry = word.map(|Word { generation, error }| {
@@ -116,9 +124,17 @@ impl ObjectStatus {
             let entries: Vec<Value> = entry.into_iter().collect();
             due.push((manager(node), json!({"nodes": entries})));
         }
-        let is_responsible = self.nodes.keys().next().is_none_or(|first| first == node);
+        let is_there = |name: &String| cluster.is_none_or(|nodes| nodes.contains(name));
+        let (there, gone): (Vec<_>, Vec<_>) =
+            self.nodes.iter().partition(|(name, _)| name.as_str() == node || is_there(name));
+        // Where nobody says anything any more, somebody has to say that.
+        let first = there.first().map(|(name, _)| *name);
+        let first = first.or_else(|| cluster.and_then(BTreeSet::first));
+        let is_responsible = first.is_none_or(|first| first == node);
         if is_responsible && (self.summary.enforced.is_some() || !self.nodes.is_empty()) {
-            let summary = self.summed(now);
+            let none: [Value; 0] = [];
+            due.extend(gone.iter().map(|(name, _)| (manager(name), json!({"nodes": none}))));
+            let summary = self.summed(&there, now);
             if summary != self.summary {
                 due.push((SUMMARY.to_owned(), summary.written()));
             }
@@ -126,16 +142,16 @@ impl ObjectStatus {
         due
     }
 
-    fn summed(&self, now: Timestamp) -> Summary {
-        let newest =
-            |word: &&Word| word.error.is_none() && word.generation == Some(self.generation);
-        let enforced = self.nodes.values().filter(newest).count() as i64;
-        let error = self
-            .nodes
+    fn summed(&self, nodes: &[(&String, &Word)], now: Timestamp) -> Summary {
+        let newest = |(_, word): &&(&String, &Word)| {
+            word.error.is_none() && word.generation == Some(self.generation)
+        };
+        let enforced = nodes.iter().filter(newest).count() as i64;
+        let error = nodes
             .iter()
             .find_map(|(node, word)| word.error.as_ref().map(|error| format!("{node}: {error}")));
         let is = |holds: bool| if holds { "True" } else { "False" }.to_owned();
-        let nodes = self.nodes.len();
+        let nodes = nodes.len();
         let said = [
             (
                 "Enforced",
@@ -277,7 +293,7 @@ mod tests {
     }
 
     /// Applies what is due as an API server does, manager by manager.
-    fn written(status: &Value, node: &str, due: &[(String, Value)]) -> Value {
+    fn written(status: &Value, due: &[(String, Value)]) -> Value {
         let mut status = status.clone();
         for (manager, change) in due {
             if manager == SUMMARY {
@@ -287,7 +303,7 @@ mod tests {
                 continue;
             }
             let mut nodes = status["nodes"].as_array().cloned().unwrap_or_default();
-            nodes.retain(|entry| entry["name"] != node);
+            nodes.retain(|entry| self::manager(entry["name"].as_str().unwrap()) != *manager);
             nodes.extend(change["nodes"].as_array().unwrap().iter().cloned());
             status["nodes"] = nodes.into();
         }
@@ -305,13 +321,13 @@ mod tests {
         for _round in 0..3 {
             for (node, word) in &words {
                 let known = ObjectStatus::read(2, &status);
-                let due = known.due(node, word.as_ref(), at(100));
-                status = written(&status, node, &due);
+                let due = known.due(node, word.as_ref(), None, at(100));
+                status = written(&status, &due);
             }
         }
         for (node, word) in &words {
             let known = ObjectStatus::read(2, &status);
-            assert_eq!(known.due(node, word.as_ref(), at(200)), [], "{node}");
+            assert_eq!(known.due(node, word.as_ref(), None, at(200)), [], "{node}");
         }
         assert_eq!((&status["enforced"], &status["observedGeneration"]), (&json!(1), &json!(2)));
         let valid = &status["conditions"][1];
@@ -321,25 +337,61 @@ mod tests {
         assert_eq!(status["nodes"].as_array().unwrap().len(), 2);
         // The time of a condition is that of its last change.
         let known = ObjectStatus::read(2, &status);
-        let due = known.due("a", Some(&word(2)), at(300));
-        status = written(&status, "a", &due);
-        let due = ObjectStatus::read(2, &status).due("a", Some(&word(2)), at(300));
-        status = written(&status, "a", &due);
+        let due = known.due("a", Some(&word(2)), None, at(300));
+        status = written(&status, &due);
+        let due = ObjectStatus::read(2, &status).due("a", Some(&word(2)), None, at(300));
+        status = written(&status, &due);
         assert_eq!(status["conditions"][0]["lastTransitionTime"], "1970-01-01T00:01:40Z");
         assert_eq!(status["conditions"][1]["lastTransitionTime"], "1970-01-01T00:05:00Z");
         assert_eq!(status["enforced"], 2);
         // Once it concerns nobody, nobody is counted.
         for node in ["a", "b", "a"] {
-            let due = ObjectStatus::read(2, &status).due(node, None, at(400));
-            status = written(&status, node, &due);
+            let due = ObjectStatus::read(2, &status).due(node, None, None, at(400));
+            status = written(&status, &due);
         }
+        assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
+    }
+
+    #[test]
+    fn what_a_node_said_goes_with_it() {
+        let now = at(100);
+        let mut status = json!({});
+        for node in ["a", "b", "c", "b", "c", "a"] {
+            let due = ObjectStatus::read(1, &status).due(node, Some(&word(1)), None, now);
+            status = written(&status, &due);
+        }
+        assert_eq!(status["enforced"], 3);
+        // Not by one that is not the first of those that are left, and not by one that does not know.
+        let left = BTreeSet::from(["b".to_owned(), "c".to_owned()]);
+        let due = |status: &Value, node: &str, cluster| {
+            ObjectStatus::read(1, status).due(node, Some(&word(1)), cluster, now)
+        };
+        assert_eq!(due(&status, "c", Some(&left)), []);
+        assert_eq!(due(&status, "b", None), []);
+        status = written(&status, &due(&status, "b", Some(&left)));
+        let entry = |name| json!({"name": name, "generation": 1});
+        assert_eq!(
+            (&status["nodes"], &status["enforced"]),
+            (&json!([entry("b"), entry("c")]), &json!(2))
+        );
+        assert_eq!(due(&status, "b", Some(&left)), []);
+        // One that the cluster is not yet said to have does not take away what it says itself.
+        let due = ObjectStatus::read(1, &status).due("b", Some(&word(1)), Some(&[].into()), now);
+        let managers: Vec<_> = due.iter().map(|(manager, _)| manager.clone()).collect();
+        assert_eq!(managers, [manager("c"), SUMMARY.to_owned()]);
+        // When all have gone, another says so.
+        let other = BTreeSet::from(["d".to_owned(), "e".to_owned()]);
+        let due =
+            |node: &str| ObjectStatus::read(1, &status).due(node, None, Some(&other), at(200));
+        assert_eq!(due("e"), []);
+        status = written(&status, &due("d"));
         assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
     }
 
     #[test]
     fn nothing_is_said_of_what_concerns_nobody() {
         let status = ObjectStatus::read(1, &Value::Null);
-        assert_eq!(status.due("a", None, at(1)), []);
+        assert_eq!(status.due("a", None, None, at(1)), []);
         let long = "x".repeat(300);
         assert!(manager(&long).len() <= 128 && manager(&long) != manager("y"));
     }

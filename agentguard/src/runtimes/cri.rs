@@ -382,7 +382,14 @@ fn container(listed: ListedContainer, facts: ContainerFacts) -> Container {
 /// What a sandbox's status says. One without a process of its own (CRI-O makes such) has no cgroup
 /// that it could tell.
 fn sandbox_facts(id: &str, host_network: bool, info: &str) -> SandboxFacts {
-    let pid = read(info).map_or(0, |info| info.pid);
+    let pid = read(info).map_or_else(
+        |error| {
+            // Its containers tell where their pod is.
+            tracing::warn!(%error, sandbox = id, "what is said of a sandbox can not be read");
+            0
+        },
+        |info| info.pid,
+    );
     let cgroup = (pid != 0).then(|| cgroup_of(pid)).flatten();
     SandboxFacts { host_network, cgroup: cgroup.map(|cgroup| container_cgroup(&cgroup, id)) }
 }

@@ -135,14 +135,15 @@ pub enum ClusterProblem {
     NoPort { service: ObjectName, has: String },
 }
 
-impl ClusterView {
-    /// Takes the labels of a namespace. Its name is one that nobody can set, as newer API servers
-    /// have it.
-    pub fn put_namespace(&mut self, name: &str, mut labels: Labels) {
-        labels.insert(NAMESPACE_NAME.to_owned(), name.to_owned());
-        self.namespaces.insert(name.to_owned(), labels);
-    }
+/// The labels of a namespace as they count: its name is one that nobody can set, as newer API
+/// servers have it.
+#[must_use]
+pub fn namespace_labels(name: &str, mut labels: Labels) -> Labels {
+    labels.insert(NAMESPACE_NAME.to_owned(), name.to_owned());
+    labels
+}
 
+impl ClusterView {
     /// What no block covers that is wider than one address: nodes with all that listens on them,
     /// the API server, pods, and what is translated to pods.
     #[must_use]
@@ -381,8 +382,12 @@ mod tests {
         let own =
             Endpoints { addresses: addresses(&["198.51.100.2"]), ports: vec![port("https", 6443)] };
         view.endpoints.entry(api).or_default().insert("kubernetes".to_owned(), vec![own]);
-        view.put_namespace("tools", labels(&[("team", "a"), (NAMESPACE_NAME, "forged")]));
-        view.put_namespace("other", labels(&[("team", "b")]));
+        for (name, given) in [
+            ("tools", labels(&[("team", "a"), (NAMESPACE_NAME, "forged")])),
+            ("other", labels(&[("team", "b")])),
+        ] {
+            view.namespaces.insert(name.to_owned(), namespace_labels(name, given));
+        }
         for (namespace, name, address, network) in [
             ("tools", "git-1", "10.244.1.5", PodNetwork::Own),
             ("tools", "agent", "198.51.100.3", PodNetwork::Host),
