@@ -4,6 +4,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::WorkloadId;
+use crate::allowlist::Permission;
 
 /// Raised with every change to a record of the tables that user space writes (tags, allow-lists,
 /// settings) and of the cache of verdicts, or to the meaning of one. Tables of another version are
@@ -11,7 +12,7 @@ use crate::WorkloadId;
 pub const VERSION: u32 = CURRENT + cfg!(feature = "next-abi") as u32;
 
 /// The version without the feature `next-abi`, with which tests build the daemon of another one.
-const CURRENT: u32 = 2;
+const CURRENT: u32 = 3;
 
 /// Raised with every change to a record that the kernel half itself keeps (membership of cgroups
 /// and tasks, attachments, sockets, counters) or writes for user space (events), or to the meaning
@@ -123,6 +124,20 @@ pub struct Moved {
     pub cgroup: u64,
     pub workload: WorkloadId,
     pub reserved: u32,
+}
+
+/// A verdict that was given lately, and how many like it were folded into its record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout)]
+pub struct CachedVerdict {
+    pub permission: Permission,
+    /// Boot time of the last record.
+    pub logged_at: u64,
+    /// Jiffies until which nothing needs to be looked at again.
+    pub fresh_until: u64,
+    pub folded: u64,
+    /// The verdict's code; a whole word, because odd bytes are cleared by a call of `memset`.
+    pub verdict: u64,
 }
 
 /// Call numbers that stand in the object for kernel functions; user space writes the running

@@ -60,7 +60,8 @@ pub struct Tag {
     /// Row of the counters.
     pub counters: u16,
     mode: u8,
-    reserved: u8,
+    /// Whether container runtimes start containers in cgroups below: 1, else 0.
+    starts_containers: u8,
     /// The allow-list once more. Generations are never used again, so a row whose two ends agree
     /// was not replaced while it was read.
     seal: AllowlistId,
@@ -84,7 +85,7 @@ impl Tag {
             identity,
             counters,
             mode: mode as u8,
-            reserved: 0,
+            starts_containers: 0,
             seal: allowlist,
         }
     }
@@ -93,6 +94,19 @@ impl Tag {
     #[must_use]
     pub const fn of(self, workload: WorkloadId) -> Self {
         Self { workload, ..self }
+    }
+
+    /// The tag of a pod: the first program that a container runtime runs in each cgroup that the host
+    /// makes below is allowed.
+    #[must_use]
+    pub const fn starting_containers(self) -> Self {
+        Self { starts_containers: 1, ..self }
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn starts_containers(&self) -> bool {
+        self.starts_containers == 1
     }
 
     /// Whether this was read whole, and from the row of this workload.

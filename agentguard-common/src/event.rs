@@ -3,7 +3,8 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    Address, AllowlistId, FileId, GrantId, IdentityId, ScopeId, UnixNameId, UnixSocket, WorkloadId,
+    Address, AllowlistId, FileId, GrantId, IdentityId, Naming, ScopeId, UnixNameId, UnixSocket,
+    WorkloadId,
 };
 
 /// Where in the kernel a request was met. The codes are part of the ABI.
@@ -305,6 +306,12 @@ impl Event {
     #[must_use]
     pub const fn file(&self) -> FileId {
         RequestKey::file_of(&self.key.target)
+    }
+
+    /// Whether the exec is what a container runtime starts a container with.
+    #[must_use]
+    pub const fn is_start(&self) -> bool {
+        self.kind == RequestKind::Exec as u8 && self.key.port == Naming::Starting as u16
     }
 
     /// The target of a connect or send to a unix socket.

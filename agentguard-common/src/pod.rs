@@ -1,6 +1,6 @@
 //! The shared records as aya's plain old data.
 
-use crate::abi::{Achieved, Attachment, KernelOffsets, Membership, Moved, Settings};
+use crate::abi::{Achieved, Attachment, CachedVerdict, KernelOffsets, Membership, Moved, Settings};
 use crate::allowlist::{
     DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, Permission, RuleRow, Tag,
     UnixName, UnixSocketKey,
@@ -22,6 +22,7 @@ macro_rules! pod {
 pod!(
     Achieved,
     Attachment,
+    CachedVerdict,
     CgroupId,
     Counters,
     DestinationEntry,

@@ -120,6 +120,8 @@ pub enum Naming {
     Named,
     /// No link is left or there never was one: `memfd`, `O_TMPFILE`, deleted.
     Unnamed,
+    /// It has a name, and is what a container runtime starts a container with.
+    Starting,
 }
 
 /// Who moves a process out of its workload's cgroup.

@@ -8,7 +8,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use crate::diagnostics::{self, Full};
 use crate::judge::{Inquiry, Others, judge_from, judge_without_room};
 use crate::kernel::{self, Cgroup, Task};
-use crate::maps;
+use crate::maps::{self, Stage};
 use crate::record::Origin;
 
 /// A child cgroup is born with its parent's tag, before it is visible and can hold a process.
@@ -21,16 +21,21 @@ pub(crate) fn mkdir(ctx: &BtfTracePointContext) -> i32 {
     }
     let Some(parent) = cgroup.parent() else { return 0 };
     let Some(workload) = maps::member(parent.id()) else { return 0 };
-    if !maps::adopt(cgroup.id(), workload) {
-        diagnostics::full(Full::Cgroups, cgroup.id().0);
-        // A workload that makes cgroups until the table is full does not get one outside. The host
-        // that makes one has done nothing wrong: the hooks above hold what comes into it.
-        match (judge_without_room(cgroup.id(), workload, &Origin::Caller), mover()) {
-            (Action::Refuse, Mover::Workload) => return kernel::kill_current(),
-            (Action::Refuse, Mover::Host) | (Action::Pass, _) => {}
+    let maker = mover();
+    if maps::adopt(cgroup.id(), workload) {
+        match maker {
+            Mover::Host => maps::born(cgroup.id()),
+            Mover::Workload => {}
         }
+        return 0;
     }
-    0
+    diagnostics::full(Full::Cgroups, cgroup.id().0);
+    // A workload that makes cgroups until the table is full does not get one outside. The host
+    // that makes one has done nothing wrong: the hooks above hold what comes into it.
+    match (judge_without_room(cgroup.id(), workload, &Origin::Caller), maker) {
+        (Action::Refuse, Mover::Workload) => kernel::kill_current(),
+        (Action::Refuse, Mover::Host) | (Action::Pass, _) => 0,
+    }
 }
 
 #[inline(always)]
@@ -69,6 +74,12 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     }
     if child.tgid() == parent.tgid() {
         return 0;
+    }
+    if let Some(stage) = maps::stage(parent.address()) {
+        // A container runtime's process forks before it runs anything of the workload's (`clone`
+        // of the stages of `runc init`, libcontainer/nsenter).
+        let stage = if stage == Stage::STARTING { Stage::PREPARED } else { stage };
+        maps::set_stage(child.address(), stage);
     }
     maps::inherit_process(parent.tgid(), child.tgid(), child.start());
     let cgroup = child.cgroup();
@@ -125,11 +136,11 @@ fn entered(task: Task) {
     if let Some(program) = task.parents_program()
         && maps::is_runtime(&program)
     {
-        maps::enter(task.address());
+        maps::set_stage(task.address(), Stage::ENTERED);
     }
 }
 
-/// Whether the calling process, which moves another or itself, is a workload's.
+/// Whether the calling process, which moves another or itself or makes a cgroup, is a workload's.
 #[inline(always)]
 fn mover() -> Mover {
     let workload =

@@ -9,7 +9,7 @@ use aya_ebpf::programs::{BtfTracePointContext, LsmContext};
 use crate::cgroup;
 use crate::judge::{Execs, Inquiry, judge_from};
 use crate::kernel::{self, Program, Task};
-use crate::maps;
+use crate::maps::{self, Stage};
 use crate::record::Origin;
 
 /// Arguments of the tracepoint: task, old pid, `struct linux_binprm`.
@@ -26,25 +26,55 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
-    let is_runtimes = is_runtimes_step(address, file, naming);
-    maps::settle(address);
-    if is_runtimes || kernel::exec_is_judged_by_lsm() {
+    let stage = maps::stage(address);
+    if is_runtimes_step(stage, file, naming) {
+        maps::set_stage(address, Stage::PREPARED);
         return Action::Pass;
     }
-    let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
-    judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
+    let action = if kernel::exec_is_judged_by_lsm() {
+        Action::Pass
+    } else {
+        let naming = naming_of_start(address, stage, workload, naming);
+        let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
+        judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
+    };
+    maps::settle(address);
+    action
 }
 
 /// Whether it is a container runtime that runs a copy of itself, in the cgroup it has just put its
 /// child into: one without a name or, by a mount that only it has, its very file (`try_bindfd`,
 /// libcontainer/nsenter). Nothing that the workload made has run in that task.
 #[inline(always)]
-fn is_runtimes_step(task: u64, file: FileId, naming: Naming) -> bool {
-    maps::has_entered(task)
+fn is_runtimes_step(stage: Option<Stage>, file: FileId, naming: Naming) -> bool {
+    stage == Some(Stage::ENTERED)
         && match naming {
             Naming::Unnamed => true,
-            Naming::Named => maps::is_runtime(&FileId { generation: 0, ..file }),
+            Naming::Named | Naming::Starting => maps::is_runtime(&FileId { generation: 0, ..file }),
         }
+}
+
+/// How the file has its name where a container runtime is about to run what starts a container: the
+/// first program with a name that it runs in a cgroup which the host has made below a pod's. What is
+/// started is in the pod's specification and the image, of which the kernel knows nothing; that a
+/// container is started, and not entered, is what it can tell.
+#[inline(always)]
+fn naming_of_start(
+    task: u64,
+    stage: Option<Stage>,
+    workload: WorkloadId,
+    naming: Naming,
+) -> Naming {
+    let (Some(stage), Naming::Named) = (stage, naming) else { return naming };
+    if stage != Stage::STARTING {
+        let is_pod = maps::tag(workload).is_some_and(|tag| tag.starts_containers());
+        if !is_pod || !maps::is_first_start(kernel::current_cgroup()) {
+            return naming;
+        }
+        // For the interpreter of a script, which is asked about next.
+        maps::set_stage(task, Stage::STARTING);
+    }
+    Naming::Starting
 }
 
 /// Argument of the LSM hook: `struct linux_binprm`. It is asked about the file that was named and
@@ -57,9 +87,11 @@ pub(crate) fn check(ctx: &LsmContext) -> Action {
     };
     let program = Program(ctx.arg(0));
     let (file, naming) = program.file();
-    if is_runtimes_step(task, file, naming) {
+    let stage = maps::stage(task);
+    if is_runtimes_step(stage, file, naming) {
         return Action::Pass;
     }
+    let naming = naming_of_start(task, stage, workload, naming);
     let inquiry = Inquiry::exec(Hook::BprmCheck, &file, naming);
     judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.interpreter() }, 0)
 }

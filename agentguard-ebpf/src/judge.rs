@@ -1,5 +1,6 @@
 //! From a request to an action: find whose it is, decide or remember the decision, count, record.
 
+use agentguard_common::abi::CachedVerdict;
 use agentguard_common::event::{Class, Hook, RequestKey, RequestKind};
 use agentguard_common::stats::OTHER;
 use agentguard_common::{
@@ -8,7 +9,7 @@ use agentguard_common::{
 };
 
 use crate::kernel::Sock;
-use crate::maps::{self, CachedVerdict, KernelTables};
+use crate::maps::{self, KernelTables};
 use crate::record::{self, Fate, Origin, Record};
 use crate::{diagnostics, kernel};
 
@@ -67,7 +68,9 @@ impl Classed for UnixSockets {
 }
 
 /// [`Inquiry::port`] of an exec of a file that has no name.
-const UNNAMED: u16 = 1;
+const UNNAMED: u16 = Naming::Unnamed as u16;
+/// [`Inquiry::port`] of an exec that starts a container.
+const STARTING: u16 = Naming::Starting as u16;
 /// [`Inquiry::protocol`] of a move that the host made.
 const BY_HOST: u8 = 1;
 /// [`Inquiry::protocol`] where the peer of a unix socket is the workload's own, or has no name; all
@@ -115,12 +118,8 @@ impl Inquiry {
 
     #[inline(always)]
     pub(crate) fn exec(hook: Hook, file: &FileId, naming: Naming) -> Self {
-        let port = match naming {
-            Naming::Named => 0,
-            Naming::Unnamed => UNNAMED,
-        };
         let target = RequestKey::file_words(file);
-        Self { port, target, ..Self::new(hook, RequestKind::Exec) }
+        Self { port: naming as u16, target, ..Self::new(hook, RequestKind::Exec) }
     }
 
     #[inline(always)]
@@ -167,7 +166,11 @@ impl Inquiry {
             Class::Local if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,
             Class::Local => Request::Bind(Endpoint { protocol: self.protocol, port: self.port }),
             Class::Exec => {
-                let naming = if self.port == UNNAMED { Naming::Unnamed } else { Naming::Named };
+                let naming = match self.port {
+                    UNNAMED => Naming::Unnamed,
+                    STARTING => Naming::Starting,
+                    _ => Naming::Named,
+                };
                 Request::Exec(RequestKey::file_of(&self.target), naming)
             }
             Class::Serving if self.kind as u8 == RequestKind::Malformed as u8 => Request::Malformed,

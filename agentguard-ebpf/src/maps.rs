@@ -2,7 +2,7 @@
 //!
 //! User space sets the real sizes at load.
 
-use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
+use agentguard_common::abi::{Attachment, CachedVerdict, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
     DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, RuleRow, Tag, UnixName,
     UnixSocketKey,
@@ -65,10 +65,13 @@ static TASKS: HashMap<u64, Membership, 262_144, NO_PREALLOC> = HashMap::new();
 /// What runs containers on this host: files of the host that are known by device and inode alone.
 #[btf_map]
 static RUNTIMES: HashMap<FileId, u32, 64> = HashMap::new();
-/// Tasks, by address, that a container runtime has put into a workload's cgroup and that have run
-/// nothing there yet.
+/// How far tasks, by address, are that a container runtime has put into a workload's cgroup and
+/// that have run nothing of the workload's there yet.
 #[btf_map]
 static ENTERED: LruHashMap<u64, u32, 4096> = LruHashMap::new();
+/// Cgroups that the host has made below a workload's, and in which nothing was started yet.
+#[btf_map]
+static BORN: LruHashMap<CgroupId, u32, 4096> = LruHashMap::new();
 /// Not zero once a process was moved, so that nobody looks for what has never been.
 #[btf_map]
 static MOVES: Array<u64, 1> = Array::new();
@@ -198,20 +201,6 @@ impl<const N: usize> ProgramArray<N> {
     fn as_ptr(&'static self) -> *mut core::ffi::c_void {
         core::ptr::from_ref(self).cast_mut().cast()
     }
-}
-
-/// A verdict that was given lately, and how many like it were folded into its record.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct CachedVerdict {
-    pub(crate) permission: Permission,
-    /// Boot time of the last record.
-    pub(crate) logged_at: u64,
-    /// Jiffies until which nothing needs to be looked at again.
-    pub(crate) fresh_until: u64,
-    pub(crate) folded: u64,
-    /// The verdict's code; a whole word, because odd bytes are cleared by a call of `memset`.
-    pub(crate) verdict: u64,
 }
 
 /// Which rule a socket's packets are judged by.
@@ -362,6 +351,7 @@ pub(crate) fn forget(cgroup: CgroupId) {
     // Most cgroups that go were nobody's, so there is often nothing to remove.
     if member(cgroup).is_some() {
         let _absent = CGROUPS.remove(cgroup);
+        let _absent = BORN.remove(cgroup);
     }
 }
 
@@ -546,26 +536,53 @@ pub(crate) fn is_runtime(file: &FileId) -> bool {
     unsafe { RUNTIMES.get(file) }.is_some()
 }
 
-/// Notes that the task at this address was put into a workload's cgroup by a container runtime. Of
-/// one that does not fit in any more, the steps are judged as the workload's.
-#[inline(always)]
-pub(crate) fn enter(address: u64) {
-    let _full = ENTERED.insert(address, 0, BPF_ANY.into());
+/// How far a task is that a container runtime has put into a workload's cgroup.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stage(u32);
+
+impl Stage {
+    /// It has run nothing there yet.
+    pub(crate) const ENTERED: Self = Self(0);
+    /// It has run the runtime's own file.
+    pub(crate) const PREPARED: Self = Self(1);
+    /// It is about to run what starts the container.
+    pub(crate) const STARTING: Self = Self(2);
 }
 
-/// Whether the task is one that [`enter`] noted.
+/// Notes how far a task is that a container runtime put into a workload's cgroup. Of one that does
+/// not fit in any more, the steps are judged as the workload's.
 #[inline(always)]
-pub(crate) fn has_entered(address: u64) -> bool {
-    // SAFETY: only whether the entry is there is asked.
-    unsafe { ENTERED.get(address) }.is_some()
+pub(crate) fn set_stage(address: u64, stage: Stage) {
+    let _full = ENTERED.insert(address, stage.0, BPF_ANY.into());
 }
 
-/// The task has run something: from now on it is the workload's like any other.
+/// How far the task is; none for what is the workload's like any other.
+#[inline(always)]
+pub(crate) fn stage(address: u64) -> Option<Stage> {
+    // SAFETY: an entry is one word.
+    unsafe { ENTERED.get(address) }.copied().map(Stage)
+}
+
+/// From now on the task is the workload's like any other.
 #[inline(always)]
 pub(crate) fn settle(address: u64) {
-    if has_entered(address) {
+    if stage(address).is_some() {
         let _absent = ENTERED.remove(address);
     }
+}
+
+/// Notes a cgroup that the host has made below a workload's. In one that does not fit in any more
+/// nothing is started that is not granted.
+#[inline(always)]
+pub(crate) fn born(cgroup: CgroupId) {
+    let _full = BORN.insert(cgroup, 0, BPF_ANY.into());
+}
+
+/// Whether nothing was started yet in a cgroup that [`born`] noted: once true for one caller, never
+/// again.
+#[inline(always)]
+pub(crate) fn is_first_start(cgroup: CgroupId) -> bool {
+    BORN.remove(cgroup).is_ok()
 }
 
 /// The number of a unix socket's name; none if no scope mentions it.

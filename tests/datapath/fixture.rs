@@ -1,6 +1,7 @@
 //! A datapath and a cgroup of one's own, and what is granted there.
 
 use std::{
+    collections::BTreeSet,
     env, fs,
     net::SocketAddr,
     os::unix::fs::MetadataExt as _,
@@ -128,6 +129,20 @@ impl Fixture {
         self.datapath.capture(&self.cgroup, WORKLOAD).unwrap();
     }
 
+    /// Changes the workload's tag.
+    pub(crate) fn retag(&mut self, change: impl FnOnce(Tag) -> Tag) {
+        let held = self.datapath.workloads();
+        let (_, tag) = held.into_iter().find(|(id, _)| *id == WORKLOAD).unwrap();
+        self.datapath.switch(WORKLOAD, change(tag)).unwrap();
+    }
+
+    /// A cgroup that the host makes below the workload's; it goes with the fixture.
+    pub(crate) fn below(&self, name: &str) -> PathBuf {
+        let path = self.cgroup.join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
     /// Ends the hold on the cgroup.
     pub(crate) fn detach(&mut self) {
         let id = self.datapath.cgroups().first().copied();
@@ -187,6 +202,7 @@ impl Drop for Fixture {
             }
             Pins::Shared => {
                 self.detach();
+                self.datapath.set_runtimes(&BTreeSet::new()).expect("rows can be removed");
                 let next = self.generation + 1;
                 let swept = self.datapath.sweep(AllowlistId(next), RuleSetId(next * ROWS));
                 swept.expect("rows can be removed");

@@ -7,14 +7,17 @@ use std::{
     io::{self, Read as _, Write as _},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::{CommandExt as _, ExitStatusExt as _},
+        unix::{
+            fs::PermissionsExt as _,
+            process::{CommandExt as _, ExitStatusExt as _},
+        },
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
     thread,
 };
 
-use agentguard_common::{FileId, Mode};
+use agentguard_common::{FileId, IdentityId, Mode, Tag, Verdict};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::fixture::{Fixture, move_to, running};
@@ -116,5 +119,100 @@ fn what_a_runtime_was_granted_before_is_still_granted() {
     fixture.datapath.set_runtimes(&this_program()).unwrap();
     // Not the program of the test above: where machines share pins, its verdict may be remembered.
     assert_eq!(run_in(&cgroup, Path::new("/bin/echo"), &[]), "ok");
+}
+
+/// A pod in which this program is what runs containers.
+fn pod() -> Fixture {
+    let mut fixture = Fixture::new();
+    fixture.attach(Mode::Enforce, &[]);
+    fixture.retag(Tag::starting_containers);
+    fixture.datapath.set_runtimes(&this_program()).unwrap();
+    fixture
+}
+
+const TRUE: &str = "/bin/true";
+
+#[test]
+fn what_a_container_starts_with_runs_once_in_each_cgroup_that_the_host_makes_below_a_pods() {
+    let mut fixture = pod();
+    let named = Path::new(TRUE);
+    let (refused, hook) = fixture.refused_exec();
+
+    let one = fixture.below("one");
+    assert_eq!(run_in(&one, named, &[]), "ok");
+    let counted: Vec<_> = fixture.counters().iter().collect();
+    assert_eq!(counted, [(hook, Mode::Enforce, Verdict::Allow, 1)]);
+    assert_eq!(run_in(&one, named, &[]), refused, "what enters a container does not start it");
+    assert_eq!(run_in(&fixture.cgroup, named, &[]), refused, "the pod's own cgroup");
+
+    let other = fixture.below("other");
     fixture.datapath.set_runtimes(&BTreeSet::new()).unwrap();
+    assert_eq!(run_in(&other, named, &[]), refused, "of a program that is no runtime");
+    fixture.datapath.set_runtimes(&this_program()).unwrap();
+    assert_eq!(run_in(&other, named, &[]), "ok", "which was not its start");
+
+    let mut worker = fixture.worker();
+    let own = fixture.cgroup.join("own");
+    assert_eq!(worker.told(&format!("mkdir {}", own.display())), "ok");
+    assert_eq!(run_in(&own, named, &[]), refused, "of a cgroup that the workload made");
+
+    let (shell, copy) = (Unnamed::copy("/bin/sh"), Unnamed::copy(TRUE));
+    let started = format!("exec {}", copy.path().display());
+    let unnamed = fixture.below("unnamed");
+    assert_ne!(run_in(&unnamed, &shell.path(), &["-c", &started]), "ok", "what has no name");
+
+    let nobody = fixture.below("nobody-known");
+    fixture.retag(|mut tag| {
+        tag.identity = IdentityId::NONE;
+        tag
+    });
+    // Not the program from above, whose verdict is still remembered for this generation.
+    let refused_too = run_in(&nobody, Path::new("/bin/echo"), &[]);
+    assert_eq!(refused_too, refused, "while it is not known who it is");
+}
+
+#[test]
+fn nothing_is_started_below_what_is_no_pod() {
+    let mut fixture = Fixture::new();
+    fixture.attach(Mode::Enforce, &[]);
+    fixture.datapath.set_runtimes(&this_program()).unwrap();
+    let below = fixture.below("below");
+    assert_eq!(run_in(&below, Path::new(TRUE), &[]), fixture.refused_exec().0);
+}
+
+#[test]
+fn a_runtime_may_start_a_container_by_a_copy_of_itself_and_its_child() {
+    let fixture = pod();
+    let shell = Unnamed::copy("/bin/sh");
+    let shell = shell.path();
+    for (name, script, outcome) in [
+        ("itself", format!("exec {TRUE}"), "ok"),
+        ("child", format!("{TRUE} && exit 0; exit 1"), "ok"),
+        ("twice", format!("{TRUE} && {TRUE} && exit 0; exit 1"), "failed"),
+        ("sibling", format!("{TRUE}; {TRUE} && exit 0; exit 1"), "failed"),
+    ] {
+        let below = fixture.below(name);
+        assert_eq!(run_in(&below, &shell, &["-c", &script]), outcome, "{name}");
+    }
+}
+
+#[test]
+fn a_container_may_start_with_a_script_which_may_run_nothing_else() {
+    let fixture = pod();
+    for (name, line, outcome) in [
+        ("script", "exit 0", "ok"),
+        ("its-program", "/bin/true && exit 0; exit 1", "failed"),
+        ("its-successor", "exec /bin/true", fixture.refused_exec().0),
+    ] {
+        let script = env::temp_dir().join(format!("agentguard-{}-{name}", std::process::id()));
+        fs::write(&script, format!("#!/bin/sh\n{line}\n")).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let outcome = match outcome {
+            // The shell itself says so, and ends.
+            "EPERM" => "failed",
+            outcome => outcome,
+        };
+        assert_eq!(run_in(&fixture.below(name), &script, &[]), outcome, "{name}");
+        fs::remove_file(&script).unwrap();
+    }
 }

@@ -317,9 +317,17 @@ fn target(cidrs: &[IpNet], drawn: &AnyTarget) -> Address {
 enum AnyRequest {
     Destination { target: AnyTarget, protocol: u8, port: u16, kind: u8 },
     Endpoint { protocol: u8, port: u16, kind: u8 },
-    Exec(FileId, bool),
+    Exec(FileId, Naming),
     Unix { socket: UnixSocket, peer: Peer, send: bool },
     Socket { family: u16, protocol: u16 },
+}
+
+fn any_naming() -> impl Strategy<Value = Naming> {
+    prop_oneof![
+        8 => Just(Naming::Named),
+        1 => Just(Naming::Unnamed),
+        1 => Just(Naming::Starting),
+    ]
 }
 
 fn any_request() -> impl Strategy<Value = AnyRequest> {
@@ -334,8 +342,8 @@ fn any_request() -> impl Strategy<Value = AnyRequest> {
         3 => (protocol(), any_port(), 0_u8..4).prop_map(
             |(protocol, port, kind)| AnyRequest::Endpoint { protocol, port, kind }
         ),
-        1 => (any_file(), prop::bool::weighted(0.9))
-            .prop_map(|(file, named)| AnyRequest::Exec(file, named)),
+        1 => (any_file(), any_naming())
+            .prop_map(|(file, naming)| AnyRequest::Exec(file, naming)),
         2 => (any_unix_socket(), any_peer(), any::<bool>())
             .prop_map(|(socket, peer, send)| AnyRequest::Unix { socket, peer, send }),
         1 => (any_family(), prop::sample::select(vec![0_u16, 0, 1, 6, 9]))
@@ -377,9 +385,7 @@ fn request(cidrs: &[IpNet], drawn: &AnyRequest) -> Request {
         AnyRequest::Socket { family, protocol } => {
             Request::Socket { family: *family, protocol: *protocol }
         }
-        AnyRequest::Exec(file, named) => {
-            Request::Exec(*file, if *named { Naming::Named } else { Naming::Unnamed })
-        }
+        AnyRequest::Exec(file, naming) => Request::Exec(*file, *naming),
     }
 }
 
@@ -478,16 +484,16 @@ fn the_generators_reach_every_verdict_often() {
         let times = reached.get(&verdict.code()).copied().unwrap_or_default();
         assert!(times >= CASES / 50, "{verdict:?} {times} times of {reached:?}");
     }
-    for kind in ["own", "unnamed", "other", "listen", "accept", "socket"] {
+    for kind in ["own", "unnamed", "other", "listen", "accept", "socket", "start"] {
         for verdict in ["allow", "deny"] {
-            let is_possible = !matches!((kind, verdict), ("own" | "unnamed", "deny"));
+            let is_possible = !matches!((kind, verdict), ("own" | "unnamed" | "start", "deny"));
             let times = others.get(&(kind, verdict)).copied().unwrap_or_default();
             assert_eq!(times >= CASES / 50, is_possible, "{kind} {verdict} of {others:?}");
         }
     }
 }
 
-/// What the LSM layer asks.
+/// What the LSM layer asks, and what starts a container.
 fn of_others(request: &Request) -> Option<&'static str> {
     match request {
         Request::UnixConnect(_, peer) | Request::UnixSend(_, peer) => Some(match peer {
@@ -498,6 +504,7 @@ fn of_others(request: &Request) -> Option<&'static str> {
         Request::Listen(_) => Some("listen"),
         Request::Accept(_) => Some("accept"),
         Request::Socket { .. } => Some("socket"),
+        Request::Exec(_, Naming::Starting) => Some("start"),
         Request::Connect(_)
         | Request::Send(_)
         | Request::Packet(_)

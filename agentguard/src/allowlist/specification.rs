@@ -49,6 +49,7 @@ impl Specification {
             }
             Request::RawSocket { .. } => Decision::deny(Reason::RawSocket),
             Request::Exec(_, Naming::Unnamed) => Decision::deny(Reason::UnnamedFile),
+            Request::Exec(_, Naming::Starting) => Decision::ALLOW,
             Request::Exec(file, Naming::Named) => self.executable(&file, now),
             Request::Leave(Mover::Workload) => Decision::deny(Reason::LeftWorkload),
             Request::Leave(Mover::Host) => Decision::ALLOW,

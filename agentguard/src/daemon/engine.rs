@@ -73,8 +73,9 @@ const NUMBERS_AHEAD: u32 = 1024;
 const TICKS_TO_FORGET: u64 = 50;
 /// Reconciliations that wait to be counted.
 const KEPT_RECONCILIATIONS: usize = 65_536;
-/// The scope by which a command that was named to `exec` may itself be run.
-const LAUNCH: &str = "agentguard:launch";
+/// The scope by which a command that was named to `exec`, or what a container starts with, may itself
+/// be run.
+pub(super) const LAUNCH: &str = "agentguard:launch";
 
 /// A workload of this node.
 #[derive(Clone, Debug)]
@@ -104,6 +105,20 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The tag by which the kernel holds it to an allow-list, if it has one.
+    fn tag(&self, installed: Option<&Installed>) -> Tag {
+        let tag = installed.map_or_else(
+            || Tag::new(IdentityId::NONE, self.mode, AllowlistId::NONE, RuleSetId::NONE, OTHER),
+            |installed| installed.tag(self.mode),
+        );
+        self.as_held(tag)
+    }
+
+    /// Containers are started in a pod, and nowhere else.
+    fn as_held(&self, tag: Tag) -> Tag {
+        if self.pod.is_some() { tag.starting_containers() } else { tag }
+    }
+
     fn is(&self, identity: &SpiffeId) -> bool {
         self.identity.as_ref() == Some(identity)
     }
@@ -414,7 +429,7 @@ impl Engine {
     #[must_use]
     pub fn tag(&self, workload: &Workload) -> Option<Tag> {
         let installed = self.installed.get(workload.identity.as_ref()?)?;
-        Some(installed.tag(workload.mode))
+        Some(workload.tag(Some(installed)))
     }
 
     /// Counters by identity, and those of the row that further identities share.
@@ -841,23 +856,19 @@ impl Engine {
         identity: &SpiffeId,
         installed: &Installed,
     ) -> Result<(), DatapathError> {
-        let of_identity: Vec<(WorkloadId, Mode)> = self
+        let of_identity: Vec<&Workload> = self
             .workloads
             .values()
             .filter(|workload| workload.is(identity))
             // Those get their tag when there is room for it.
             .filter(|workload| !self.unfit.contains_key(&workload.id))
-            .map(|workload| (workload.id, workload.mode))
             .collect();
-        for (index, (id, mode)) in of_identity.iter().enumerate() {
-            if let Err(error) = self.datapath.switch(*id, installed.tag(*mode)) {
+        for (index, workload) in of_identity.iter().enumerate() {
+            if let Err(error) = self.datapath.switch(workload.id, workload.tag(Some(installed))) {
                 // A row that is there is replaced in a full table too, so these go back.
-                for (id, mode) in &of_identity[..index] {
-                    let before = self
-                        .installed
-                        .get(identity)
-                        .map_or_else(|| unidentified(*mode), |old| old.tag(*mode));
-                    self.datapath.switch(*id, before)?;
+                for workload in &of_identity[..index] {
+                    let before = workload.tag(self.installed.get(identity));
+                    self.datapath.switch(workload.id, before)?;
                 }
                 return Err(error);
             }
@@ -882,7 +893,13 @@ impl Engine {
         let allowlist = self.next_allowlist;
         self.next_allowlist.0 += 1;
         for workload in self.workloads.values().filter(|workload| workload.is(identity)) {
-            let tag = Tag::new(number, workload.mode, allowlist, RuleSetId::NONE, counters);
+            let tag = workload.as_held(Tag::new(
+                number,
+                workload.mode,
+                allowlist,
+                RuleSetId::NONE,
+                counters,
+            ));
             if let Err(error) = self.datapath.switch(workload.id, tag) {
                 tracing::error!(%error, workload = workload.name, "a workload keeps what was revoked; trying again");
             }
@@ -1153,7 +1170,8 @@ impl Engine {
     /// Puts tag and hooks on a workload whose allow-list is in force.
     fn hold(&mut self, id: WorkloadId) -> Result<(), EngineError> {
         let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
-        let tag = self.tag(workload).unwrap_or_else(|| unidentified(workload.mode));
+        let identity = workload.identity.as_ref();
+        let tag = workload.tag(identity.and_then(|identity| self.installed.get(identity)));
         let switched = self.datapath.switch(id, tag);
         fault::point("hold.tag");
         // Also without room for its tag: who belongs to a workload without one is denied everything.
@@ -1648,8 +1666,8 @@ impl Phase {
     }
 }
 
-/// How records name the permission to run what `exec` was asked to run.
-fn launch_grant(workload: &str) -> String {
+/// How records name the permission to run what `exec` was asked to run, or a container starts with.
+pub(super) fn launch_grant(workload: &str) -> String {
     format!("{LAUNCH}/{workload}")
 }
 
@@ -1663,11 +1681,6 @@ impl Installed {
     fn tag(&self, mode: Mode) -> Tag {
         Tag::new(self.number, mode, self.rows.allowlist, self.rows.listening, self.counters)
     }
-}
-
-/// The tag of a workload that has no allow-list: it is denied everything.
-fn unidentified(mode: Mode) -> Tag {
-    Tag::new(IdentityId::NONE, mode, AllowlistId::NONE, RuleSetId::NONE, OTHER)
 }
 
 fn egress(

@@ -14,6 +14,7 @@ use agentguard_common::event::{Event, Hook, Process as KnownProcess, RequestKind
 use agentguard_common::{Mode, Verdict};
 use jiff::Timestamp;
 
+use super::engine::{LAUNCH, launch_grant};
 use super::names::{Names, container_record, pod_record};
 use crate::audit::record::{
     Ancestor, BoundName, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
@@ -158,6 +159,14 @@ impl Witness {
         let request = Request::of(event, path)
             .map_err(|unknown| format!("it has the unknown request {}", unknown.0))?;
         let name = self.names.workload(event.key.workload);
+        let started = match (event.is_start(), verdict, &name) {
+            (true, Verdict::Allow, Some(workload)) => Some(launch_grant(&workload.name)),
+            _ => None,
+        };
+        let (scope, grant) = match started {
+            Some(grant) => (Some(LAUNCH.to_owned()), Some(grant)),
+            None => (self.names.scope_word(event.scope), self.names.grant_word(event.grant)),
+        };
         Ok(VerdictRecord {
             boot_ns: event.time,
             workload: Workload {
@@ -175,8 +184,8 @@ impl Witness {
             process: self.process(event, exec_path(record)),
             request,
             outcome: Outcome::new(verdict, mode),
-            scope: self.names.scope_word(event.scope).map(Text::new),
-            grant: self.names.grant_word(event.grant).map(Text::new),
+            scope: scope.map(Text::new),
+            grant: grant.map(Text::new),
             allowlist_generation: u64::from(event.key.allowlist.0),
             hook: Word(hook),
             layer: hook.layer().into(),

@@ -23,12 +23,13 @@ use super::load::{LoadError, Sizes};
 use super::object;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
-const STATE: [&str; 12] = [
+const STATE: [&str; 13] = [
     "CGROUPS",
     "MOVED",
     "MOVES",
     "TASKS",
     "ENTERED",
+    "BORN",
     "ATTACHMENTS",
     "SOCKETS",
     "PROCESSES",

@@ -6,12 +6,12 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use agentguard_common::abi::{Attachment, Membership, Moved, Settings};
+use agentguard_common::abi::{Attachment, CachedVerdict, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
     DestinationEntry, DestinationKey, ExecutableEntry, ExecutableKey, Permission, RuleRow, Tag,
     UnixName, UnixSocketKey,
 };
-use agentguard_common::event::Process;
+use agentguard_common::event::{Process, RequestKey};
 use agentguard_common::stats::Counters;
 use agentguard_common::{AllowlistId, CgroupId, FileId, RuleSetId, UnixNameId, WorkloadId};
 use aya::maps::cgroup_storage::CgroupStorageKey;
@@ -71,6 +71,7 @@ pub(super) struct Tables {
     runtimes: HashMap<MapData, FileId, u32>,
     unix_sockets: HashMap<MapData, UnixSocketKey, Permission>,
     unix_names: HashMap<MapData, UnixName, UnixNameId>,
+    verdicts: HashMap<MapData, RequestKey, CachedVerdict>,
     counters: PerCpuArray<MapData, Counters>,
     settings: Array<MapData, Settings>,
     attachments: CgroupStorage<MapData, Attachment>,
@@ -89,6 +90,7 @@ impl Tables {
             runtimes: open(pins, "RUNTIMES")?,
             unix_sockets: open(pins, "UNIX_SOCKETS")?,
             unix_names: open(pins, "UNIX_NAMES")?,
+            verdicts: open(pins, "VERDICTS")?,
             counters: open(pins, "COUNTERS")?,
             settings: open(pins, "SETTINGS")?,
             attachments: open(pins, "ATTACHMENTS")?,
@@ -278,7 +280,8 @@ impl Datapath {
         Ok(swept)
     }
 
-    /// The highest numbers in use, so that an adopting daemon gives out higher ones.
+    /// The highest numbers in use, so that an adopting daemon gives out higher ones. A verdict that
+    /// is still remembered uses the number of its allow-list, of which nothing else may be left.
     #[must_use]
     pub fn highest(&self) -> (AllowlistId, RuleSetId, WorkloadId) {
         let tables = &self.tables;
@@ -288,6 +291,8 @@ impl Datapath {
             allowlist = allowlist.max(tag.allowlist);
             workload = workload.max(id);
         }
+        let listed = tables.verdicts.keys().filter_map(Result::ok);
+        allowlist = listed.fold(allowlist, |high, key| high.max(key.allowlist));
         let listed = tables.destinations.keys().filter_map(Result::ok);
         allowlist = listed.fold(allowlist, |high, key| high.max({ key.data() }.allowlist));
         let listed = tables.executables.keys().filter_map(Result::ok);
