@@ -104,17 +104,22 @@ impl<'a> Cluster<'a> {
         let mut kubectl = Command::new(self.programs.program("kubectl"));
         kubectl
             .arg("--kubeconfig")
-            .arg(self.keys.path("admin.kubeconfig"))
+            .arg(self.administrator())
             .args(arguments)
             .env("HOME", self.node.scratch());
         self.node.inside(&kubectl)
+    }
+
+    /// The administrator's kubeconfig.
+    pub(super) fn administrator(&self) -> PathBuf {
+        self.keys.path("admin.kubeconfig")
     }
 
     /// A shell command on the node, with a `kubectl` that needs no more arguments.
     pub(super) fn shell(&self, command: &str) -> Command {
         let mut sh = Command::new("sh");
         sh.args(["-c", command])
-            .env("KUBECONFIG", self.keys.path("admin.kubeconfig"))
+            .env("KUBECONFIG", self.administrator())
             .env("HOME", self.node.scratch());
         self.node.inside(&sh)
     }

@@ -1,14 +1,11 @@
 //! Agent pods next to ordinary pods.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 
-use super::{apply, expected, kubectl, traffic};
+use super::{apply, expected, kubectl, traffic, wait_for_account};
 use crate::{
     interrupt,
     kubernetes::{
@@ -91,12 +88,7 @@ impl Agents {
     /// Starts them, and returns once all ask.
     pub(super) fn start(cluster: &mut Cluster<'_>) -> Result<Self> {
         apply(cluster, MANIFESTS, &[])?;
-        let account = ["--namespace", "agents", "get", "serviceaccount", "default"];
-        let begin = Instant::now();
-        while kubectl(cluster, &account).is_err() {
-            ensure!(begin.elapsed() < Duration::from_secs(30), "no default service account");
-            interrupt::sleep(Duration::from_millis(200))?;
-        }
+        wait_for_account(cluster, "agents")?;
         let targets = Targets::of(cluster)?;
         let wide = format!("{API} {ADDRESS}/6443 {ADDRESS}/10250 {} {NOBODY}", targets.endpoint);
         let enforced = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: enforce";

@@ -1,6 +1,10 @@
 //! What is shipped below `deploy/`, before a real API server.
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -69,12 +73,8 @@ pub(super) fn daemon_runs(cluster: &mut Cluster<'_>) -> Result<()> {
     println!("seen      the daemon of the plain manifests is ready ({})", seconds(begin.elapsed()));
 
     let begin = Instant::now();
-    let scratch = cluster.node().scratch().to_owned();
-    let values = scratch.join("values.yaml");
-    let runc = cluster.runtime_program().display().to_string();
-    fs::write(&values, filled(VALUES, &[("$RUNC", &runc)]))?;
-    let rendered = scratch.join("agentguard.yaml");
-    fs::write(&rendered, chart::with_values(VERSION, &values)?)?;
+    let rendered = cluster.node().scratch().join("agentguard.yaml");
+    fs::write(&rendered, chart::with_values(VERSION, &values(cluster)?)?)?;
     kubectl(cluster, &["apply", "--filename", &rendered.display().to_string()])?;
     rolled_out(cluster).context("the chart")?;
     println!("seen      that of the chart with other values too ({})", seconds(begin.elapsed()));
@@ -83,6 +83,14 @@ pub(super) fn daemon_runs(cluster: &mut Cluster<'_>) -> Result<()> {
     ensure!(status.contains("portable"), "agentguard status says:\n{status}");
     print!("{}", indented(&status));
     Ok(())
+}
+
+/// Writes the values that fit this machine.
+pub(super) fn values(cluster: &Cluster<'_>) -> Result<PathBuf> {
+    let values = cluster.node().scratch().join("values.yaml");
+    let runc = cluster.runtime_program().display().to_string();
+    fs::write(&values, filled(VALUES, &[("$RUNC", &runc)]))?;
+    Ok(values)
 }
 
 /// Waits until the DaemonSet's newest generation runs.
@@ -132,7 +140,7 @@ pub(super) fn examples_are_taken(cluster: &mut Cluster<'_>) -> Result<()> {
     Ok(())
 }
 
-fn yaml_files(directory: &std::path::Path) -> Result<Vec<std::path::PathBuf>> {
+fn yaml_files(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();

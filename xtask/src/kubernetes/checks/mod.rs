@@ -7,6 +7,7 @@ mod agents;
 mod changes;
 mod deploy;
 mod metrics;
+mod newcomer;
 mod ordinary;
 mod outage;
 mod updates;
@@ -51,6 +52,10 @@ pub(super) fn run(cluster: &mut Cluster<'_>) -> Result<()> {
     ordinary::run_and_reach_a_service(cluster)?;
     step("ordinary pods", begin);
     let begin = Instant::now();
+    heading("deploy/README.md");
+    newcomer::is_told_the_truth(cluster)?;
+    step("deploy/README.md", begin);
+    let begin = Instant::now();
     heading("deploy/");
     deploy::everything_is_valid(cluster)?;
     deploy::daemon_runs(cluster)?;
@@ -77,6 +82,13 @@ fn apply(cluster: &Cluster<'_>, text: &str, variables: &[(&str, &str)]) -> Resul
     let file = file.path().display().to_string();
     kubectl(cluster, &["apply", "--filename", &file])?;
     Ok(Timestamp::now())
+}
+
+/// Waits for who runs a namespace's pods without an account of their own.
+fn wait_for_account(cluster: &mut Cluster<'_>, namespace: &str) -> Result<()> {
+    let path = "jsonpath={.metadata.name}";
+    let account = ["--namespace", namespace, "get", "serviceaccount", "default", "--output", path];
+    cluster.wait_for("the default service account", &account, "default").map(drop)
 }
 
 fn filled(text: &str, variables: &[(&str, &str)]) -> String {

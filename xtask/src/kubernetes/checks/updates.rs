@@ -15,6 +15,9 @@ use crate::{
     kubernetes::{cluster::Cluster, traffic::Outcome},
 };
 
+/// How often all of it is done.
+const ROUNDS: usize = 2;
+
 /// How many requests there have to be at least.
 const REQUESTS: usize = 3000;
 
@@ -22,34 +25,36 @@ pub(super) fn leave_no_window(cluster: &mut Cluster<'_>, agents: &Agents) -> Res
     let namespace = ["--namespace", "agentguard"];
     let begin = Timestamp::now();
 
-    let first = daemon(cluster)?;
-    let restart = ["rollout", "restart", "daemonset/agentguard"];
-    kubectl(cluster, &[&namespace[..], &restart].concat())?;
-    rolled_out(cluster)?;
-    let second = daemon(cluster)?;
-    ensure!(first != second, "a rolling update left the daemon {first}");
-    println!("seen      a rolling update of the DaemonSet");
+    for _round in 0..ROUNDS {
+        let first = daemon(cluster)?;
+        let restart = ["rollout", "restart", "daemonset/agentguard"];
+        kubectl(cluster, &[&namespace[..], &restart].concat())?;
+        rolled_out(cluster)?;
+        let second = daemon(cluster)?;
+        ensure!(first != second, "a rolling update left the daemon {first}");
+        println!("seen      a rolling update of the DaemonSet");
 
-    let delete = ["delete", "pod", "--selector", "app.kubernetes.io/name=agentguard"];
-    kubectl(cluster, &[&namespace[..], &delete].concat())?;
-    rolled_out(cluster)?;
-    let third = daemon(cluster)?;
-    ensure!(second != third, "a deleted pod left the daemon {second}");
-    println!("seen      the daemon's pod deleted");
+        let delete = ["delete", "pod", "--selector", "app.kubernetes.io/name=agentguard"];
+        kubectl(cluster, &[&namespace[..], &delete].concat())?;
+        rolled_out(cluster)?;
+        let third = daemon(cluster)?;
+        ensure!(second != third, "a deleted pod left the daemon {second}");
+        println!("seen      the daemon's pod deleted");
 
-    kill(third)?;
-    let question = [
-        &namespace[..],
-        &[
-            "get",
-            "pods",
-            "--output",
-            "jsonpath={.items[0].status.containerStatuses[0].restartCount}",
-        ],
-    ];
-    cluster.wait_for("the daemon is started again", &question.concat(), "1")?;
-    rolled_out(cluster)?;
-    println!("seen      the daemon killed");
+        kill(third)?;
+        let question = [
+            &namespace[..],
+            &[
+                "get",
+                "pods",
+                "--output",
+                "jsonpath={.items[0].status.containerStatuses[0].restartCount}",
+            ],
+        ];
+        cluster.wait_for("the daemon is started again", &question.concat(), "1")?;
+        rolled_out(cluster)?;
+        println!("seen      the daemon killed");
+    }
     interrupt::sleep(Duration::from_secs(2))?;
 
     let mut expected = agents.targets.of_researcher();
