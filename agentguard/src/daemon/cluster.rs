@@ -9,9 +9,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch as latest;
 use tokio::task::JoinSet;
 
 use super::containers::{Cluster as OfNode, Containers};
@@ -93,7 +94,10 @@ pub async fn begin(configuration: &Configuration, node: String) -> Option<Watche
     if matches!(watches.known, Cluster::Unknown) {
         let view = tokio::time::timeout(FIRST_ANSWER, first(&watches.feed)).await;
         match view {
-            Ok(view) => watches.known = Cluster::Known(Arc::new(view)),
+            Ok(view) => {
+                watches.objects.see_nodes(view.nodes.keys().cloned().collect());
+                watches.known = Cluster::Known(Arc::new(view));
+            }
             Err(_elapsed) => tracing::warn!(
                 "the API server has not answered; until it does, scopes permit single addresses only"
             ),
@@ -236,40 +240,37 @@ fn words(engine: &Engine) -> BTreeMap<String, Option<String>> {
 
 /// Brings the engine what has changed in the cluster, for as long as the daemon runs.
 pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
-    let directory = shared.configuration.state_directory.to_path_buf();
-    let mut unsaved = match &watches.known {
-        // What was waited for is not written down yet; writing what was read again does no harm.
+    // What was waited for is not written down yet; writing what was read again does no harm.
+    let view = match &watches.known {
         Cluster::Known(view) => Some(Arc::clone(view)),
         Cluster::Outside | Cluster::Unknown => None,
     };
-    let mut saved: Option<Instant> = None;
+    let (views, mut newest_view) = latest::channel(view);
+    let (pods, newest_pods) = latest::channel(None);
+    newest_view.mark_changed();
+    let directory = shared.configuration.state_directory.to_path_buf();
+    let mut writers = JoinSet::new();
+    writers.spawn(write_down(newest_view, directory.clone(), "the cluster", SAVE, save));
+    writers.spawn(write_down(newest_pods, directory, "this node's pods", SETTLE, node_pods::save));
     loop {
-        let is_due = |saved: Option<Instant>| saved.is_none_or(|saved| saved.elapsed() >= SAVE);
-        if let Some(view) = unsaved.take_if(|_| is_due(saved)) {
-            saved = Some(Instant::now());
-            let directory = directory.clone();
-            let work = tokio::task::spawn_blocking(move || save(&directory, &view));
-            if let Ok(Err(error)) = work.await {
-                tracing::error!(%error, "a restart would not know what is known of the cluster");
-            }
-        }
         tokio::select! {
             () = watches.feed.changed() => tokio::time::sleep(SETTLE).await,
             () = watches.pods.changed() => {
-                if let Some(pods) = watches.pods.take() {
-                    tell_pods(&shared, pods).await;
+                if let Some(of_node) = watches.pods.take() {
+                    shared.containers.set_cluster(self::of_node(of_node.clone()));
+                    pods.send_replace(Some(Arc::new(of_node)));
                 }
                 continue;
             }
-            () = tokio::time::sleep(SAVE), if unsaved.is_some() => continue,
             ended = watches.tasks.join_next() => {
                 tracing::error!(?ended, "the cluster is not watched any more; what was known stays");
                 return;
             }
         }
         let Some(view) = watches.feed.take() else { continue };
+        watches.objects.see_nodes(view.nodes.keys().cloned().collect());
         let view = Arc::new(view);
-        unsaved = Some(Arc::clone(&view));
+        views.send_replace(Some(Arc::clone(&view)));
         let shared = Arc::clone(&shared);
         let work = tokio::task::spawn_blocking(move || {
             shared.engine().set_cluster(Cluster::Known(view));
@@ -280,13 +281,29 @@ pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
     }
 }
 
-/// In force first, and then written down: somebody may be waiting to start.
-async fn tell_pods(shared: &Arc<Shared>, pods: NodePods) {
-    shared.containers.set_cluster(of_node(pods.clone()));
-    let directory = shared.configuration.state_directory.to_path_buf();
-    let work = tokio::task::spawn_blocking(move || node_pods::save(&directory, &pods));
-    if let Ok(Err(error)) = work.await {
-        tracing::error!(%error, "a restart would not know what is known of this node's pods");
+/// Writes down what is newest, with a pause after each time. Beside what comes into force: that must
+/// not wait for the disk.
+async fn write_down<T: Send + Sync + 'static>(
+    mut newest: latest::Receiver<Option<Arc<T>>>,
+    directory: PathBuf,
+    what: &'static str,
+    pause: Duration,
+    write: fn(&Path, &T) -> Result<(), ClusterFileError>,
+) {
+    while newest.changed().await.is_ok() {
+        let Some(value) = newest.borrow_and_update().clone() else { continue };
+        let directory = directory.clone();
+        let work = tokio::task::spawn_blocking(move || write(&directory, &value));
+        match work.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(%error, what, "a restart would not know what is known of it");
+            }
+            Err(error) => {
+                tracing::error!(%error, what, "a restart would not know what is known of it");
+            }
+        }
+        tokio::time::sleep(pause).await;
     }
 }
 
