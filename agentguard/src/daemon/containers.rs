@@ -38,6 +38,10 @@ const SANDBOX_PATIENCE: Duration = Duration::from_millis(500);
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// What has not changed is looked at again after this time: a tag that could not be given before.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How often it is looked for the cgroup of a pod that the cluster has told of and no runtime yet, and
+/// for how long: kubelet makes it before anything else of the pod.
+const LOOK: Duration = Duration::from_millis(20);
+const LOOKED_FOR: Duration = Duration::from_secs(60);
 /// How long a container runtime that was upgraded is taken for another program.
 const PROGRAMS_CHANGE: Duration = Duration::from_secs(10);
 /// Containers that were announced and never listed are believed in for this long.
@@ -55,6 +59,8 @@ pub struct Containers {
     /// What starting each container runs, looked up once.
     launches: Mutex<BTreeMap<String, (ProcessRef, Vec<FileId>)>>,
     report: Mutex<Report>,
+    /// Where the cgroups may appear of pods that no runtime has told of yet, and since when.
+    awaited: Mutex<BTreeMap<PodUid, (Instant, Vec<PathBuf>)>>,
     /// Held while what should be is compared with what is: of two views the later must stay. Up to
     /// which version of what is known that is done.
     held: Mutex<u64>,
@@ -121,6 +127,7 @@ impl Containers {
             wanted: Notify::new(),
             launches: Mutex::default(),
             report: Mutex::default(),
+            awaited: Mutex::default(),
             held: Mutex::default(),
         }
     }
@@ -205,6 +212,51 @@ impl Containers {
         let mut known = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(container.id.clone(), (container.process, files.clone()));
         files
+    }
+
+    /// Finds the cgroups of pods that no runtime has told of yet.
+    fn find_pods(&self, root: &Path, node: &mut Node) {
+        let now = Instant::now();
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut still = BTreeMap::new();
+        let mut found = BTreeMap::new();
+        for Pod { uid, .. } in self.rules.awaited(node) {
+            let paths = node.cgroups_of(uid);
+            match paths.iter().find(|path| below(root, path).is_dir()) {
+                Some(path) => drop(found.insert(uid.clone(), path.clone())),
+                None => {
+                    let since = awaited.get(uid).map_or(now, |(since, _)| *since);
+                    let paths = paths.iter().map(|path| below(root, path)).collect();
+                    still.insert(uid.clone(), (since, paths));
+                }
+            }
+        }
+        *awaited = still;
+        drop(awaited);
+        node.pod_cgroups = found;
+    }
+
+    /// Waits for what there is to hold: something is heard of, a cgroup appears that is waited for, or
+    /// it is time to look again in any case.
+    async fn something(&self) {
+        let end = Instant::now() + AGAIN;
+        let heard = self.heard.notified();
+        tokio::pin!(heard);
+        while Instant::now() < end {
+            let paths: Vec<PathBuf> = {
+                let awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+                let lately = awaited.values().filter(|(since, _)| since.elapsed() < LOOKED_FOR);
+                lately.flat_map(|(_, paths)| paths.clone()).collect()
+            };
+            if paths.iter().any(|path| path.is_dir()) {
+                return;
+            }
+            let pause = if paths.is_empty() { AGAIN } else { LOOK };
+            let until = end.min(Instant::now() + pause);
+            if tokio::time::timeout_at(until, heard.as_mut()).await.is_ok() {
+                return;
+            }
+        }
     }
 
     fn reference(&self, root: &Path, container: &Container) -> ContainerRef {
@@ -383,37 +435,47 @@ pub async fn watch(shared: Arc<Shared>) {
                 tracing::error!(%error, "it was not looked which programs run containers");
             }
         }
-        drop(tokio::time::timeout(AGAIN, shared.containers.heard.notified()).await);
+        shared.containers.something().await;
         let work = Arc::clone(&shared);
         let held = tokio::task::spawn_blocking(move || hold(&work, u64::MAX)).await;
-        if let Err(error) = held {
-            tracing::error!(%error, "containers were not looked at; what is in force stays");
+        match held {
+            // It is in force; the next change need not wait for the disk.
+            Ok(true) => {
+                let work = Arc::clone(&shared);
+                drop(tokio::task::spawn_blocking(move || super::save(&work)));
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::error!(%error, "containers were not looked at; what is in force stays");
+            }
         }
     }
 }
 
 /// Takes in what should be held and lets go what should not, unless that was done since `version` of
-/// what is known: of many who ask at the same time, one does it for all.
-fn hold(shared: &Shared, version: u64) {
+/// what is known: of many who ask at the same time, one does it for all. Whether something changed
+/// that is to be written down.
+fn hold(shared: &Shared, version: u64) -> bool {
     let containers = &shared.containers;
     let mut held = containers.held.lock().unwrap_or_else(PoisonError::into_inner);
     if *held >= version {
-        return;
+        return false;
     }
-    let (node, is_complete, failures, seen) = {
+    let (mut node, is_complete, failures, seen) = {
         let mut inputs = containers.inputs();
         inputs.prune();
         let failures: Vec<String> =
             inputs.runtimes.values().filter_map(|runtime| runtime.failure.clone()).collect();
         (inputs.node(), inputs.is_complete(), failures, inputs.version)
     };
-    let placements = containers.rules.place(&node);
-    let mut problems = failures;
     let root = {
         let engine = shared.engine();
         containers.recall(&engine);
         engine.cgroup_root().to_owned()
     };
+    containers.find_pods(&root, &mut node);
+    let placements = containers.rules.place(&node);
+    let mut problems = failures;
     let mut wanted = Vec::new();
     for placement in placements.iter().filter(|placement| placement.is_seen) {
         problems.extend(
@@ -443,10 +505,8 @@ fn hold(shared: &Shared, version: u64) {
     let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
     *report = Report { unseen, problems };
     drop(report);
-    if has_changed {
-        super::save(shared);
-    }
     *held = seen;
+    has_changed
 }
 
 fn new_workload(placement: &Placement, root: &Path, containers: Vec<ContainerRef>) -> NewWorkload {
@@ -548,11 +608,14 @@ pub async fn announce(
     }
     let work = Arc::clone(shared);
     let version = containers.inputs().version;
-    tokio::task::spawn_blocking(move || hold(&work, version)).await.map_err(|error| {
-        ServiceError::Unavailable {
-            error: error.to_string(),
-            remedy: "see the daemon's log".to_owned(),
-        }
+    let held = tokio::task::spawn_blocking(move || {
+        hold(&work, version);
+        // Also what was held for it by another: a daemon that starts after this one knows of it.
+        super::save(&work);
+    });
+    held.await.map_err(|error| ServiceError::Unavailable {
+        error: error.to_string(),
+        remedy: "see the daemon's log".to_owned(),
     })?;
     answer(shared, &id)
 }

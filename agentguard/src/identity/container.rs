@@ -8,7 +8,7 @@
 //! pod has no cgroup of its own, or the template gives its containers identities of their own, each
 //! container is one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use agentguard_common::Mode;
@@ -96,6 +96,45 @@ pub struct Node {
     /// What the runtimes say.
     pub sandboxes: BTreeMap<String, Sandbox>,
     pub containers: BTreeMap<String, Container>,
+    /// Cgroups that were found of pods which no runtime has told of yet ([`Rules::awaited`]).
+    pub pod_cgroups: BTreeMap<PodUid, PathBuf>,
+}
+
+impl Node {
+    /// Where the cgroup of a pod may be, of which only its number is known: below where kubelet has
+    /// put others, or where it puts them unless told otherwise.
+    #[must_use]
+    pub fn cgroups_of(&self, uid: &PodUid) -> Vec<PathBuf> {
+        let sandboxes = self.sandboxes.values().filter_map(|sandbox| sandbox.cgroup.as_deref());
+        let containers = self.containers.values().map(|container| container.cgroup.as_path());
+        let known = sandboxes.chain(containers).filter_map(pods_root).map(Path::to_owned);
+        let usual = [MADE_BY_KUBELET, MADE_BY_SYSTEMD].map(|name| Path::new("/").join(name));
+        let roots: BTreeSet<PathBuf> = known.chain(usual).collect();
+        let plain = format!("pod{}", uid.as_str());
+        let slice = format!("pod{}.slice", uid.as_str().replace('-', "_"));
+        let below = |root: PathBuf| {
+            if root.ends_with(MADE_BY_SYSTEMD) {
+                [
+                    root.join(format!("kubepods-{slice}")),
+                    root.join(format!("kubepods-burstable.slice/kubepods-burstable-{slice}")),
+                    root.join(format!("kubepods-besteffort.slice/kubepods-besteffort-{slice}")),
+                ]
+            } else {
+                ["", "burstable", "besteffort"].map(|class| root.join(class).join(&plain))
+            }
+        };
+        roots.into_iter().flat_map(below).collect()
+    }
+}
+
+/// The cgroup around those of pods (kubelet, `pkg/kubelet/cm/node_container_manager_linux.go`).
+const MADE_BY_KUBELET: &str = "kubepods";
+const MADE_BY_SYSTEMD: &str = "kubepods.slice";
+
+/// The outermost such cgroup around a container's.
+fn pods_root(cgroup: &Path) -> Option<&Path> {
+    let is_root = |path: &&Path| path.ends_with(MADE_BY_KUBELET) || path.ends_with(MADE_BY_SYSTEMD);
+    cgroup.ancestors().filter(is_root).last()
 }
 
 /// How workloads are made of containers.
@@ -163,7 +202,33 @@ impl Rules {
                 placements.entry(placement.cgroup.clone()).or_insert(placement);
             }
         }
+        // And one that kubelet has made a cgroup for before there is a sandbox.
+        for pod in self.awaited(node) {
+            let of_pod = node.pod_cgroups.get(&pod.uid).cloned();
+            if let Some(placement) = self.place_pod(node, pod, of_pod, None, "") {
+                placements.entry(placement.cgroup.clone()).or_insert(placement);
+            }
+        }
         placements.into_values().collect()
+    }
+
+    /// The pods that the cluster says are agents, and of which no runtime has told yet. Not those with
+    /// a runtime of their own, which may be one whose system calls this kernel does not see.
+    pub fn awaited<'a>(&'a self, node: &'a Node) -> impl Iterator<Item = &'a Pod> {
+        let told: BTreeSet<&PodUid> =
+            node.sandboxes.values().map(|sandbox| &sandbox.pod.uid).collect();
+        let by_pod = !self.template.tells_containers_apart();
+        node.pods.values().filter(move |pod| {
+            by_pod
+                && !told.contains(&pod.uid)
+                && pod.runtime_class.is_none()
+                && !matches!(self.judge(node, pod), Marked::No)
+        })
+    }
+
+    fn judge(&self, node: &Node, pod: &Pod) -> Marked {
+        let of_namespace = node.namespaces.get(&pod.namespace);
+        self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace)
     }
 
     fn place_in_pod(
@@ -174,16 +239,23 @@ impl Rules {
     ) -> Option<Placement> {
         // The cluster knows more of the pod, and its labels as they are now.
         let pod = node.pods.get(&sandbox.pod.uid).unwrap_or(&sandbox.pod);
-        let of_namespace = node.namespaces.get(&pod.namespace);
-        let Marked::Agent { mode, problem } =
-            self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace)
-        else {
-            return None;
-        };
         let inside = container.map(|container| container.cgroup.as_path());
         let of_pod = inside
             .or(sandbox.cgroup.as_deref())
             .and_then(|cgroup| pod_cgroup(cgroup, &sandbox.pod.uid));
+        self.place_pod(node, pod, of_pod, container, &sandbox.handler)
+    }
+
+    /// `of_pod` is the pod's cgroup, where it has one of its own.
+    fn place_pod(
+        &self,
+        node: &Node,
+        pod: &Pod,
+        of_pod: Option<PathBuf>,
+        container: Option<&Container>,
+        handler: &str,
+    ) -> Option<Placement> {
+        let Marked::Agent { mode, problem } = self.judge(node, pod) else { return None };
         let by_container = self.template.tells_containers_apart() || of_pod.is_none();
         let (cgroup, name, container_name) = if by_container {
             let container = container.filter(|container| !container.is_sandbox)?;
@@ -212,7 +284,7 @@ impl Rules {
             }),
             containers: container.cloned().into_iter().collect(),
             problem,
-            is_seen: !self.sandboxed.contains(&sandbox.handler),
+            is_seen: !self.sandboxed.iter().any(|sandboxed| sandboxed == handler),
             owns_identity: self.template.is_of_one_pod(),
         })
     }
@@ -408,6 +480,68 @@ mod tests {
             "spiffe://example.org/docker/d-name"
         );
         assert_eq!(placed[0].cgroup, PathBuf::from("/docker/d"));
+    }
+
+    #[test]
+    fn a_pod_is_placed_before_any_runtime_tells_of_it() {
+        let rules = rules("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}");
+        let uid = PodUid::new(UID).unwrap();
+        let of_cluster = |pod: Pod| {
+            let mut node = Node::default();
+            node.pods.insert(pod.uid.clone(), pod);
+            node
+        };
+        let agent = || pod("research", &[(AGENT, "true")]);
+        let mut known = of_cluster(agent());
+        assert_eq!(rules.awaited(&known).count(), 1);
+        assert!(rules.place(&known).is_empty(), "its cgroup is not there");
+
+        let cgroup = PathBuf::from(format!("/kubepods/burstable/pod{UID}"));
+        assert!(known.cgroups_of(&uid).contains(&cgroup));
+        known.pod_cgroups.insert(uid.clone(), cgroup.clone());
+        let placed = rules.place(&known);
+        assert_eq!(placed.len(), 1);
+        assert_eq!(
+            (&placed[0].cgroup, placed[0].name.as_str()),
+            (&cgroup, "research/researcher-0")
+        );
+        assert!(placed[0].is_seen && placed[0].containers.is_empty());
+
+        // What a runtime tells of is placed by what it tells.
+        let mut told = node(agent(), "");
+        told.pods.insert(uid.clone(), agent());
+        assert_eq!(rules.awaited(&told).count(), 0);
+        for not_awaited in [
+            pod("research", &[]),
+            pod("kube-system", &[(AGENT, "true")]),
+            Pod { runtime_class: Some("gvisor".to_owned()), ..agent() },
+        ] {
+            assert_eq!(rules.awaited(&of_cluster(not_awaited)).count(), 0);
+        }
+        let by_container = self::rules("spiffe://{trust_domain}/container/{container}");
+        assert_eq!(by_container.awaited(&known).count(), 0);
+    }
+
+    #[test]
+    fn a_pods_cgroup_is_looked_for_where_kubelet_puts_them() {
+        let uid = PodUid::new("a-b").unwrap();
+        let mut node = Node::default();
+        for (around, expected) in [
+            ("/kubepods/podx/c", "/kubepods/poda-b"),
+            ("/nested/kubepods/besteffort/podx/c", "/nested/kubepods/burstable/poda-b"),
+            (
+                "/kind/kubepods.slice/kubepods-podx.slice/c",
+                "/kind/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-poda_b.slice",
+            ),
+            (
+                "/of/no/pod",
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_b.slice",
+            ),
+        ] {
+            node.containers.insert("c".to_owned(), container("c", None, around));
+            let looked_for = node.cgroups_of(&uid);
+            assert!(looked_for.contains(&PathBuf::from(expected)), "{expected}: {looked_for:?}");
+        }
     }
 
     #[test]
