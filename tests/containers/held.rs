@@ -451,22 +451,43 @@ fn nothing_of_a_storm_of_starts_in_known_pods_is_undecided_without_the_hook() {
     let containerd = Containerd::started();
     let guard = guard(&containerd);
     grant(&guard, "base", "storm", BASE);
-    let pods: Vec<Pod<'_>> = in_parallel(4, |number| {
-        let plan = agent_of(&containerd, &format!("p-{number}"), "storm").label(MODE, "audit");
-        plan.host_network().run()
+    let pods: Vec<Pod<'_>> = in_parallel(20, |number| {
+        agent_of(&containerd, &format!("p-{number}"), "storm").host_network().run()
     });
     for number in 0..pods.len() {
         is_held(&guard, &format!("agents/p-{number}"));
     }
-    // Let through, as it is audit mode, and every single one is decided.
-    storm(&guard, &pods, 10, assert_free);
-    // In enforce mode nothing runs that nobody told of: which file its command is, is not known.
-    let pod = agent_of(&containerd, "strict", "storm").run();
+    storm(&guard, &pods, 10, |report, whose| {
+        for tally in &report.tallies {
+            let as_it_should = match &tally.ask {
+                Ask::Tcp(address) | Ask::Udp(address) if *address == API_PORT => tally.allowed,
+                // The container's own program starts, and may be run again once the runtime has told
+                // of the container.
+                Ask::Exec(path) if path == Path::new(PROGRAM) => tally.allowed + tally.refused(),
+                Ask::Tcp(_) | Ask::Udp(_) | Ask::Exec(_) | Ask::SendTo(_) => tally.refused(),
+            };
+            assert_eq!(as_it_should, tally.attempts(), "{whose}: {tally:?}");
+        }
+    });
+}
+
+#[test]
+fn a_container_starts_without_the_hook_and_whatever_enters_it_is_refused() {
+    let containerd = Containerd::started();
+    let guard = guard(&containerd);
+    grant(&guard, "base", "researcher", BASE);
+    let pod = agent_of(&containerd, "strict", "researcher").run();
     is_held(&guard, "agents/strict");
     let container = pod.container("agent").attempts(1, &asks()).start();
-    wait_until("a container that the hook did not tell of ends", || !container.is_running());
-    assert_eq!(container.log(), "");
-    guard.recorded("the denial of its command", |record| {
+    assert_held(&container.report(), "a container that no hook told of");
+    guard.recorded("the start of its command", |record| {
+        record["request"]["action"] == "exec"
+            && record["verdict"] == "allow"
+            && record["scope"] == "agentguard:launch"
+            && record["grant"] == "agentguard:launch/agents/strict"
+    });
+    assert_ne!(container.exec([TOOL, "end"]).exit_code, 0, "a program that its image has");
+    guard.recorded("the denial of what entered it", |record| {
         record["request"]["action"] == "exec"
             && record["verdict"] == "deny"
             && record["workload"]["name"] == "agents/strict"
