@@ -56,6 +56,14 @@ impl Pace {
             Self::Emulated => limit * 20,
         }
     }
+
+    /// How long is waited for what takes at most so long on a machine of its own.
+    pub(super) fn patience(self, limit: Duration) -> Duration {
+        match self {
+            Self::Own => limit,
+            Self::Emulated => limit * 5,
+        }
+    }
 }
 
 /// A cluster that is ready for pods. Dropping it ends it.
@@ -149,7 +157,7 @@ impl<'a> Cluster<'a> {
         let api = self.api_server_command();
         self.node.start("kube-apiserver", &api)?;
         let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
-        let took = self.node.wait("the API server is ready", READY, |_| {
+        let took = self.node.wait("the API server is ready", self.pace.patience(READY), |_| {
             Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
         })?;
         said("kube-apiserver", took);
@@ -185,7 +193,7 @@ impl<'a> Cluster<'a> {
         containerd.arg("--config").arg(config);
         self.node.start("containerd", &containerd)?;
         let ctr = self.programs.program("ctr");
-        let took = self.node.wait("containerd answers", READY, |node| {
+        let took = self.node.wait("containerd answers", self.pace.patience(READY), |node| {
             Ok(output(&mut node.inside(Command::new(&ctr).arg("version"))).is_ok())
         })?;
         self.import(&pause)?;
@@ -348,15 +356,16 @@ impl<'a> Cluster<'a> {
         self.node.start("kubelet", &kubelet)?;
         let question = ["get", "node", NODE, "--output", READY_CONDITION];
         let mut ready = self.kubectl(&question);
-        let took = self.node.wait("the node is ready", READY, |_| {
+        let took = self.node.wait("the node is ready", self.pace.patience(READY), |_| {
             Ok(output(&mut ready).is_ok_and(|said| said == "True"))
         })?;
         said("kubelet", took);
         // Who runs a pod without an account of its own.
         let begin = Instant::now();
         let mut account = self.kubectl(&["get", "serviceaccount", "default"]);
-        self.node
-            .wait("the default service account", READY, |_| Ok(output(&mut account).is_ok()))?;
+        self.node.wait("the default service account", self.pace.patience(READY), |_| {
+            Ok(output(&mut account).is_ok())
+        })?;
         said("kube-controller-manager", begin.elapsed());
         Ok(())
     }
@@ -371,7 +380,7 @@ impl<'a> Cluster<'a> {
         let mut asked = self.kubectl(arguments);
         let mut last = String::new();
         self.node
-            .wait(what, READY, |_| {
+            .wait(what, self.pace.patience(READY), |_| {
                 match output(&mut asked) {
                     Ok(said) => last = said.trim().to_owned(),
                     Err(error) => last = format!("{error:#}"),

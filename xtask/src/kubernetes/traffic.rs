@@ -14,9 +14,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 
+use super::cluster::Pace;
 use crate::interrupt;
 
-/// How long is waited for a line.
+/// How long is waited for a line on a machine of its own.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What became of a request.
@@ -41,6 +42,7 @@ pub(super) struct Asked {
 pub(super) struct Traffic {
     name: String,
     directory: PathBuf,
+    patience: Duration,
 }
 
 impl fmt::Display for Outcome {
@@ -54,7 +56,8 @@ impl fmt::Display for Outcome {
 
 impl Traffic {
     /// That of a pod, whose logs are below `logs`.
-    pub(super) fn of(logs: &Path, namespace: &str, pod: &str) -> Result<Self> {
+    pub(super) fn of(logs: &Path, namespace: &str, pod: &str, pace: Pace) -> Result<Self> {
+        let patience = pace.patience(PATIENCE);
         let prefix = format!("{namespace}_{pod}_");
         let begin = Instant::now();
         loop {
@@ -66,10 +69,11 @@ impl Traffic {
                     return Ok(Self {
                         name: format!("{namespace}/{pod}"),
                         directory: entry.path(),
+                        patience,
                     });
                 }
             }
-            ensure!(begin.elapsed() < PATIENCE, "the pod {namespace}/{pod} has no log");
+            ensure!(begin.elapsed() < patience, "the pod {namespace}/{pod} has no log");
             interrupt::sleep(Duration::from_millis(100))?;
         }
     }
@@ -117,11 +121,11 @@ impl Traffic {
             if let Some(first) = of_target.clone().find(|asked| asked.outcome == outcome) {
                 return Ok(first.at);
             }
-            if begin.elapsed() > PATIENCE {
+            if begin.elapsed() > self.patience {
                 bail!(
                     "{target} is not {outcome} for {} within {} s; asked {} times",
                     self.name,
-                    PATIENCE.as_secs(),
+                    self.patience.as_secs(),
                     of_target.count()
                 );
             }

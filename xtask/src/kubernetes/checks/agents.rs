@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 
-use super::{apply, expected, kubectl, traffic, wait_for_account};
+use super::{apply, deploy::in_daemon, expected, kubectl, traffic, wait_for_account};
 use crate::{
     interrupt,
     kubernetes::{
@@ -137,7 +137,13 @@ impl Agents {
             let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
             let question = ["--namespace", "agents", "get", "pod", name, "--output", restarts];
             let restarts = kubectl(cluster, &question)?;
-            ensure!(restarts == "0", "the pod {name} was ended at its start {restarts} times");
+            if restarts != "0" {
+                let events = ["events", "--denied", "--lines", "1000", "--output", "json"];
+                let events = in_daemon(cluster, &events)?;
+                let of_exec = events.lines().filter(|event| event.contains("\"exec\""));
+                of_exec.for_each(|event| eprintln!("{event}"));
+                bail!("the pod {name} was ended at its start {restarts} times");
+            }
         }
         println!("seen      the pods run, agents and others");
         Ok(agents)
@@ -203,7 +209,7 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let said = exec("bystander", &cat)?;
     ensure!(said.contains("root:"), "kubectl exec in an ordinary pod says {said:?}");
     match exec("researcher", &cat) {
-        Ok(said) => anyhow::bail!("kubectl exec of an ungranted program says {said:?}"),
+        Ok(said) => bail!("kubectl exec of an ungranted program says {said:?}"),
         Err(error) => println!(
             "seen      kubectl exec of a granted program works, of another it is refused: {}",
             error.to_string().lines().last().unwrap_or_default()

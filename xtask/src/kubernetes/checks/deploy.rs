@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -28,6 +28,9 @@ const NO_MANIFESTS: &[&str] = &[
     "prometheus/agentguard.rules.test.yaml",
     "prometheus/agentguard.rules.yaml",
 ];
+
+/// How long a new daemon may take until it is ready.
+const ROLLED_OUT: Duration = Duration::from_secs(90);
 
 /// What is applied by [`examples_are_taken`] and by helm.
 const ELSEWHERE: &[&str] = &["examples/", "helm/agentguard/templates/"];
@@ -96,7 +99,8 @@ pub(super) fn values(cluster: &Cluster<'_>) -> Result<PathBuf> {
 /// Waits until the DaemonSet's newest generation runs.
 pub(super) fn rolled_out(cluster: &Cluster<'_>) -> Result<()> {
     let namespace = ["--namespace", "agentguard"];
-    let wait = ["rollout", "status", "daemonset/agentguard", "--timeout=90s"];
+    let timeout = format!("--timeout={}s", cluster.pace().patience(ROLLED_OUT).as_secs());
+    let wait = ["rollout", "status", "daemonset/agentguard", &timeout];
     let waited = kubectl(cluster, &[&namespace[..], &wait].concat());
     if waited.is_err() {
         let pods = ["describe", "pods"];

@@ -59,7 +59,10 @@ pub(super) fn tell(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
         if let Some(alert) = fired(cluster).unwrap_or_default() {
             break alert;
         }
-        ensure!(begin.elapsed() < FIRES, "the alert AgentguardRefused does not fire");
+        ensure!(
+            begin.elapsed() < cluster.pace().patience(FIRES),
+            "the alert AgentguardRefused does not fire"
+        );
         interrupt::sleep(Duration::from_millis(500))?;
     };
     let identity = alert["labels"]["identity"].as_str().unwrap_or_default();

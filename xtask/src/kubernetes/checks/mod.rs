@@ -109,7 +109,7 @@ fn logs(cluster: &Cluster<'_>) -> PathBuf {
 }
 
 fn traffic(cluster: &Cluster<'_>, pod: &str) -> Result<Traffic> {
-    Traffic::of(&logs(cluster), "agents", pod)
+    Traffic::of(&logs(cluster), "agents", pod, cluster.pace())
 }
 
 /// Expectations of several targets.

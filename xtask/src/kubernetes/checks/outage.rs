@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::{
     agents::{Agents, LATER},
@@ -22,7 +22,7 @@ use crate::{
 const GRANT: &str = include_str!("../manifests/grant.yaml");
 
 /// How long a grant holds that ends while the API server is down.
-const LASTS: SignedDuration = SignedDuration::from_secs(40);
+const LASTS: Duration = Duration::from_secs(40);
 
 /// How late it may end, with the time that the log takes.
 const LATE: Duration = Duration::from_secs(1);
@@ -32,7 +32,7 @@ const AGAIN: Duration = Duration::from_secs(30);
 
 pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let Agents { researcher, targets, .. } = agents;
-    let ends = Timestamp::now() + LASTS;
+    let ends = Timestamp::now() + cluster.pace().patience(LASTS);
     let grant = [("$NAME", "ending"), ("$EXPIRES", &ends.to_string())];
     let applied = apply(cluster, GRANT, &grant)?;
     let holds = researcher.first(&targets.more, Outcome::Passed, applied)?;
@@ -52,7 +52,8 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     kill(pid)?;
     let begin = Instant::now();
     while !runs_again(pid) {
-        ensure!(begin.elapsed() < AGAIN, "the kubelet has not started the daemon again");
+        let patience = cluster.pace().patience(AGAIN);
+        ensure!(begin.elapsed() < patience, "the kubelet has not started the daemon again");
         interrupt::sleep(Duration::from_millis(500))?;
     }
     interrupt::sleep(Duration::from_secs(8))?;
