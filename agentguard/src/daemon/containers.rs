@@ -5,11 +5,14 @@
 //! before every source has spoken once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agentguard_common::{CgroupId, FileId};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -29,6 +32,7 @@ use crate::identity::pod::{Labels, Marking, Pod, PodUid};
 use crate::runtimes::cri::Cri;
 use crate::runtimes::docker::Docker;
 use crate::runtimes::{Listing, Runtime, RuntimeError};
+use crate::scope::executables::Resolver;
 
 /// How long a runtime's hook waits until it is known whose container it is about to start.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -42,6 +46,10 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// for how long: kubelet makes it before anything else of the pod.
 const LOOK: Duration = Duration::from_millis(20);
 const LOOKED_FOR: Duration = Duration::from_secs(60);
+/// What is wrong where no program is found that runs containers.
+const NO_PROGRAM: &str = "none of containers.runtime_programs is on this node: its steps are judged as the \
+    agents', and without the runtime's hook no container of an agent starts in enforce mode; name the \
+    program there";
 /// How long a container runtime that was upgraded is taken for another program.
 const PROGRAMS_CHANGE: Duration = Duration::from_secs(10);
 /// Containers that were announced and never listed are believed in for this long.
@@ -59,6 +67,8 @@ pub struct Containers {
     /// What starting each container runs, looked up once.
     launches: Mutex<BTreeMap<String, (ProcessRef, Vec<FileId>)>>,
     report: Mutex<Report>,
+    /// What the kernel half was told to be programs that run containers.
+    programs: Mutex<Option<BTreeSet<FileId>>>,
     /// Where the cgroups may appear of pods that no runtime has told of yet, and since when.
     awaited: Mutex<BTreeMap<PodUid, (Instant, Vec<PathBuf>)>>,
     /// Held while what should be is compared with what is: of two views the later must stay. Up to
@@ -127,6 +137,7 @@ impl Containers {
             wanted: Notify::new(),
             launches: Mutex::default(),
             report: Mutex::default(),
+            programs: Mutex::default(),
             awaited: Mutex::default(),
             held: Mutex::default(),
         }
@@ -201,10 +212,7 @@ impl Containers {
         let Some(Command { executable, search_path }) = &container.command else {
             return Vec::new();
         };
-        let mounts = crate::scope::executables::Resolver::of_container(
-            &container.process.directory(),
-            &container.root,
-        );
+        let mounts = Resolver::of_container(&container.process.directory(), &container.root);
         let files = launch::of_container(&mounts, executable, search_path);
         if !container.process.is_alive() {
             return Vec::new();
@@ -257,6 +265,13 @@ impl Containers {
                 return;
             }
         }
+    }
+
+    /// Whether there are runtimes, and no program of theirs is known.
+    fn has_no_program(&self) -> bool {
+        let told = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_runtimes = !self.inputs().runtimes.is_empty();
+        has_runtimes && told.as_ref().is_some_and(BTreeSet::is_empty)
     }
 
     fn reference(&self, root: &Path, container: &Container) -> ContainerRef {
@@ -388,16 +403,50 @@ fn expect(containers: &Containers, endpoint: &str) {
     containers.inputs().runtimes.entry(endpoint.to_owned()).or_default();
 }
 
-/// Tells the kernel half which programs of this host run containers.
+/// Tells the kernel half which programs of this host run containers. They are looked up where the host
+/// sees files, and where each runtime does, which may be elsewhere.
 pub fn tell_runtimes(shared: &Shared) {
-    let programs: Vec<PathBuf> = shared
-        .configuration
-        .containers
-        .runtime_programs
-        .iter()
-        .map(|path| path.to_path_buf())
-        .collect();
-    shared.engine().set_runtimes(&programs);
+    let configured = &shared.configuration.containers;
+    let mut views = vec![shared.engine().host_mounts().clone()];
+    let mut is_whole = true;
+    let mut has_runtimes = false;
+    for socket in configured.runtimes.iter().chain(&configured.docker) {
+        has_runtimes = true;
+        match serves(socket.as_ref()).filter(|process| !is_held(shared, process)) {
+            Some(process) => views.push(Resolver::new(process.directory().join("root"))),
+            None => is_whole = false,
+        }
+    }
+    let mut found = BTreeSet::new();
+    for view in &views {
+        let programs = configured.runtime_programs.iter();
+        found.extend(programs.filter_map(|path| launch::file_id(view, path.as_ref()).ok()));
+    }
+    let mut told = shared.containers.programs.lock().unwrap_or_else(PoisonError::into_inner);
+    // Where one does not answer, its programs are what they were.
+    if let Some(told) = told.as_ref().filter(|_| !is_whole) {
+        found.extend(told);
+    }
+    shared.engine().set_runtimes(&found);
+    if has_runtimes && found.is_empty() && told.as_ref().is_none_or(|told| !told.is_empty()) {
+        tracing::error!("{NO_PROGRAM}");
+    }
+    *told = Some(found);
+}
+
+/// The process behind a runtime's socket.
+fn serves(socket: &Path) -> Option<ProcessRef> {
+    let stream = UnixStream::connect(socket).ok()?;
+    let peer = getsockopt(&stream, PeerCredentials).ok()?;
+    ProcessRef::of(u32::try_from(peer.pid()).ok()?)
+}
+
+/// Whether a process is in the cgroup of a workload, which has no say in what runs containers.
+fn is_held(shared: &Shared, process: &ProcessRef) -> bool {
+    let Some(cgroup) = cgroup_of(process.pid) else { return true };
+    let engine = shared.engine();
+    let cgroup = below(engine.cgroup_root(), &cgroup);
+    engine.workloads().any(|workload| cgroup.starts_with(&workload.cgroup))
 }
 
 /// Says which runtimes are to be heard before anything is let go.
@@ -476,6 +525,9 @@ fn hold(shared: &Shared, version: u64) -> bool {
     containers.find_pods(&root, &mut node);
     let placements = containers.rules.place(&node);
     let mut problems = failures;
+    if containers.has_no_program() {
+        problems.push(NO_PROGRAM.to_owned());
+    }
     let mut wanted = Vec::new();
     for placement in placements.iter().filter(|placement| placement.is_seen) {
         problems.extend(

@@ -22,7 +22,6 @@ use agentguard_common::{
 use jiff::{SignedDuration, Timestamp};
 
 use super::container_files::{ContainerFiles, ContainerRef};
-use super::launch::file_id;
 use super::names::{Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
@@ -400,13 +399,18 @@ impl Engine {
         }
     }
 
-    /// Tells the kernel which of `programs` there are on this host: what each has its child do in a
-    /// workload's cgroup, before anything of the workload has run there, is not the workload's.
-    pub fn set_runtimes(&mut self, programs: &[PathBuf]) {
-        let files = programs.iter().filter_map(|path| file_id(&self.mounts, path).ok());
-        if let Err(error) = self.datapath.set_runtimes(&files.collect()) {
+    /// Tells the kernel which programs run containers: what each has its child do in a workload's
+    /// cgroup, before anything of the workload has run there, is not the workload's.
+    pub fn set_runtimes(&mut self, programs: &BTreeSet<FileId>) {
+        if let Err(error) = self.datapath.set_runtimes(programs) {
             tracing::error!(%error, "the steps of container runtimes are judged as the agents'");
         }
+    }
+
+    /// Where the host's files are seen.
+    #[must_use]
+    pub const fn host_mounts(&self) -> &Resolver {
+        &self.mounts
     }
 
     /// The generation of the newest allow-list.
