@@ -212,11 +212,16 @@ impl Rules {
         placements.into_values().collect()
     }
 
-    /// The pods that the cluster says are agents, and of which no runtime has told yet. Not those with
-    /// a runtime of their own, which may be one whose system calls this kernel does not see.
+    /// The pods that the cluster says are agents, and of which no runtime has told yet where they are:
+    /// a sandbox that has ended is made anew, and its pod is nobody's as little in between. Not those
+    /// with a runtime of their own, which may be one whose system calls this kernel does not see.
     pub fn awaited<'a>(&'a self, node: &'a Node) -> impl Iterator<Item = &'a Pod> {
-        let told: BTreeSet<&PodUid> =
-            node.sandboxes.values().map(|sandbox| &sandbox.pod.uid).collect();
+        let told: BTreeSet<&PodUid> = node
+            .sandboxes
+            .values()
+            .filter(|sandbox| sandbox.cgroup.is_some() || self.sandboxed.contains(&sandbox.handler))
+            .map(|sandbox| &sandbox.pod.uid)
+            .collect();
         let by_pod = !self.template.tells_containers_apart();
         node.pods.values().filter(move |pod| {
             by_pod
@@ -511,6 +516,12 @@ mod tests {
         let mut told = node(agent(), "");
         told.pods.insert(uid.clone(), agent());
         assert_eq!(rules.awaited(&told).count(), 0);
+        // A sandbox that has ended tells no cgroup; what runs in the pod meanwhile stays held.
+        told.containers.clear();
+        told.sandboxes.values_mut().for_each(|sandbox| sandbox.cgroup = None);
+        assert!(rules.place(&told).is_empty());
+        told.pod_cgroups.insert(uid.clone(), cgroup.clone());
+        assert_eq!((rules.awaited(&told).count(), rules.place(&told).len()), (1, 1));
         for not_awaited in [
             pod("research", &[]),
             pod("kube-system", &[(AGENT, "true")]),
