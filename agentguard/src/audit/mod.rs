@@ -12,6 +12,7 @@
 pub mod chain;
 pub mod family;
 pub mod record;
+pub mod shown;
 mod sink;
 pub mod text;
 pub mod verify;

@@ -90,6 +90,9 @@ pub struct Kubernetes {
     /// absolute path of a kubeconfig, or `off`. While it does not answer, what was last known of it
     /// stays in force. Off, scopes with a `service` or selectors permit nothing by them.
     pub access: KubernetesAccess,
+    /// Whether denials are told as events of their pods, each once in an hour and not more than
+    /// somebody would read. The audit log has them all.
+    pub events: bool,
 }
 
 /// The control API.
@@ -112,8 +115,8 @@ pub struct Containers {
     pub runtimes: Vec<AbsolutePath>,
     /// Unix socket of the Docker API, as `/run/docker.sock`. Null: not asked.
     pub docker: Option<AbsolutePath>,
-    /// Programs of this host that run containers. What such a program has its child do in an agent's
-    /// cgroup before it runs the agent is not the agent's doing.
+    /// Programs that run containers, where this host or the runtime sees them. What such a program has
+    /// its child do in an agent's cgroup before it runs the agent is not the agent's doing.
     pub runtime_programs: Vec<AbsolutePath>,
     /// How SPIFFE IDs are made: a text with the variables `{trust_domain}`, `{namespace}`,
     /// `{service_account}`, `{pod}`, `{container}` and `{label:KEY}`. An agent of which a variable
@@ -330,7 +333,7 @@ impl Default for Configuration {
 
 impl Default for Kubernetes {
     fn default() -> Self {
-        Self { access: KubernetesAccess::Off }
+        Self { access: KubernetesAccess::Off, events: true }
     }
 }
 

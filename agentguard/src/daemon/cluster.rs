@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch as latest;
+use tokio::sync::{broadcast, mpsc, watch as latest};
 use tokio::task::JoinSet;
 
 use super::containers::{Cluster as OfNode, Containers};
@@ -25,6 +25,7 @@ use crate::config::value::KubernetesAccess;
 use crate::grant::store::Source;
 use crate::identity::SpiffeId;
 use crate::identity::pod::{Pod, PodUid};
+use crate::kubernetes::events::{self, PodDenial};
 use crate::kubernetes::manifests::{self, ObjectKind, Objects};
 use crate::kubernetes::pods::{self, NodePods, PodFeed};
 use crate::kubernetes::services::{self, Feed};
@@ -45,6 +46,8 @@ const SETTLE: Duration = Duration::from_millis(50);
 const SAVE: Duration = Duration::from_secs(10);
 /// How long a first start waits for the API server, so that it need not deny first.
 const FIRST_ANSWER: Duration = Duration::from_secs(5);
+/// Denials that wait to be told as events.
+const WAITING_EVENTS: usize = 256;
 /// How often it is looked at what is to be said of objects.
 const REPORT: Duration = Duration::from_secs(1);
 /// How often a way to the API server is looked for.
@@ -59,6 +62,8 @@ pub struct Watches {
     /// What was known before.
     pub known: Cluster,
     known_pods: Option<NodePods>,
+    /// Where denials are told that become events of pods, if they do.
+    pub denials: Option<mpsc::Sender<PodDenial>>,
     tasks: JoinSet<()>,
 }
 
@@ -85,12 +90,17 @@ pub async fn begin(configuration: &Configuration, node: String) -> Option<Watche
         pods: Arc::default(),
         known,
         known_pods,
+        denials: None,
         tasks: JoinSet::new(),
     };
+    let (tell, told) = mpsc::channel(WAITING_EVENTS);
+    if configuration.kubernetes.events {
+        watches.denials = Some(tell);
+    }
     let access = configuration.kubernetes.access.clone();
     let (feed, objects, pods) =
         (Arc::clone(&watches.feed), Arc::clone(&watches.objects), Arc::clone(&watches.pods));
-    watches.tasks.spawn(watch(access, node, feed, objects, pods));
+    watches.tasks.spawn(watch(access, node, feed, objects, pods, told));
     if matches!(watches.known, Cluster::Unknown) {
         let view = tokio::time::timeout(FIRST_ANSWER, first(&watches.feed)).await;
         match view {
@@ -164,6 +174,7 @@ async fn watch(
     feed: Arc<Feed>,
     objects: Arc<Objects>,
     pods: Arc<PodFeed>,
+    denials: mpsc::Receiver<PodDenial>,
 ) {
     let mut told = None;
     let client = loop {
@@ -179,8 +190,25 @@ async fn watch(
         services::run(client.clone(), feed),
         manifests::run(client.clone(), Arc::clone(&objects)),
         pods::run(client.clone(), node.clone(), pods),
-        status::run(client, node, objects),
+        status::run(client.clone(), node.clone(), objects),
+        events::run(client, node, denials),
     );
+}
+
+/// Tells of the denials among the lines of the audit log. One that nobody takes in time is told by the
+/// log alone.
+pub async fn tell_pods(denials: mpsc::Sender<PodDenial>, mut lines: broadcast::Receiver<Arc<str>>) {
+    loop {
+        match lines.recv().await {
+            Ok(line) => {
+                if let Some(denial) = PodDenial::of_line(&line) {
+                    let _full = denials.try_send(denial);
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(_missed)) => {}
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
 }
 
 fn tell(told: &mut Option<String>, error: &AccessError) {

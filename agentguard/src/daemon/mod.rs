@@ -148,6 +148,9 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     let daemon = Arc::new(Daemon(Arc::clone(&shared)));
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(outlive_file_limits());
+    if let Some(denials) = watches.as_ref().and_then(|watches| watches.denials.clone()) {
+        tasks.spawn(cluster::tell_pods(denials, lines.resubscribe()));
+    }
     tasks.spawn(keep_recent(Arc::clone(&shared), lines));
     tasks.spawn(tick(Arc::clone(&shared)));
     tasks.spawn(manifests::watch(Arc::clone(&shared), sources));

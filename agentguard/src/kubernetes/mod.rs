@@ -5,6 +5,7 @@
 //! growing pauses of random length. Memory is bounded by what is kept of each object, which is
 //! little, and not by the objects as they are sent.
 
+pub mod events;
 mod filled;
 pub mod manifests;
 pub mod pods;

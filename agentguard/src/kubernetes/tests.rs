@@ -19,12 +19,14 @@ use tokio::net::TcpListener;
 use tokio::sync::watch as version;
 use tokio::task::JoinHandle;
 
+use super::events::{self, PodDenial};
 use super::manifests::{self, Objects};
 use super::pods::{self, PodFeed};
 use super::services::{self, Feed};
 use crate::identity::pod::PodUid;
 use crate::scope::cluster::{ClusterView, ObjectName, PodNetwork};
 
+const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/agents/events";
 /// In force after a change, at the latest.
 const IN_FORCE: Duration = Duration::from_secs(1);
 /// Longer than any pause before the API server is asked again.
@@ -63,6 +65,7 @@ impl Server {
             "/apis/agentguard.dev/v1alpha1/scopes",
             "/apis/agentguard.dev/v1alpha1/grants",
             "/apis/agentguard.dev/v1alpha1/clustergrants",
+            EVENTS,
         ];
         paths.push(if has_slices {
             "/apis/discovery.k8s.io/v1/endpointslices"
@@ -79,7 +82,8 @@ impl Server {
     }
 
     fn serve(&mut self, listener: TcpListener) {
-        let router = Router::new().fallback(answer).with_state(Arc::clone(&self.world));
+        let made = axum::routing::get(answer).post(make);
+        let router = Router::new().fallback(made).with_state(Arc::clone(&self.world));
         self.task = Some(tokio::spawn(async move { axum::serve(listener, router).await.unwrap() }));
     }
 
@@ -154,6 +158,16 @@ fn key(object: &Value) -> String {
     let metadata = &object["metadata"];
     let namespace = metadata["namespace"].as_str().unwrap_or_default();
     format!("{namespace}/{}", metadata["name"].as_str().unwrap())
+}
+
+/// Takes an object that is made in a namespace.
+async fn make(State(world): State<Shared>, uri: Uri, Json(object): Json<Value>) -> Response {
+    let mut world = world.lock().unwrap();
+    let Some(kind) = world.kinds.get_mut(uri.path()) else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
+    kind.objects.insert(key(&object), object.clone());
+    (StatusCode::CREATED, Json(object)).into_response()
 }
 
 async fn answer(
@@ -443,4 +457,37 @@ async fn objects_and_pods_follow_the_cluster() {
     within(AT_LAST, "a scope that was deleted meanwhile", gone).await;
     watching.abort();
     of_node.abort();
+}
+
+#[tokio::test]
+async fn a_denial_becomes_an_event_of_its_pod_once() {
+    let server = Server::start(true).await;
+    let (denials, told) = tokio::sync::mpsc::channel(16);
+    let telling = tokio::spawn(events::run(server.client(), "one".to_owned(), told));
+    let denial = |path: &str| {
+        let line = json!({
+            "kind": "verdict", "verdict": "deny", "refused": true, "reason": "not_granted",
+            "request": {"action": "exec", "path": path},
+            "workload": {
+                "identity": "spiffe://example.org/ns/agents/sa/a",
+                "pod": {"namespace": "agents", "name": "a", "uid": "u"},
+            },
+        });
+        PodDenial::of_line(&line.to_string()).unwrap()
+    };
+    for path in ["/bin/a", "/bin/a", "/bin/b", "/bin/a"] {
+        denials.send(denial(path)).await.unwrap();
+    }
+    drop(denials);
+    within(AT_LAST, "all is told", telling).await.unwrap();
+    let world = server.world.lock().unwrap();
+    let made = &world.kinds[EVENTS].objects;
+    let notes: Vec<&str> = made.values().map(|event| event["note"].as_str().unwrap()).collect();
+    assert_eq!(notes.len(), 2, "{notes:?}");
+    assert!(notes[0].starts_with("exec /bin/a was refused: not_granted"), "{notes:?}");
+    for event in made.values() {
+        assert_eq!(event["regarding"]["uid"], "u");
+        assert_eq!(event["type"], "Warning");
+        assert_eq!(event["reportingInstance"], "one");
+    }
 }

@@ -49,7 +49,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
       "state_directory" "/var/lib/agentguard"
       "runtime_directory" "/run/agentguard"
       "manifests_directory" "/etc/agentguard/manifests"
-      "kubernetes" (dict "access" "in-cluster")
+      "kubernetes" (dict "access" "in-cluster" "events" .Values.podEvents)
       "containers" $containers
       "metrics" $metrics -}}
 {{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $own) -}}
