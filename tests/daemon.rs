@@ -11,11 +11,11 @@ use std::{
 };
 
 use agentguard_tests::{
-    Running, SmallDisk,
+    Layer, Running, SmallDisk,
     daemon::{
         Daemon, Prober, Reachable, USER, grant, identity, program, scope, scope_of, workload,
     },
-    run, wait_until,
+    requires, run, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -813,4 +813,48 @@ fn a_file_that_is_a_pipe_holds_nobody_up() {
     assert!(answered.stdout.contains("HTTP/1.1"), "{answered:?}");
     assert!(daemon.status().is_some());
     assert!(daemon.run(["exec", "--", "true"]).status.success());
+}
+
+/// A daemon that starts only with all hooks of both layers, and has been started.
+fn requiring_both_layers() -> Daemon {
+    let mut daemon = Daemon::installed();
+    daemon.configure(|config| config["require"] = json!("full"));
+    daemon.launch(&[]);
+    daemon
+}
+
+#[test]
+fn a_kernel_that_gives_less_than_is_required_is_refused_by_name() {
+    requires(Layer::Portable);
+    let mut other = Daemon::started();
+    let status = other.status().expect("it runs");
+    let hooks = status["protection"]["layers"].as_array().expect("a list");
+    let missing: Vec<&str> = hooks
+        .iter()
+        .filter(|hook| hook["state"] != "active")
+        .filter_map(|hook| hook["hook"].as_str())
+        .collect();
+    let _ended = other.stop();
+    let mut daemon = requiring_both_layers();
+    if missing.is_empty() {
+        wait_until("it runs", || daemon.status().is_some());
+        return;
+    }
+    let ended = daemon.ended(PATIENCE).expect("it does not run");
+    assert!(!ended.status.success(), "{ended:?}");
+    assert!(ended.stderr.contains("`require: full`"), "{ended:?}");
+    for hook in missing {
+        assert!(ended.stderr.contains(hook), "{hook} is not named: {ended:?}");
+    }
+}
+
+mod lsm {
+    use super::*;
+
+    #[test]
+    fn both_layers_may_be_required() {
+        requires(Layer::Lsm);
+        let daemon = requiring_both_layers();
+        wait_until("it runs", || daemon.status().is_some());
+    }
 }

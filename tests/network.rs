@@ -381,8 +381,10 @@ fn used_outside(world: &World, protocol: Protocol) -> WayOut {
     let attack = Attack::new("n9-lend")
         .option("to", FORBIDDEN.to_string())
         .option("protocol", protocol.as_str())
-        .option("helper", path);
-    WayOut::network(attack, protocol, FORBIDDEN).with_helper(helper)
+        .option("helper", &path);
+    WayOut::network(attack, protocol, FORBIDDEN)
+        .with_helper(helper)
+        .granted("test:helper", json!({"unixSockets": [{"path": path}]}))
 }
 
 ways_out! {

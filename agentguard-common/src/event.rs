@@ -292,7 +292,9 @@ pub struct Event {
     /// Unix: how many bytes of the path are the name the server bound, as the kernel keeps it;
     /// the first byte of an abstract one is NUL.
     pub name_length: u8,
-    pub reserved: [u8; 2],
+    /// Whether the task that left is not the caller, so that not every kernel can end it.
+    pub of_another: u8,
+    pub reserved: u8,
 }
 
 impl Event {

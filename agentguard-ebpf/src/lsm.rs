@@ -192,14 +192,14 @@ fn to(
 #[inline(always)]
 pub(crate) fn foreign(socket: u64) -> Option<(Sock, WorkloadId)> {
     let current = kernel::current_cgroup();
-    let workload = caller_in(current);
-    if !workload.is_some() {
-        return None;
-    }
+    let (workload, has_hooks) = match maps::member(current) {
+        Some(workload) => (workload, true),
+        // A cgroup of the host whose process was moved there has hooks for it a moment later.
+        None => (maps::moved(kernel::current_tgid())?.workload, maps::has_hooks(current)),
+    };
     let sock = Sock::of_socket(socket)?;
     let made_in = sock.cgroup();
-    // In a cgroup of the host whose process was moved there the hooks are its too.
-    let own = made_in == current || maps::member(made_in) == Some(workload);
+    let own = (has_hooks && made_in == current) || maps::member(made_in) == Some(workload);
     (!own).then_some((sock, workload))
 }
 

@@ -72,6 +72,9 @@ static ENTERED: LruHashMap<u64, u32, 4096> = LruHashMap::new();
 /// Cgroups that the host has made below a workload's, and in which nothing was started yet.
 #[btf_map]
 static BORN: LruHashMap<CgroupId, u32, 4096> = LruHashMap::new();
+/// Cgroups of the host, by id, that have hooks for what was moved there.
+#[btf_map]
+static FOLLOWED: LruHashMap<CgroupId, u32, 4096> = LruHashMap::new();
 /// Not zero once a process was moved, so that nobody looks for what has never been.
 #[btf_map]
 static MOVES: Array<u64, 1> = Array::new();
@@ -353,6 +356,9 @@ pub(crate) fn forget(cgroup: CgroupId) {
         let _absent = CGROUPS.remove(cgroup);
         let _absent = BORN.remove(cgroup);
     }
+    if has_hooks(cgroup) {
+        let _absent = FOLLOWED.remove(cgroup);
+    }
 }
 
 /// Where a process is that the host moved out of its workload's cgroup, and whose it is.
@@ -371,6 +377,13 @@ pub(crate) fn follow(tgid: u32, cgroup: CgroupId, workload: WorkloadId) -> bool 
     let moved = Moved { cgroup: cgroup.0, workload, reserved: 0 };
     let _one = MOVES.set(0, 1, BPF_ANY.into());
     MOVED.insert(tgid, moved, BPF_ANY.into()).is_ok()
+}
+
+/// Whether a cgroup of the host has hooks for what was moved there.
+#[inline(always)]
+pub(crate) fn has_hooks(cgroup: CgroupId) -> bool {
+    // SAFETY: only whether the entry is there is asked.
+    unsafe { FOLLOWED.get(cgroup) }.is_some()
 }
 
 /// Forgets a process that ended or came back.

@@ -198,7 +198,7 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
                         0
                     }
                 };
-                set_ends(event, false, name_length);
+                set_ends(event, false, name_length, false);
                 bpf_get_current_comm(comm.cast(), COMM_BYTES as u32);
             }
             Origin::Nobody => {
@@ -206,7 +206,7 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
                 (&raw mut (*event).pid).write(0);
                 (&raw mut (*event).tid).write(0);
                 (&raw mut (*event).uid).write(u32::MAX);
-                set_ends(event, true, 0);
+                set_ends(event, true, 0, false);
                 clear(comm);
             }
             Origin::Task { tgid, pid, cgroup } => {
@@ -214,7 +214,7 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
                 (&raw mut (*event).pid).write(*tgid);
                 (&raw mut (*event).tid).write(*pid);
                 (&raw mut (*event).uid).write(bpf_get_current_uid_gid() as u32);
-                set_ends(event, false, 0);
+                set_ends(event, false, 0, *tgid != kernel::current_tgid());
                 clear(comm);
             }
         }
@@ -227,9 +227,9 @@ unsafe fn fill(event: *mut Event, record: &Record, key: &RequestKey, tag: &Tag, 
 ///
 /// As for [`fill`].
 #[inline(always)]
-unsafe fn set_ends(event: *mut Event, detached: bool, name_length: u32) {
+unsafe fn set_ends(event: *mut Event, detached: bool, name_length: u32, of_another: bool) {
     // One word: by itself an odd number of bytes becomes a call of `memset`, a loop over bytes.
-    let word = u32::from(detached) | name_length << 8;
+    let word = u32::from(detached) | name_length << 8 | u32::from(of_another) << 16;
     // SAFETY: the caller's promise; the word is the last of the event.
     unsafe { (&raw mut (*event).detached).cast::<u32>().write(word.to_le()) };
 }

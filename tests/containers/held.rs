@@ -401,8 +401,16 @@ fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
     let pods: Vec<Pod<'_>> = in_parallel(PODS, |number| {
         agent_of(&containerd, &format!("p-{number}"), "many").host_network().run()
     });
-    let containers = in_parallel(pods.len(), |number| pods[number].container("agent").start());
-    tell(&format!("{} pods run after {:.1} s", pods.len(), begin.elapsed().as_secs_f64()));
+    let containers = in_parallel(pods.len() * CONTAINERS, |number| {
+        let name = format!("agent-{}", number / pods.len());
+        pods[number % pods.len()].container(&name).start()
+    });
+    tell(&format!(
+        "{} containers in {} pods run after {:.1} s",
+        containers.len(),
+        pods.len(),
+        begin.elapsed().as_secs_f64()
+    ));
     let guard = guard(&containerd);
     let begin = Instant::now();
     let mut seen = Vec::new();
@@ -415,13 +423,15 @@ fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
     tell(&format!("workloads by milliseconds since the daemon was ready: {seen:?}"));
     let took = seen.last().expect("it was looked at").1;
     grant(&guard, "base", "many", BASE);
-    for container in containers.iter().step_by(PODS / 5) {
+    for container in containers.iter().step_by(containers.len() / 5) {
         assert_held(&container.exec_attempts(3, &asks()), "one of many");
     }
-    assert!(took < 1000, "{took} ms for {PODS} pods");
+    assert!(took < 1000, "{took} ms for {} containers", containers.len());
 }
 
 const PODS: usize = 100;
+/// In each pod.
+const CONTAINERS: usize = 5;
 
 #[test]
 fn nothing_of_a_storm_of_starts_is_undecided_with_the_hook() {

@@ -68,8 +68,8 @@ pub struct WayOut {
     pub layer: Layer,
     /// The word by which `status` says that this kernel leaves it open.
     pub gap: Option<&'static str>,
-    /// The word by which `status` says that this kernel records it and does not refuse it in time.
-    pub race: Option<&'static str>,
+    /// Whether it lives on elsewhere where the kernel cannot end it.
+    pub lives_on: bool,
     /// What runs outside the workload meanwhile.
     pub helpers: Vec<Running>,
     /// What the workload is granted besides: scopes and what they permit.
@@ -91,7 +91,7 @@ impl WayOut {
             },
             layer: Layer::Portable,
             gap: None,
-            race: None,
+            lives_on: false,
             helpers: Vec::new(),
             scopes: Vec::new(),
             configuration: json!({}),
@@ -110,7 +110,7 @@ impl WayOut {
             },
             layer: Layer::Portable,
             gap: None,
-            race: None,
+            lives_on: false,
             helpers: vec![helper],
             scopes: Vec::new(),
             configuration: json!({}),
@@ -130,7 +130,7 @@ impl WayOut {
             recorded: Recorded::Denied { actions: &["exec"], target: String::new() },
             layer: Layer::Portable,
             gap: None,
-            race: None,
+            lives_on: false,
             helpers: Vec::new(),
             scopes: Vec::new(),
             configuration: json!({}),
@@ -193,10 +193,11 @@ impl WayOut {
         self
     }
 
-    /// The same, recorded and not refused in time on kernels of which `status` says so.
+    /// The same, by a process that lives on in another cgroup where the kernel cannot end it. There
+    /// it is held by the LSM layer or, as `status` says, by nothing for a moment.
     #[must_use]
-    pub const fn or_race(mut self, word: &'static str) -> Self {
-        self.race = Some(word);
+    pub const fn or_living_on(mut self) -> Self {
+        self.lives_on = true;
         self
     }
 
@@ -274,14 +275,16 @@ pub fn is_refused_in_enforce_mode(needs: &[Facility], way_out: impl FnOnce(&mut 
         assert_worked(&guarded.way_out, &guarded.world, &report);
         return;
     }
-    if guarded.is_a_race() {
+    let lives_on = guarded.way_out.lives_on && guarded.status_says(LIVES_ON);
+    if lives_on && guarded.status_says(UNJUDGED) {
         // Who is first is not for a test to say. That it is recorded, and as let through, is.
         assert_ne!(report.outcome, Outcome::Error, "{report:?}");
         guarded.assert_is_recorded(&guarded.way_out.recorded, Mode::Enforce, false);
         return;
     }
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
-    guarded.assert_recorded(Mode::Enforce);
+    guarded.guard.assert_chain_is_whole();
+    guarded.assert_is_recorded(&guarded.way_out.recorded, Mode::Enforce, !lives_on);
     // What an attack says of itself, it has just said.
     if matches!(guarded.way_out.proof, Proof::OwnWord) {
         return;
@@ -295,6 +298,9 @@ pub fn is_refused_in_enforce_mode(needs: &[Facility], way_out: impl FnOnce(&mut 
 }
 
 const IDENTITY: &str = "spiffe://agentguard.test/attacker";
+/// Where the kernel does not end a task that is not the caller, and where nothing else holds it.
+const LIVES_ON: &str = "not ended before it runs on";
+const UNJUDGED: &str = "before its new cgroup has hooks is not judged";
 
 struct Guarded {
     // The guard goes before the network and the cgroups it guards.
@@ -329,12 +335,6 @@ impl Guarded {
     #[track_caller]
     fn is_left_open(&self) -> bool {
         self.way_out.gap.is_some_and(|word| self.status_says(word))
-    }
-
-    /// Whether `status` says that this kernel does not refuse it in time.
-    #[track_caller]
-    fn is_a_race(&self) -> bool {
-        self.way_out.race.is_some_and(|word| self.status_says(word))
     }
 
     #[track_caller]

@@ -131,7 +131,8 @@ pub struct Outcome {
     reason: Option<Word<Reason>>,
     /// The mode in force for the workload.
     mode: Word<Mode>,
-    /// Whether the request was stopped. A denied request is not refused in audit mode.
+    /// Whether the request was stopped. A denied request is not refused in audit mode, and neither is
+    /// a process of the workload that another one sends out of it where the kernel can not end it.
     refused: bool,
 }
 
@@ -145,6 +146,12 @@ impl Outcome {
             mode: Word(mode),
             refused: verdict.action(mode) == Action::Refuse,
         }
+    }
+
+    /// The same, where the kernel can not do what the mode asks for.
+    #[must_use]
+    pub fn let_through(self) -> Self {
+        Self { refused: false, ..self }
     }
 
     #[must_use]

@@ -327,6 +327,7 @@ fn start_witness(
         audit: audit.clone(),
         denials: Arc::clone(denials),
         clock: engine.clock,
+        ends_others: engine.datapath.ends_others(),
     };
     let stop = Arc::clone(stop);
     std::thread::Builder::new()
@@ -352,28 +353,20 @@ fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
     }
 }
 
+/// Whether the kernel gives what is required of it. What no kernel gives to this version is no reason:
+/// `status` says it.
 fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
-    let states = datapath.states();
-    let missing = match (require, datapath.protection()) {
-        (Require::None, _) | (Require::Portable | Require::Full, Protection::Full) => {
-            return Ok(());
-        }
-        (Require::Portable, _) => {
-            let missing = Protection::missing_doors(states, Layer::Portable);
-            if missing.is_empty() {
-                return Ok(());
-            }
-            missing.join("; ")
-        }
-        (Require::Full, Protection::Partial(missing)) => missing.join("; "),
-        (Require::Full, Protection::None) => "nothing loads".to_owned(),
+    let (require, layers): (_, &[Layer]) = match require {
+        Require::Full => ("full", &[Layer::Portable, Layer::Lsm]),
+        Require::Portable => ("portable", &[Layer::Portable]),
+        Require::None => ("none", &[]),
     };
-    let require = match require {
-        Require::Full => "full",
-        Require::Portable => "portable",
-        Require::None => "none",
-    };
-    Err(DaemonError::NotEnough { require, missing })
+    let missing = |layer: &Layer| Protection::missing_doors(datapath.states(), *layer);
+    let missing: Vec<String> = layers.iter().flat_map(missing).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(DaemonError::NotEnough { require, missing: missing.join("; ") })
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {

@@ -91,6 +91,8 @@ pub struct Witness {
     pub audit: AuditLog,
     pub denials: Arc<Denials>,
     pub clock: Clock,
+    /// Whether the kernel half can end a task that is not the caller.
+    pub ends_others: bool,
 }
 
 impl Witness {
@@ -183,7 +185,11 @@ impl Witness {
             },
             process: self.process(event, exec_path(record)),
             request,
-            outcome: Outcome::new(verdict, mode),
+            outcome: if event.of_another != 0 && !self.ends_others {
+                Outcome::new(verdict, mode).let_through()
+            } else {
+                Outcome::new(verdict, mode)
+            },
             scope: scope.map(Text::new),
             grant: grant.map(Text::new),
             allowlist_generation: u64::from(event.key.allowlist.0),

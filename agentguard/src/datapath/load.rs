@@ -32,7 +32,7 @@ use super::handover::{self, GlobalProgram};
 use super::kernel::{Kernel, KernelError};
 use super::object;
 use super::pins::{self, Pins};
-use super::protection::{self, Door, DoorState, GAP_OTHERS, Protection, doors};
+use super::protection::{self, Door, DoorState, Protection, doors};
 use super::tables::Tables;
 use crate::fault;
 
@@ -218,8 +218,13 @@ impl Datapath {
     /// each.
     #[must_use]
     pub fn gaps(&self) -> Vec<String> {
-        let of_kernel = (!self.pins.ends_others()).then(|| GAP_OTHERS.to_owned());
-        protection::gaps(&self.states).into_iter().chain(of_kernel).collect()
+        protection::gaps(&self.states, self.pins.ends_others())
+    }
+
+    /// Whether the programs in force can end a task that is not the caller.
+    #[must_use]
+    pub fn ends_others(&self) -> bool {
+        self.pins.ends_others()
     }
 
     /// How much of the promise is kept.

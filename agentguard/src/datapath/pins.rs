@@ -23,10 +23,11 @@ use super::load::{LoadError, Sizes};
 use super::object;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
-const STATE: [&str; 13] = [
+const STATE: [&str; 14] = [
     "CGROUPS",
     "MOVED",
     "MOVES",
+    "FOLLOWED",
     "TASKS",
     "ENTERED",
     "BORN",

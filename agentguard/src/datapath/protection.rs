@@ -232,18 +232,30 @@ const GAPS: [Gap; 9] = [
     },
 ];
 
-/// What is open as well where the kernel can not end another task (`bpf_send_signal_task`, 6.13).
-pub(super) const GAP_OTHERS: &str = "a process that another process of its workload moves out of the cgroup, or that is born \
-     outside of it, is recorded and followed, but not ended before it runs on (T2)";
+/// What is open as well where the kernel can not end another task (`bpf_send_signal_task`, 6.13): with
+/// the LSM layer, which judges what the hooks of its new cgroup do not judge yet, and without.
+const OTHERS_HELD: &str = "a process that another process of its workload moves out of the cgroup, or that is born \
+     outside of it, is recorded, held and followed, but not ended before it runs on (T2)";
+const OTHERS_FREE: &str = "a process that another process of its workload moves out of the cgroup, or that is born \
+     outside of it, is recorded and followed, but not ended before it runs on, and what it does \
+     before its new cgroup has hooks is not judged (T2)";
+/// The doors that judge what the hooks of a cgroup judge elsewhere.
+const OF_OTHERS: [&str; 5] =
+    ["bprm_check", "socket_connect", "socket_sendmsg", "socket_listen", "socket_accept"];
 
 /// What stays open where the doors are in these states, one sentence each.
-pub(super) fn gaps(states: &[(Door, DoorState)]) -> Vec<String> {
+pub(super) fn gaps(states: &[(Door, DoorState)], ends_others: bool) -> Vec<String> {
     let active = |program: &&str| {
         states.iter().any(|(door, state)| door.program == *program && *state == DoorState::Active)
     };
     let open =
         GAPS.iter().filter(|gap| gap.closed_by.is_empty() || !gap.closed_by.iter().all(&active));
-    open.map(|gap| gap.says.to_owned()).collect()
+    let of_others = match (ends_others, OF_OTHERS.iter().all(&active)) {
+        (true, _) => None,
+        (false, true) => Some(OTHERS_HELD),
+        (false, false) => Some(OTHERS_FREE),
+    };
+    open.map(|gap| gap.says).chain(of_others).map(str::to_owned).collect()
 }
 
 /// Whether a door's program is in force.
@@ -330,17 +342,30 @@ mod tests {
 
     #[test]
     fn a_gap_is_closed_by_its_doors_alone() {
-        let without = gaps(&states(&DoorState::Unavailable("no".to_owned())));
+        let without = gaps(&states(&DoorState::Unavailable("no".to_owned())), true);
         assert_eq!(without.len(), GAPS.len());
-        let with = gaps(&states(&DoorState::Active));
+        let with = gaps(&states(&DoorState::Active), true);
         assert_eq!(with.len(), GAPS.iter().filter(|gap| gap.closed_by.is_empty()).count());
         assert!(with.iter().any(|gap| gap.contains("E6")));
         assert!(!with.iter().any(|gap| gap.contains("T4")));
     }
 
     #[test]
+    fn what_lives_on_elsewhere_is_held_by_the_other_layer() {
+        let of_others = |lsm: &DoorState, ends_others| {
+            let mut gaps = gaps(&states(lsm), ends_others);
+            gaps.retain(|gap| gap.contains("(T2)"));
+            gaps
+        };
+        let missing = DoorState::Unavailable("no".to_owned());
+        assert_eq!(of_others(&missing, true), [""; 0]);
+        assert_eq!(of_others(&missing, false), [OTHERS_FREE]);
+        assert_eq!(of_others(&DoorState::Active, false), [OTHERS_HELD]);
+    }
+
+    #[test]
     fn every_door_that_closes_a_gap_exists() {
-        for program in GAPS.iter().flat_map(|gap| gap.closed_by) {
+        for program in GAPS.iter().flat_map(|gap| gap.closed_by).chain(&OF_OTHERS) {
             assert!(doors().iter().any(|door| door.program == *program), "{program}");
         }
     }

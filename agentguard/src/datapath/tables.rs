@@ -64,6 +64,7 @@ pub(super) struct Tables {
     workloads: HashMap<MapData, WorkloadId, Tag>,
     cgroups: HashMap<MapData, CgroupId, Membership>,
     moved: HashMap<MapData, u32, Moved>,
+    followed: HashMap<MapData, CgroupId, u32>,
     tasks: HashMap<MapData, u64, Membership>,
     destinations: LpmTrie<MapData, DestinationKey, DestinationEntry>,
     rules: HashMap<MapData, RuleSetId, RuleRow>,
@@ -83,6 +84,7 @@ impl Tables {
             workloads: open(pins, "WORKLOADS")?,
             cgroups: open(pins, "CGROUPS")?,
             moved: open(pins, "MOVED")?,
+            followed: open(pins, "FOLLOWED")?,
             tasks: open(pins, "TASKS")?,
             destinations: open(pins, "DESTINATIONS")?,
             rules: open(pins, "RULES")?,
@@ -429,7 +431,9 @@ impl Datapath {
         if self.workload_of(CgroupId(cgroup)).is_some() {
             return Ok(());
         }
-        self.attach(path, Attachment { cgroup, workload: WorkloadId::NONE, reserved: 0 })
+        self.attach(path, Attachment { cgroup, workload: WorkloadId::NONE, reserved: 0 })?;
+        // Until then the LSM layer, where there is one, judges all that comes from there.
+        self.tables.followed.insert(CgroupId(cgroup), 0, 0).map_err(row("FOLLOWED"))
     }
 
     /// Processes that the host moved out of their workload's cgroup, and where to.
