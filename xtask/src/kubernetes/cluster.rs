@@ -299,9 +299,9 @@ impl<'a> Cluster<'a> {
         )?;
         let mut proxy = Command::new(self.control_plane.program("kube-proxy"));
         proxy.arg("--config").arg(config);
-        self.node.start("kube-controller-manager", &manager)?;
-        self.node.start("kube-scheduler", &scheduler)?;
-        self.node.start("kube-proxy", &proxy)
+        self.node.start("kube-controller-manager", &started_again(&manager))?;
+        self.node.start("kube-scheduler", &started_again(&scheduler))?;
+        self.node.start("kube-proxy", &started_again(&proxy))
     }
 
     fn kubelet(&mut self) -> Result<()> {
@@ -392,6 +392,16 @@ impl<'a> Cluster<'a> {
 }
 
 const READY_CONDITION: &str = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
+
+/// The same program, started again when it fails, as a service manager does: each of them gives up when
+/// the API server lets it wait, on a busy machine.
+fn started_again(command: &Command) -> Command {
+    let mut sh = Command::new("sh");
+    sh.args(["-c", "until \"$@\"; do sleep 1; done", "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    sh
+}
 
 fn said(part: &str, took: Duration) {
     println!("ready     {part} ({:.1} s)", took.as_secs_f64());
