@@ -20,7 +20,13 @@ pub(crate) fn mkdir(ctx: &BtfTracePointContext) -> i32 {
         return 0;
     }
     let Some(parent) = cgroup.parent() else { return 0 };
-    let Some(workload) = maps::member(parent.id()) else { return 0 };
+    let Some(workload) = maps::member(parent.id()) else {
+        // It may be below a pod's of which the daemon has not heard yet.
+        if kernel::current_program().is_some_and(|program| maps::is_runtime(&program)) {
+            maps::born(cgroup.id());
+        }
+        return 0;
+    };
     let maker = mover();
     if maps::adopt(cgroup.id(), workload) {
         match maker {
@@ -66,6 +72,8 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
         let cgroup = child.cgroup();
         if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
             entered(child);
+        } else if child.tgid() != parent.tgid() {
+            hand_down_stage(parent, child);
         }
         return 0;
     };
@@ -75,12 +83,7 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     if child.tgid() == parent.tgid() {
         return 0;
     }
-    if let Some(stage) = maps::stage(parent.address()) {
-        // A container runtime's process forks before it runs anything of the workload's (`clone`
-        // of the stages of `runc init`, libcontainer/nsenter).
-        let stage = if stage == Stage::STARTING { Stage::PREPARED } else { stage };
-        maps::set_stage(child.address(), stage);
-    }
+    hand_down_stage(parent, child);
     maps::inherit_process(parent.tgid(), child.tgid(), child.start());
     let cgroup = child.cgroup();
     if maps::member(cgroup) == Some(workload) {
@@ -111,7 +114,8 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     let destination = maps::member(cgroup.id());
     let origin = by_descent(task.address());
     match (origin, destination) {
-        (None, None) => {}
+        // The daemon may be about to hear whose the cgroup is.
+        (None, None) => entered(task),
         (None, Some(workload)) => {
             if !maps::tie(task.address(), workload) {
                 without_room(Full::Tasks, task, cgroup.id(), workload);
@@ -137,6 +141,16 @@ fn entered(task: Task) {
         && maps::is_runtime(&program)
     {
         maps::set_stage(task.address(), Stage::ENTERED);
+    }
+}
+
+/// A container runtime's process forks before it runs anything of the workload's (`clone` of the stages
+/// of `runc init`, libcontainer/nsenter).
+#[inline(always)]
+fn hand_down_stage(parent: Task, child: Task) {
+    if let Some(stage) = maps::stage(parent.address()) {
+        let stage = if stage == Stage::STARTING { Stage::PREPARED } else { stage };
+        maps::set_stage(child.address(), stage);
     }
 }
 

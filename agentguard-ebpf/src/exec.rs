@@ -18,7 +18,10 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
     let task = Task(ctx.arg(0));
     let address = task.address();
     let by_descent = cgroup::by_descent(address);
-    let Some(workload) = caller(by_descent) else { return Action::Pass };
+    let Some(workload) = caller(by_descent) else {
+        note_runtimes_step(address, &Program(ctx.arg(2)));
+        return Action::Pass;
+    };
     if by_descent.is_none() {
         // Without room the cgroup's own tag still holds it.
         let _tied = maps::tie(address, workload);
@@ -52,6 +55,20 @@ fn is_runtimes_step(stage: Option<Stage>, file: FileId, naming: Naming) -> bool 
             Naming::Unnamed => true,
             Naming::Named | Naming::Starting => maps::is_runtime(&FileId { generation: 0, ..file }),
         }
+}
+
+/// Keeps account of what a container runtime does in a cgroup that is nobody's yet. The daemon may hear
+/// of its pod at any moment, and from then on only a container that was not started is.
+#[inline(always)]
+fn note_runtimes_step(task: u64, program: &Program) {
+    let Some(stage) = maps::stage(task) else { return };
+    let (file, naming) = program.file();
+    if is_runtimes_step(Some(stage), file, naming) {
+        maps::set_stage(task, Stage::PREPARED);
+    } else {
+        maps::settle(task);
+        let _was_first = maps::is_first_start(kernel::current_cgroup());
+    }
 }
 
 /// How the file has its name where a container runtime is about to run what starts a container: the

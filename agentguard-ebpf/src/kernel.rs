@@ -241,11 +241,7 @@ impl Task {
     /// The file that the process runs which made this one: device and inode; the rest is unknown.
     #[inline(always)]
     pub(crate) fn parents_program(self) -> Option<FileId> {
-        let parent = probe!(self.address(), task_real_parent as u64)?;
-        // Kernel threads have no memory of their own.
-        let memory = probe!(parent, task_mm as u64).filter(|memory| *memory != 0)?;
-        let file = probe!(memory, mm_exe_file as u64).filter(|file| *file != 0)?;
-        file_of_inode(probe!(file, file_inode as u64)?)
+        program_of(probe!(self.address(), task_real_parent as u64)?)
     }
 
     /// The task's cgroup in the v2 hierarchy.
@@ -506,6 +502,20 @@ pub(crate) fn current_cgroup() -> CgroupId {
 pub(crate) fn current_task() -> u64 {
     // SAFETY: a helper without arguments.
     unsafe { bpf_get_current_task() }
+}
+
+/// The file that the calling process runs: device and inode; the rest is unknown.
+#[inline(always)]
+pub(crate) fn current_program() -> Option<FileId> {
+    program_of(current_task())
+}
+
+#[inline(always)]
+fn program_of(task: u64) -> Option<FileId> {
+    // Kernel threads have no memory of their own.
+    let memory = probe!(task, task_mm as u64).filter(|memory| *memory != 0)?;
+    let file = probe!(memory, mm_exe_file as u64).filter(|file| *file != 0)?;
+    file_of_inode(probe!(file, file_inode as u64)?)
 }
 
 /// Where the structure of the thread is that stands for a task's process.
