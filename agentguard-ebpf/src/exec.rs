@@ -35,6 +35,8 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
         return Action::Pass;
     }
     let action = if kernel::exec_is_judged_by_lsm() {
+        // Where it was nobody's when the LSM was asked, its start was not noted.
+        let _was_first = stage.is_some() && maps::is_first_start(kernel::current_cgroup());
         Action::Pass
     } else {
         let naming = naming_of_start(address, stage, workload, naming);
@@ -82,16 +84,20 @@ fn naming_of_start(
     workload: WorkloadId,
     naming: Naming,
 ) -> Naming {
-    let (Some(stage), Naming::Named) = (stage, naming) else { return naming };
+    let Some(stage) = stage else { return naming };
     if stage != Stage::STARTING {
-        let is_pod = maps::tag(workload).is_some_and(|tag| tag.starts_containers());
-        if !is_pod || !maps::is_first_start(kernel::current_cgroup()) {
+        // Whatever it runs, and whether it may: it is started by that.
+        let is_first = maps::is_first_start(kernel::current_cgroup());
+        if !is_first || !maps::tag(workload).is_some_and(|tag| tag.starts_containers()) {
             return naming;
         }
         // For the interpreter of a script, which is asked about next.
         maps::set_stage(task, Stage::STARTING);
     }
-    Naming::Starting
+    match naming {
+        Naming::Named | Naming::Starting => Naming::Starting,
+        Naming::Unnamed => Naming::Unnamed,
+    }
 }
 
 /// Argument of the LSM hook: `struct linux_binprm`. It is asked about the file that was named and

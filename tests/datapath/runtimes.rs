@@ -172,6 +172,23 @@ fn what_a_container_starts_with_runs_once_in_each_cgroup_that_the_host_makes_bel
 }
 
 #[test]
+fn what_was_made_or_started_before_the_pod_is_held_is_known() {
+    let mut fixture = Fixture::new();
+    fixture.datapath.set_runtimes(&this_program()).unwrap();
+    let named = Path::new(TRUE);
+    let made = fixture.below("made");
+    let started = fixture.below("started");
+    assert_eq!(run_in(&started, named, &[]), "ok", "nobody's");
+    fixture.attach(Mode::Enforce, &[]);
+    fixture.retag(Tag::starting_containers);
+    assert_eq!(run_in(&made, named, &[]), "ok");
+    let refused = fixture.refused_exec().0;
+    assert_eq!(run_in(&made, named, &[]), refused, "it was started");
+    // Not the program from above, whose verdict is still remembered for this generation.
+    assert_eq!(run_in(&started, Path::new("/bin/echo"), &[]), refused, "it was started before");
+}
+
+#[test]
 fn nothing_is_started_below_what_is_no_pod() {
     let mut fixture = Fixture::new();
     fixture.attach(Mode::Enforce, &[]);
