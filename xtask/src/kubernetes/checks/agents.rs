@@ -248,6 +248,13 @@ pub(super) fn shown(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
     let why = kubectl(cluster, &question)?;
     ensure!(why.contains("namespace"), "a grant of another namespace's subject says {why:?}");
     println!("seen      a grant of a subject of another namespace is refused: {why}");
+    let notes = "jsonpath={range .items[*]}{.involvedObject.name}: {.message}{\"\\n\"}{end}";
+    let refused = "reason=AgentRefused";
+    let question = ["--namespace", "agents", "get", "events", "--field-selector", refused];
+    let events = kubectl(cluster, &[&question[..], &["--output", notes]].concat())?;
+    let of_researcher = events.lines().find(|event| event.starts_with("researcher: "));
+    let event = of_researcher.with_context(|| format!("no denial among the events {events:?}"))?;
+    println!("seen      a denial is an event of its pod: {event}");
     Ok(())
 }
 
