@@ -73,7 +73,8 @@ fn defaults() -> Vec<(String, Ordered)> {
         .and_then(|values| serde_json::from_str(&values));
     match values {
         Ok(Ordered::Keys(keys)) => keys,
-        Ok(Ordered::Value(_)) | Err(_) => Vec::new(),
+        Ok(Ordered::Value(_)) => unreachable!("the configuration is an object"),
+        Err(error) => unreachable!("the defaults are of the kinds that `Ordered` reads: {error}"),
     }
 }
 
@@ -137,7 +138,7 @@ impl<'de> Deserialize<'de> for Ordered {
             type Value = Ordered;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("an object, a list, a word, a number or nothing")
+                formatter.write_str("an object, a list, a word, a number, true, false or nothing")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
@@ -151,6 +152,10 @@ impl<'de> Deserialize<'de> for Ordered {
             fn visit_str<E>(self, word: &str) -> Result<Ordered, E> {
                 // As YAML needs it: plain where that is unmistakable.
                 Ok(Ordered::Value(word.into()))
+            }
+
+            fn visit_bool<E>(self, is: bool) -> Result<Ordered, E> {
+                Ok(Ordered::Value(is.into()))
             }
 
             fn visit_u64<E>(self, number: u64) -> Result<Ordered, E> {
