@@ -395,7 +395,7 @@ fn the_hook_holds_a_container_before_its_first_instruction_or_gives_up() {
 }
 
 #[test]
-fn what_runs_when_the_daemon_starts_is_held_at_once() {
+fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
     let containerd = Containerd::started();
     let begin = Instant::now();
     let pods: Vec<Pod<'_>> = in_parallel(PODS, |number| {
@@ -426,8 +426,7 @@ fn what_runs_when_the_daemon_starts_is_held_at_once() {
     for container in containers.iter().step_by(containers.len() / 5) {
         assert_held(&container.exec_attempts(3, &asks()), "one of many");
     }
-    // The figure is told above. What is tested is that it is not a matter of polling or of retries.
-    assert!(took < 4000, "{took} ms for {} containers", containers.len());
+    assert!(took < 1000, "{took} ms for {} containers", containers.len());
 }
 
 const PODS: usize = 100;

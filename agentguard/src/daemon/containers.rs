@@ -5,14 +5,14 @@
 //! before every source has spoken once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agentguard_common::{CgroupId, FileId};
-use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, getsockopt};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -435,8 +435,11 @@ pub fn tell_runtimes(shared: &Shared) {
 }
 
 /// The process behind a runtime's socket.
-fn serves(socket: &Path) -> Option<ProcessRef> {
-    let stream = UnixStream::connect(socket).ok()?;
+fn serves(path: &Path) -> Option<ProcessRef> {
+    // One that takes no connection must not hold up whoever looks.
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let stream = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None).ok()?;
+    socket::connect(stream.as_raw_fd(), &UnixAddr::new(path).ok()?).ok()?;
     let peer = getsockopt(&stream, PeerCredentials).ok()?;
     ProcessRef::of(u32::try_from(peer.pid()).ok()?)
 }
@@ -794,6 +797,21 @@ mod tests {
         let sandboxes = BTreeMap::from([("s".to_owned(), sandbox())]);
         let listing = Listing { sandboxes, containers: BTreeMap::new() };
         RuntimeInput { listing: Some(listing), failure: None }
+    }
+
+    #[test]
+    fn a_runtime_that_takes_no_connection_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("runtime.sock");
+        assert_eq!(serves(&path), None, "there is none");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert_eq!(serves(&path).map(|process| process.pid), Some(std::process::id()));
+        socket::listen(&listener, socket::Backlog::new(0).unwrap()).unwrap();
+        let mut waiting = 0;
+        while serves(&path).is_some() {
+            waiting += 1;
+            assert!(waiting < 100, "the queue is never full");
+        }
     }
 
     #[test]
