@@ -5,7 +5,6 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    thread,
     time::Duration,
 };
 
@@ -79,8 +78,7 @@ fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
     const DENIALS: u64 = 400;
     let world = World::new();
     let small = json!({"datapath": {"events_ring_bytes": 4096}});
-    let guard = Guard::start_with(&world, &[attack_binary()], &small);
-    let counting = Counting::from_now(&guard);
+    let guard = Guard::start_alone(&world, &[attack_binary()], &small);
     let api = SocketAddr::new(API, OTHER_PORT);
     guard.define(
         "test:every-port",
@@ -117,7 +115,7 @@ fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
     let noise = Report::of(&noise.wait(PATIENCE).expect("a flood ends"));
     assert_eq!(noise.outcome, Outcome::Worked, "{noise:?}");
 
-    let events = counting.settled();
+    let events = settled(&guard);
     assert!(events.lost > 0, "the flood was none: {events:?}");
     assert_eq!(events.decided, events.logged + events.aggregated + events.lost, "{events:?}");
     let records = guard.audit_records();
@@ -137,16 +135,15 @@ fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
 fn identical_denials_are_folded_and_counted() {
     requires(Layer::Portable);
     let world = World::new();
-    let guard = Guard::start(&world, &[attack_binary()]);
+    let guard = Guard::start_alone(&world, &[attack_binary()], &json!({}));
     let mut attack = Attack::new("g3-flood")
         .option("to", FORBIDDEN.to_string())
         .option("how", "identical")
         .option("count", "1000");
     let identity = "spiffe://agentguard.test/same";
-    let counting = Counting::from_now(&guard);
     let report = attack.run_as_workload(&world, &guard, identity, &[BASE_SCOPE], Mode::Enforce);
     assert!(report.detail.contains("1000 of 1000 refused"), "{report:?}");
-    let events = counting.settled();
+    let events = settled(&guard);
     assert_eq!(events.decided, events.logged + events.aggregated + events.lost, "{events:?}");
     // The exec, the thousand, and the probe.
     assert_eq!(events.decided, 1002, "{events:?}");
@@ -194,46 +191,17 @@ struct Events {
     lost: u64,
 }
 
-/// What a guard counts and writes from now on: where machines share tables, an earlier one has counted
-/// too, and this one writes down what that one left.
-struct Counting<'a> {
-    guard: &'a Guard,
-    before: (Events, u64),
+/// What is counted in all, once all that was logged is in the audit log.
+#[track_caller]
+fn settled(guard: &Guard) -> Events {
+    let mut last = None;
+    wait_until("what was logged is written", || {
+        let (events, written) = total(guard);
+        last = Some(events);
+        events.logged == written
+    });
+    last.expect("it was looked at")
 }
-
-impl<'a> Counting<'a> {
-    #[track_caller]
-    fn from_now(guard: &'a Guard) -> Self {
-        let mut before = total(guard);
-        wait_until("nothing of before is written any more", || {
-            thread::sleep(SETTLE);
-            let now = total(guard);
-            std::mem::replace(&mut before, now) == now
-        });
-        Self { guard, before }
-    }
-
-    /// The counts, once all that was logged is in the audit log.
-    #[track_caller]
-    fn settled(&self) -> Events {
-        let mut last = None;
-        wait_until("what was logged is written", || {
-            let ((before, written_before), (now, written)) = (self.before, total(self.guard));
-            let events = Events {
-                decided: now.decided - before.decided,
-                logged: now.logged - before.logged,
-                aggregated: now.aggregated - before.aggregated,
-                lost: now.lost - before.lost,
-            };
-            last = Some(events);
-            events.logged == written - written_before
-        });
-        last.expect("it was looked at")
-    }
-}
-
-/// How long nothing comes any more where nothing is to come.
-const SETTLE: Duration = Duration::from_millis(300);
 
 /// What is counted in all, and how many verdicts are in the log, or counted there as lost.
 fn total(guard: &Guard) -> (Events, u64) {

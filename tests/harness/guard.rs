@@ -49,6 +49,8 @@ pub struct Guard {
     program: PathBuf,
     directory: PathBuf,
     daemon: Running,
+    /// Whether its kernel half is left to the next guard.
+    shares: bool,
 }
 
 impl Guard {
@@ -79,6 +81,18 @@ impl Guard {
         Self::start_as(world, programs, &json!({}), scopes)
     }
 
+    /// [`Self::start_with`], and nobody has counted in its tables before, nor will: not even where other
+    /// guards share theirs.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[track_caller]
+    #[must_use]
+    pub fn start_alone(world: &World, programs: &[PathBuf], more: &Value) -> Self {
+        Self::start_in(world, programs, more, &[], None)
+    }
+
     /// [`Self::start`] with more keys in the configuration.
     ///
     /// # Panics
@@ -97,18 +111,33 @@ impl Guard {
         more: &Value,
         scopes: &[(&'static str, Value)],
     ) -> Self {
+        let shared = env::var_os(SHARED_PINS).map(PathBuf::from);
+        Self::start_in(world, programs, more, scopes, shared)
+    }
+
+    /// Pinned at `shared`, or at a place of its own.
+    #[track_caller]
+    fn start_in(
+        world: &World,
+        programs: &[PathBuf],
+        more: &Value,
+        scopes: &[(&'static str, Value)],
+        shared: Option<PathBuf>,
+    ) -> Self {
         let program = binary("agentguard", "AGENTGUARD_BIN");
         let directory = world.directory().join("guard");
         for name in ["", "manifests", "state", "run"] {
             fs::create_dir(directory.join(name)).expect("a directory can be made");
         }
-        write_config(&directory, world.name(), more);
+        let shares = shared.is_some();
+        let pins = shared.unwrap_or_else(|| Path::new(PINS).join(world.name()));
+        write_config(&directory, world.name(), &pins, more);
         write_manifest(&directory, "base", &base_scope(programs));
         for (scope, permits) in scopes {
             write_scope(&directory, scope, permits);
         }
         let daemon = Self::start_daemon(&program, &directory);
-        let guard = Self { program, directory, daemon };
+        let guard = Self { program, directory, daemon, shares };
         guard.wait_until_ready();
         guard
     }
@@ -318,10 +347,6 @@ impl Guard {
 /// says so, where verifying every program anew for each test takes most of the time.
 const SHARED_PINS: &str = "AGENTGUARD_TEST_PINS";
 
-fn pins(name: &str) -> PathBuf {
-    env::var_os(SHARED_PINS).map_or_else(|| Path::new(PINS).join(name), PathBuf::from)
-}
-
 impl Drop for Guard {
     fn drop(&mut self) {
         if thread::panicking() {
@@ -332,7 +357,7 @@ impl Drop for Guard {
             denied.iter().rev().take(5).for_each(|line| eprintln!("  {line}"));
         }
         self.daemon.kill();
-        if env::var_os(SHARED_PINS).is_some() {
+        if self.shares {
             return;
         }
         let finished = self.command(&["uninstall"]).status();
@@ -368,14 +393,14 @@ fn config_file(directory: &Path) -> PathBuf {
 }
 
 /// JSON is YAML too.
-fn write_config(directory: &Path, name: &str, more: &Value) {
+fn write_config(directory: &Path, name: &str, pins: &Path, more: &Value) {
     let mut config = json!({
         "node": name,
         "trust_domain": "agentguard.test",
         "manifests_directory": directory.join("manifests"),
         "state_directory": directory.join("state"),
         "runtime_directory": directory.join("run"),
-        "pin_directory": pins(name),
+        "pin_directory": pins,
         "cgroup_root": cgroup::root(),
         "cgroup_parent": format!("{name}-guard"),
         "api": {"socket": directory.join("run/api.sock")},
