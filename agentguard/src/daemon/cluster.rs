@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, watch as latest};
 use tokio::task::JoinSet;
@@ -20,13 +21,14 @@ use super::custom_resources::CustomResources;
 use super::engine::Engine;
 use super::service::Shared;
 use super::state::replace;
+use crate::api::types::GrantState;
 use crate::config::Configuration;
 use crate::config::value::KubernetesAccess;
 use crate::grant::store::Source;
 use crate::identity::SpiffeId;
 use crate::identity::pod::{Pod, PodUid};
 use crate::kubernetes::events::{self, PodDenial};
-use crate::kubernetes::manifests::{self, ObjectKind, Objects};
+use crate::kubernetes::manifests::{self, Here, ObjectKind, Objects};
 use crate::kubernetes::pods::{self, NodePods, PodFeed};
 use crate::kubernetes::services::{self, Feed};
 use crate::kubernetes::status;
@@ -102,21 +104,46 @@ pub async fn begin(configuration: &Configuration, node: String) -> Option<Watche
         (Arc::clone(&watches.feed), Arc::clone(&watches.objects), Arc::clone(&watches.pods));
     watches.tasks.spawn(watch(access, node, feed, objects, pods, told));
     if matches!(watches.known, Cluster::Unknown) {
-        let view = tokio::time::timeout(FIRST_ANSWER, first(&watches.feed)).await;
-        match view {
-            Ok(view) => {
-                watches.objects.see_nodes(view.nodes.keys().cloned().collect());
-                watches.known = Cluster::Known(Arc::new(view));
-            }
-            Err(_elapsed) => tracing::warn!(
-                "the API server has not answered; until it does, scopes permit single addresses only"
-            ),
+        let answered = tokio::time::timeout(FIRST_ANSWER, watches.first(configuration)).await;
+        if answered.is_err() {
+            tracing::warn!(
+                "the API server has not answered; until it does, scopes permit single addresses only, and grants that are its are not known"
+            );
         }
+    }
+    if let Some(pods) = &watches.known_pods {
+        watches.objects.concern(&namespaces(configuration, pods));
     }
     Some(watches)
 }
 
+/// Whose grants concern this node: the namespaces of its pods, agents and others, since one becomes an
+/// agent by a label, and is not to be denied for as long as a list takes.
+fn namespaces(configuration: &Configuration, pods: &NodePods) -> BTreeSet<String> {
+    let exempt = &configuration.containers.exempt_namespaces;
+    let namespaces = pods.pods.values().map(|pod| &pod.namespace);
+    namespaces.filter(|namespace| !exempt.contains(*namespace)).cloned().collect()
+}
+
 impl Watches {
+    /// Waits for the first answers, and keeps each that comes.
+    async fn first(&mut self, configuration: &Configuration) {
+        let view = first(&self.feed).await;
+        self.objects.see_nodes(view.nodes.keys().cloned().collect());
+        self.known = Cluster::Known(Arc::new(view));
+        let pods = loop {
+            if let Some(pods) = self.pods.take() {
+                break pods;
+            }
+            self.pods.changed().await;
+        };
+        self.objects.concern(&namespaces(configuration, &pods));
+        self.known_pods = Some(pods);
+        while self.objects.known().is_none() {
+            self.objects.changed().await;
+        }
+    }
+
     /// The grant source that the objects are.
     #[must_use]
     pub fn custom_resources(&self, shared: &Shared) -> CustomResources {
@@ -237,10 +264,11 @@ pub async fn report(shared: Arc<Shared>, objects: Arc<Objects>) {
     }
 }
 
-/// The objects that concern this node, each with its error: the grants of its workloads, the scopes
-/// that these name, and what is wrong.
-fn words(engine: &Engine) -> BTreeMap<String, Option<String>> {
+/// The objects that concern this node: the grants of its workloads, the scopes that those in force
+/// name, and what is wrong.
+fn words(engine: &Engine) -> BTreeMap<String, Here> {
     let mut words = BTreeMap::new();
+    let now = Timestamp::now();
     let identities: BTreeSet<&SpiffeId> =
         engine.workloads().filter_map(|workload| workload.identity.as_ref()).collect();
     for stored in engine.store.grants().filter(|stored| stored.source == Source::Manifest) {
@@ -252,15 +280,19 @@ fn words(engine: &Engine) -> BTreeMap<String, Option<String>> {
             (Some(namespace), name) => (ObjectKind::Grant, ObjectName::new(namespace, name)),
             (None, name) => (ObjectKind::ClusterGrant, ObjectName::new("", name)),
         };
-        words.insert(kind.path(&name), None);
-        let scopes = grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
-        words.extend(scopes.map(|scope| {
-            (ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str())), None)
-        }));
+        let state = GrantState::from(engine.store.state_of(stored, now));
+        words.insert(kind.path(&name), Here::Grant(state));
+        if state == GrantState::Active {
+            let scopes =
+                grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
+            words.extend(scopes.map(|scope| {
+                (ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str())), Here::InForce)
+            }));
+        }
     }
     for error in &engine.manifests.errors {
         if ObjectKind::of_path(&error.file).is_some() {
-            words.insert(error.file.clone(), Some(error.to_string()));
+            words.insert(error.file.clone(), Here::Wrong(error.to_string()));
         }
     }
     words
@@ -286,6 +318,7 @@ pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
             () = watches.pods.changed() => {
                 if let Some(of_node) = watches.pods.take() {
                     shared.containers.set_cluster(self::of_node(of_node.clone()));
+                    watches.objects.concern(&namespaces(&shared.configuration, &of_node));
                     pods.send_replace(Some(Arc::new(of_node)));
                 }
                 continue;

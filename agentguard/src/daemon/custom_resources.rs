@@ -109,10 +109,11 @@ impl GrantSource for CustomResources {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
     use crate::grant::Expiry;
+    use crate::kubernetes::manifests::Watched;
     use crate::kubernetes::watch::Seen;
     use crate::scope::cluster::ObjectName;
 
@@ -143,11 +144,20 @@ mod tests {
         CustomResources::new(objects, template.parse().unwrap(), "example.org".to_owned())
     }
 
+    fn of(kind: ObjectKind) -> Watched {
+        match kind {
+            ObjectKind::Scope => Watched::Scopes,
+            ObjectKind::ClusterGrant => Watched::ClusterGrants,
+            ObjectKind::Grant => Watched::Grants("agents".to_owned()),
+        }
+    }
+
     fn list(source: &CustomResources, kind: ObjectKind, objects: &[(&str, &str, Object)]) {
         let all = objects
             .iter()
             .map(|(namespace, name, object)| (ObjectName::new(namespace, name), object.clone()));
-        source.objects.see(kind, Seen::Whole(all.collect()));
+        source.objects.concern(&BTreeSet::from(["agents".to_owned()]));
+        source.objects.see(&of(kind), Seen::Whole(all.collect()));
     }
 
     fn exact(id: &str) -> String {
@@ -231,14 +241,14 @@ mod tests {
         assert_eq!((first.len(), errors.len()), (2, 0));
         let wrong = SCOPE.replace("\"port\": 1", "\"port\": 0");
         let put = Seen::Put(ObjectName::new("", "git"), object(&wrong, None));
-        source.objects.see(ObjectKind::Scope, put);
+        source.objects.see(&Watched::Scopes, put);
         let (second, errors) = source.read(&first);
         assert_eq!(second, first);
         let told: Vec<String> = errors.iter().map(ToString::to_string).collect();
         assert_eq!(told.len(), 1);
         assert!(told[0].starts_with("scope/git: spec.listen[0].port: "), "{told:?}");
         // One that is deleted says nothing any more.
-        source.objects.see(ObjectKind::Scope, Seen::Gone(ObjectName::new("", "git")));
+        source.objects.see(&Watched::Scopes, Seen::Gone(ObjectName::new("", "git")));
         let (third, errors) = source.read(&second);
         assert_eq!((third.len(), errors.len()), (1, 0));
     }
@@ -270,7 +280,7 @@ mod tests {
         let mut later = object(&text, None);
         later.created = "2026-11-23T09:00:00Z".parse().unwrap();
         let put = Seen::Put(ObjectName::new("", "c"), later);
-        source.objects.see(ObjectKind::ClusterGrant, put);
+        source.objects.see(&Watched::ClusterGrants, put);
         let (second, _) = source.read(&first);
         assert_ne!(second, first);
     }

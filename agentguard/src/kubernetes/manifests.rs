@@ -2,25 +2,35 @@
 //!
 //! Holds each object as the text that a file would have, so that the one reader of manifests reads
 //! both. What is valid, and what goes on saying what it said before, is not decided here.
+//!
+//! Grants are watched in the namespaces of this node's pods only: a grant names subjects of its own
+//! namespace, so that no other can concern the node, however many there are in the cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::resources::group_and_version;
-use super::status::{Due, ObjectStatus, Word, shortened};
+use super::status::{Due, Nodes, ObjectStatus, Watchers, Word, shortened};
 use super::watch::{Lost, Seen, everything, follow};
+use crate::api::types::GrantState;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
 
-/// How many objects of each kind are held; what is above is refused and said.
+/// How many objects of each watch are held; what is above is refused and said.
 const MOST: usize = 10_000;
+/// How long a namespace is watched after its last pod has left: the next one is not denied for as long as a
+/// list takes, and what this node said of the grants is taken back.
+const LINGER: Duration = Duration::from_secs(300);
+/// How often it is looked at which namespaces nobody is in any more.
+const LOOK: Duration = Duration::from_secs(30);
 
 /// The kinds that are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +38,15 @@ pub enum ObjectKind {
     Scope,
     Grant,
     ClusterGrant,
+}
+
+/// What one watch lists.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Watched {
+    Scopes,
+    ClusterGrants,
+    /// The grants of one namespace.
+    Grants(String),
 }
 
 /// One object, as it would be written in a file.
@@ -40,20 +59,36 @@ pub struct Object {
     pub namespace: Option<String>,
 }
 
+/// What an object comes to on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Here {
+    /// Its newest generation counts.
+    InForce,
+    /// That of a grant does, which is so far in its life.
+    Grant(GrantState),
+    /// The error that keeps it from counting.
+    Wrong(String),
+}
+
 /// The objects as they are known.
 #[derive(Debug, Default)]
 pub struct Objects {
     state: Mutex<State>,
     changed: Notify,
     reporting: Notify,
+    moved: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    objects: BTreeMap<ObjectKind, BTreeMap<ObjectName, Object>>,
+    objects: BTreeMap<Watched, BTreeMap<ObjectName, Object>>,
     /// Those that have been listed whole.
-    listed: BTreeSet<ObjectKind>,
-    lost: Lost<ObjectKind>,
+    listed: BTreeSet<Watched>,
+    /// Whether everything that there was to list has been.
+    is_whole: bool,
+    /// The namespaces in which this node has pods, or had until then. `None` until that is known.
+    namespaces: Option<BTreeMap<String, Option<Instant>>>,
+    lost: Lost<Watched>,
     statuses: BTreeMap<(ObjectKind, ObjectName), ObjectStatus>,
     /// What this node says of each, by what errors call it.
     words: BTreeMap<String, Word>,
@@ -119,16 +154,123 @@ impl ObjectKind {
     }
 }
 
+impl Watched {
+    pub const fn kind(&self) -> ObjectKind {
+        match self {
+            Self::Scopes => ObjectKind::Scope,
+            Self::ClusterGrants => ObjectKind::ClusterGrant,
+            Self::Grants(_) => ObjectKind::Grant,
+        }
+    }
+
+    /// As people would say it.
+    fn told(&self) -> String {
+        match self {
+            Self::Scopes => "scopes".to_owned(),
+            Self::ClusterGrants => "cluster grants".to_owned(),
+            Self::Grants(namespace) => format!("grants of namespace {namespace}"),
+        }
+    }
+
+    fn api(&self, client: Client) -> Api<DynamicObject> {
+        let resource = self.kind().resource();
+        match self {
+            Self::Scopes | Self::ClusterGrants => Api::all_with(client, &resource),
+            Self::Grants(namespace) => Api::namespaced_with(client, namespace, &resource),
+        }
+    }
+
+    fn has(&self, kind: ObjectKind, name: &ObjectName) -> bool {
+        match self {
+            Self::Scopes | Self::ClusterGrants => self.kind() == kind,
+            Self::Grants(namespace) => self.kind() == kind && name.namespace == *namespace,
+        }
+    }
+}
+
+impl State {
+    /// Everything that is to be watched; of grants none before it is known where this node's pods are.
+    fn watches(&self) -> impl Iterator<Item = Watched> {
+        let namespaces = self.namespaces.iter().flat_map(BTreeMap::keys);
+        let grants = namespaces.map(|namespace| Watched::Grants(namespace.clone()));
+        [Watched::Scopes, Watched::ClusterGrants].into_iter().chain(grants)
+    }
+
+    /// Whether a watch is one of a namespace that nobody is in any more.
+    fn is_over(&self, watched: &Watched) -> bool {
+        match watched {
+            Watched::Scopes | Watched::ClusterGrants => false,
+            Watched::Grants(namespace) => {
+                self.namespaces.as_ref().is_none_or(|known| !known.contains_key(namespace))
+            }
+        }
+    }
+}
+
 impl Objects {
-    /// Every object by what errors call it, once all kinds have been listed: a grant without its
-    /// scope would be an error.
+    /// Every object by what errors call it, once all that there is to list has been: a grant without
+    /// its scope would be an error, and one that is missing would be taken back. A namespace that comes
+    /// later holds nobody else up.
     #[must_use]
     pub fn known(&self) -> Option<BTreeMap<String, Object>> {
-        let state = self.state();
-        let all = state.objects.iter().flat_map(|(kind, objects)| {
-            objects.iter().map(|(name, object)| (kind.path(name), object.clone()))
+        let mut state = self.state();
+        if !state.is_whole {
+            let has_all = state.watches().all(|watched| state.listed.contains(&watched));
+            state.is_whole = state.namespaces.is_some() && has_all;
+        }
+        let all = state.objects.iter().flat_map(|(watched, objects)| {
+            objects.iter().map(|(name, object)| (watched.kind().path(name), object.clone()))
         });
-        (state.listed.len() == ObjectKind::ALL.len()).then(|| all.collect())
+        state.is_whole.then(|| all.collect())
+    }
+
+    /// Takes the namespaces in which this node has pods: their grants are watched.
+    pub fn concern(&self, namespaces: &BTreeSet<String>) {
+        let mut state = self.state();
+        let is_first = state.namespaces.is_none();
+        let known = state.namespaces.get_or_insert_default();
+        let mut is_new = false;
+        for (namespace, left) in known.iter_mut() {
+            if namespaces.contains(namespace) {
+                *left = None;
+            } else if left.is_none() {
+                *left = Some(Instant::now());
+            }
+        }
+        for namespace in namespaces {
+            is_new |= known.insert(namespace.clone(), None).is_none();
+        }
+        drop(state);
+        if is_new {
+            self.moved.notify_one();
+        }
+        // The first word may be that there are none, and nothing else is to be waited for.
+        if is_first {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Forgets what nobody on this node has been concerned with for `linger`, and says what is to be
+    /// watched.
+    fn watches(&self, linger: Duration) -> BTreeSet<Watched> {
+        let mut state = self.state();
+        if let Some(known) = &mut state.namespaces {
+            known.retain(|_, left| left.is_none_or(|left| left.elapsed() < linger));
+        }
+        let watches: BTreeSet<Watched> = state.watches().collect();
+        let over: Vec<Watched> =
+            state.objects.keys().filter(|known| !watches.contains(*known)).cloned().collect();
+        for watched in &over {
+            state.objects.remove(watched);
+            state.listed.remove(watched);
+            state.lost.answered(watched);
+            state.statuses.retain(|(kind, name), _| !watched.has(*kind, name));
+        }
+        drop(state);
+        if !over.is_empty() {
+            self.changed.notify_one();
+        }
+        watches
     }
 
     /// Waits until something has changed.
@@ -140,23 +282,29 @@ impl Objects {
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         let state = self.state();
-        let lost = state.lost.iter().map(|(kind, error)| {
-            format!("objects of kind {} are as they were last known: {error}", kind.as_str())
+        let lost = state.lost.iter().map(|(watched, error)| {
+            format!("{} are as they were last known: {error}", watched.told())
         });
         lost.collect()
     }
 
-    /// Says of every object that concerns this node, by what errors call it, the error that keeps
-    /// its newest generation from being in force; `None` where it is in force.
-    pub fn say(&self, errors: &BTreeMap<String, Option<String>>) {
+    /// Says of every object that concerns this node, by what errors call it, what it comes to there.
+    pub fn say(&self, here: &BTreeMap<String, Here>) {
         let mut state = self.state();
         let State { statuses, words, .. } = &mut *state;
         let mut said = BTreeMap::new();
         for ((kind, name), status) in &*statuses {
             let path = kind.path(name);
-            let word = errors.get(&path).map(|error| match error {
-                None => Word { generation: Some(status.generation), error: None },
-                Some(error) => Word { generation: None, error: Some(shortened(error)) },
+            let word = here.get(&path).map(|here| match here {
+                Here::InForce => {
+                    Word { generation: Some(status.generation), ..Word::default() }
+                }
+                Here::Grant(state) => Word {
+                    generation: Some(status.generation),
+                    state: Some(*state),
+                    ..Word::default()
+                },
+                Here::Wrong(error) => Word { error: Some(shortened(error)), ..Word::default() },
             });
             said.extend(word.map(|word| (path, word)));
         }
@@ -184,7 +332,14 @@ impl Objects {
         let state = self.state();
         let due = state.statuses.iter().flat_map(|((kind, name), status)| {
             let word = state.words.get(&kind.path(name));
-            let due = status.due(node, word, state.nodes.as_ref(), now);
+            let nodes = Nodes {
+                cluster: state.nodes.as_ref(),
+                watch: match kind {
+                    ObjectKind::Scope | ObjectKind::ClusterGrant => Watchers::All,
+                    ObjectKind::Grant => Watchers::Concerned,
+                },
+            };
+            let due = status.due(node, word, nodes, now);
             due.into_iter().map(|(manager, status)| Due {
                 kind: *kind,
                 name: name.clone(),
@@ -205,13 +360,17 @@ impl Objects {
         self.reporting.notify_one();
     }
 
-    /// Takes what was seen of the status of a kind.
-    fn see_status(&self, kind: ObjectKind, seen: Seen<ObjectStatus>) {
+    /// Takes what was seen of the status of objects.
+    fn see_status(&self, watched: &Watched, seen: Seen<ObjectStatus>) {
+        let kind = watched.kind();
         let mut state = self.state();
+        if state.is_over(watched) {
+            return;
+        }
         match seen {
             Seen::Lost(_) => return,
             Seen::Whole(all) => {
-                state.statuses.retain(|(other, _), _| *other != kind);
+                state.statuses.retain(|(kind, name), _| !watched.has(*kind, name));
                 let all = all.into_iter().take(MOST);
                 state.statuses.extend(all.map(|(name, status)| ((kind, name), status)));
             }
@@ -226,25 +385,28 @@ impl Objects {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes what was seen of a kind.
-    pub fn see(&self, kind: ObjectKind, seen: Seen<Object>) {
+    /// Takes what was seen of objects.
+    pub fn see(&self, watched: &Watched, seen: Seen<Object>) {
         let mut state = self.state();
+        if state.is_over(watched) {
+            return;
+        }
         let State { objects, listed, lost, .. } = &mut *state;
-        let own = objects.entry(kind).or_default();
+        let own = objects.entry(watched.clone()).or_default();
         // A status that somebody wrote changes nothing that is said.
         let is_same = match seen {
             Seen::Lost(error) => {
-                if lost.note(kind, error.clone()) {
+                if lost.note(watched.clone(), error.clone()) {
                     tracing::warn!(
                         error,
-                        kind = kind.as_str(),
+                        objects = watched.told(),
                         "the API server does not answer; what was known stays"
                     );
                 }
                 return;
             }
             Seen::Whole(all) => {
-                let is_same = !listed.insert(kind) && *own == all;
+                let is_same = !listed.insert(watched.clone()) && *own == all;
                 *own = all;
                 is_same
             }
@@ -257,7 +419,7 @@ impl Objects {
         };
         if own.len() > MOST {
             tracing::error!(
-                kind = kind.as_str(),
+                objects = watched.told(),
                 most = MOST,
                 "there are more objects than are held; the last ones say nothing"
             );
@@ -265,8 +427,8 @@ impl Objects {
                 own.pop_last();
             }
         }
-        if lost.answered(&kind) {
-            tracing::info!(kind = kind.as_str(), "the API server answers again");
+        if lost.answered(watched) {
+            tracing::info!(objects = watched.told(), "the API server answers again");
         }
         drop(state);
         if !is_same {
@@ -277,27 +439,44 @@ impl Objects {
 
 /// Fills `objects` for as long as the daemon runs.
 pub async fn run(client: Client, objects: Arc<Objects>) {
+    let mut running: BTreeMap<Watched, AbortHandle> = BTreeMap::new();
     let mut watches = JoinSet::new();
-    for kind in ObjectKind::ALL {
-        let api: Api<DynamicObject> = Api::all_with(client.clone(), &kind.resource());
-        let objects = Arc::clone(&objects);
-        let sink = move |seen| {
-            let (object, status) = parted(seen);
-            objects.see_status(kind, status);
-            objects.see(kind, object);
-        };
-        watches.spawn(follow(
-            api,
-            everything(),
-            move |object| Some((keep(kind, object), status(object))),
-            sink,
-        ));
-    }
-    while let Some(ended) = watches.join_next().await {
-        if let Err(error) = ended {
-            tracing::error!(%error, "a watch broke off; what it last said stays");
+    loop {
+        let wanted = objects.watches(LINGER);
+        running.retain(|watched, watch| {
+            let is_wanted = wanted.contains(watched);
+            if !is_wanted {
+                watch.abort();
+            }
+            is_wanted
+        });
+        for watched in wanted {
+            if !running.contains_key(&watched) {
+                let watch = watch(client.clone(), watched.clone(), Arc::clone(&objects));
+                running.insert(watched, watches.spawn(watch));
+            }
+        }
+        tokio::select! {
+            () = objects.moved.notified() => {}
+            () = tokio::time::sleep(LOOK) => {}
+            Some(Err(error)) = watches.join_next() => {
+                if !error.is_cancelled() {
+                    tracing::error!(%error, "a watch broke off; what it last said stays");
+                }
+            }
         }
     }
+}
+
+async fn watch(client: Client, watched: Watched, objects: Arc<Objects>) {
+    let api = watched.api(client);
+    let kind = watched.kind();
+    let sink = move |seen| {
+        let (object, status) = parted(seen);
+        objects.see_status(&watched, status);
+        objects.see(&watched, object);
+    };
+    follow(api, everything(), move |object| Some((keep(kind, object), status(object))), sink).await;
 }
 
 /// Objects and their statuses, each by itself.
@@ -342,4 +521,61 @@ fn keep(kind: ObjectKind, object: &DynamicObject) -> Object {
     // Every object has a time of creation; one without would count from the beginning of time.
     let created = object.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |time| time.0);
     Object { text: text.into_bytes().into(), created, namespace }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grants(namespace: &str) -> (Watched, Seen<Object>) {
+        let object = Object {
+            text: b"{}".as_slice().into(),
+            created: Timestamp::UNIX_EPOCH,
+            namespace: Some(namespace.to_owned()),
+        };
+        let all = BTreeMap::from([(ObjectName::new(namespace, "g"), object)]);
+        (Watched::Grants(namespace.to_owned()), Seen::Whole(all))
+    }
+
+    fn names(objects: &Objects) -> Option<Vec<String>> {
+        objects.known().map(|known| known.into_keys().collect())
+    }
+
+    #[test]
+    fn grants_are_known_of_namespaces_that_concern_the_node_and_for_a_while_after() {
+        let objects = Objects::default();
+        let concern = |namespaces: &[&str]| {
+            objects.concern(&namespaces.iter().map(|name| (*name).to_owned()).collect());
+        };
+        let see = |namespace: &str| {
+            let (watched, seen) = grants(namespace);
+            objects.see(&watched, seen);
+        };
+        for watched in [Watched::Scopes, Watched::ClusterGrants] {
+            objects.see(&watched, Seen::Whole(BTreeMap::new()));
+        }
+        // Where the pods are is not known yet.
+        assert_eq!(names(&objects), None);
+        concern(&["a", "b"]);
+        see("a");
+        assert_eq!(names(&objects), None, "what is missing is not taken for gone");
+        see("b");
+        assert_eq!(names(&objects).unwrap(), ["grant/a/g", "grant/b/g"]);
+        // One that comes later holds nobody up.
+        concern(&["b", "c"]);
+        assert_eq!(names(&objects).unwrap(), ["grant/a/g", "grant/b/g"]);
+        see("c");
+        // Nobody is in a; what is said of it counts until it is not watched any more.
+        let all = Duration::from_secs(3600);
+        assert_eq!(objects.watches(all).len(), 5);
+        assert_eq!(names(&objects).unwrap().len(), 3);
+        let [scopes, cluster_grants] = [Watched::Scopes, Watched::ClusterGrants];
+        let of = |namespace: &str| Watched::Grants(namespace.to_owned());
+        let left = BTreeSet::from([scopes, cluster_grants, of("b"), of("c")]);
+        assert_eq!(objects.watches(Duration::ZERO), left);
+        assert_eq!(names(&objects).unwrap(), ["grant/b/g", "grant/c/g"]);
+        // The watch may have had something to say yet.
+        see("a");
+        assert_eq!(names(&objects).unwrap(), ["grant/b/g", "grant/c/g"]);
+    }
 }

@@ -170,7 +170,11 @@ fn status() -> Value {
                         "name": {"type": "string", "description": "The name of the node."},
                         "generation": {
                             "type": "integer", "format": "int64",
-                            "description": "The generation that is in force there.",
+                            "description": "The generation that counts there.",
+                        },
+                        "state": {
+                            "type": "string",
+                            "description": "Where a grant is in its life there.",
                         },
                         "error": {
                             "type": "string",
@@ -181,7 +185,8 @@ fn status() -> Value {
             },
             "conditions": {
                 "type": "array",
-                "description": "`Enforced`, and `Valid` with what is wrong.",
+                "description": "`Enforced`, `Valid` with what is wrong, and of a grant `Active` \
+                                with where it is in its life.",
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["type"],
                 "items": {
@@ -224,6 +229,7 @@ fn columns(kind: ObjectKind) -> Value {
             column("Scopes", ".spec.scopes"),
             column("Expires", ".spec.expiresAt"),
             column("TTL", ".spec.ttl"),
+            column("State", ".status.conditions[?(@.type==\"Active\")].reason"),
             valid,
             nodes,
             age,

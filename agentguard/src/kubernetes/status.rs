@@ -12,11 +12,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::manifests::{ObjectKind, Objects};
 use super::watch::Retry;
+use crate::api::types::GrantState;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
 
@@ -33,10 +35,23 @@ const MAX_ERROR_CHARACTERS: usize = 1024;
 /// What a node says of an object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Word {
-    /// The generation that is in force there.
+    /// The generation that counts there.
     pub generation: Option<i64>,
     /// Why it is not the newest one.
     pub error: Option<String>,
+    /// Where a grant is in its life.
+    pub state: Option<GrantState>,
+}
+
+impl Word {
+    /// Whether `newest` is what counts, and permits.
+    fn enforces(&self, newest: i64) -> bool {
+        let permits = match self.state {
+            None | Some(GrantState::Active) => true,
+            Some(GrantState::Pending | GrantState::Expired | GrantState::Revoked) => false,
+        };
+        permits && self.error.is_none() && self.generation == Some(newest)
+    }
 }
 
 /// The status of an object, as it is known.
@@ -58,8 +73,25 @@ struct Summary {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Condition {
     status: String,
+    reason: String,
     message: String,
     since: String,
+}
+
+/// Who is there to say something.
+#[derive(Clone, Copy, Debug)]
+pub struct Nodes<'a> {
+    /// The nodes of the cluster, where they are known.
+    pub cluster: Option<&'a BTreeSet<String>>,
+    pub watch: Watchers,
+}
+
+/// Which nodes see an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watchers {
+    All,
+    /// Those that it concerns, or did a moment ago.
+    Concerned,
 }
 
 /// An apply that is due.
@@ -77,16 +109,21 @@ impl ObjectStatus {
     pub fn read(generation: i64, status: &Value) -> Self {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let entries = status["nodes"].as_array().into_iter().flatten().map(|entry| {
-            let error = entry["error"].as_str().map(str::to_owned);
-            (text(&entry["name"]), Word { generation: entry["generation"].as_i64(), error })
+            let word = Word {
+                generation: entry["generation"].as_i64(),
+                error: entry["error"].as_str().map(str::to_owned),
+                state: GrantState::deserialize(&entry["state"]).ok(),
+            };
+            (text(&entry["name"]), word)
         });
         let conditions = status["conditions"].as_array().into_iter().flatten().map(|condition| {
-            let Condition { status, message, since } = Condition {
+            let read = Condition {
                 status: text(&condition["status"]),
+                reason: text(&condition["reason"]),
                 message: text(&condition["message"]),
                 since: text(&condition["lastTransitionTime"]),
             };
-            (text(&condition["type"]), Condition { status, message, since })
+            (text(&condition["type"]), read)
         });
         Self {
             generation,
@@ -99,20 +136,23 @@ impl ObjectStatus {
         }
     }
 
-    /// What is to be written so that the status says what `node` says and what all together say, by
-    /// the nodes that the cluster has, where they are known.
+    /// What is to be written so that the status says what `node` says and what all together say.
     #[must_use]
     pub fn due(
         &self,
         node: &str,
         word: Option<&Word>,
-        cluster: Option<&BTreeSet<String>>,
+        nodes: Nodes<'_>,
         now: Timestamp,
     ) -> Vec<(String, Value)> {
+        let Nodes { cluster, watch } = nodes;
         let mut due = Vec::new();
         if self.nodes.get(node) != word {
-            let entry = word.map(|Word { generation, error }| {
+            let entry = word.map(|Word { generation, error, state }| {
                 let mut entry = json!({"name": node});
+                if let Some(state) = state {
+                    entry["state"] = state.to_string().into();
+                }
                 if let Some(generation) = generation {
                     entry["generation"] = (*generation).into();
                 }
@@ -127,9 +167,12 @@ impl ObjectStatus {
         let is_there = |name: &String| cluster.is_none_or(|nodes| nodes.contains(name));
         let (there, gone): (Vec<_>, Vec<_>) =
             self.nodes.iter().partition(|(name, _)| name.as_str() == node || is_there(name));
-        // Where nobody says anything any more, somebody has to say that.
-        let first = there.first().map(|(name, _)| *name);
-        let first = first.or_else(|| cluster.and_then(BTreeSet::first));
+        // Where nobody says anything any more, somebody has to say that: of those who see it one, where
+        // it is known who they are, and else each, to the same effect.
+        let first = there.first().map(|(name, _)| *name).or_else(|| match watch {
+            Watchers::All => cluster.and_then(BTreeSet::first),
+            Watchers::Concerned => None,
+        });
         let is_responsible = first.is_none_or(|first| first == node);
         if is_responsible && (self.summary.enforced.is_some() || !self.nodes.is_empty()) {
             let none: [Value; 0] = [];
@@ -143,30 +186,43 @@ impl ObjectStatus {
     }
 
     fn summed(&self, nodes: &[(&String, &Word)], now: Timestamp) -> Summary {
-        let newest = |(_, word): &&(&String, &Word)| {
-            word.error.is_none() && word.generation == Some(self.generation)
-        };
-        let enforced = nodes.iter().filter(newest).count() as i64;
+        let enforced =
+            nodes.iter().filter(|(_, word)| word.enforces(self.generation)).count() as i64;
         let error = nodes
             .iter()
             .find_map(|(node, word)| word.error.as_ref().map(|error| format!("{node}: {error}")));
-        let is = |holds: bool| if holds { "True" } else { "False" }.to_owned();
-        let nodes = nodes.len();
-        let said = [
+        let words = |name: &str, holds: bool| match holds {
+            true => ("True", name.to_owned()),
+            false => ("False", format!("Not{name}")),
+        };
+        let mut said = vec![
             (
                 "Enforced",
-                is(enforced > 0),
-                format!("on {enforced} of {nodes} nodes that it concerns"),
+                words("Enforced", enforced > 0),
+                format!("on {enforced} of {} nodes that it concerns", nodes.len()),
             ),
-            ("Valid", is(error.is_none()), error.unwrap_or_else(|| FINE.to_owned())),
+            ("Valid", words("Valid", error.is_none()), error.unwrap_or_else(|| FINE.to_owned())),
         ];
-        let conditions = said.into_iter().map(|(name, status, message)| {
+        // Clocks differ by a little: what permits somewhere is not said to be over.
+        let order =
+            [GrantState::Active, GrantState::Pending, GrantState::Expired, GrantState::Revoked];
+        let is = |state: &GrantState| nodes.iter().any(|(_, word)| word.state == Some(*state));
+        said.extend(order.into_iter().find(is).map(|state| {
+            let (status, reason, message) = match state {
+                GrantState::Active => ("True", "Active", "its window is open"),
+                GrantState::Pending => ("False", "Pending", "its window has not begun"),
+                GrantState::Expired => ("False", "Expired", "its window is over"),
+                GrantState::Revoked => ("False", "Revoked", "it was taken back on a node"),
+            };
+            ("Active", (status, reason.to_owned()), message.to_owned())
+        }));
+        let conditions = said.into_iter().map(|(name, (status, reason), message)| {
             let before = self.summary.conditions.get(name);
             let since = match before.filter(|before| before.status == status) {
                 Some(before) => before.since.clone(),
                 None => seconds(now),
             };
-            (name.to_owned(), Condition { status, message, since })
+            (name.to_owned(), Condition { status: status.to_owned(), reason, message, since })
         });
         Summary {
             observed: Some(self.generation),
@@ -182,14 +238,10 @@ impl Summary {
             .conditions
             .iter()
             .map(|(name, condition)| {
-                let reason = match condition.status.as_str() {
-                    "True" => name.clone(),
-                    _ => format!("Not{name}"),
-                };
                 json!({
                     "type": name,
                     "status": condition.status,
-                    "reason": reason,
+                    "reason": condition.reason,
                     "message": condition.message,
                     "lastTransitionTime": condition.since,
                     "observedGeneration": self.observed,
@@ -285,7 +337,11 @@ mod tests {
     use super::*;
 
     fn word(generation: i64) -> Word {
-        Word { generation: Some(generation), error: None }
+        Word { generation: Some(generation), ..Word::default() }
+    }
+
+    fn of(cluster: Option<&BTreeSet<String>>) -> Nodes<'_> {
+        Nodes { cluster, watch: Watchers::All }
     }
 
     fn at(second: i64) -> Timestamp {
@@ -314,20 +370,23 @@ mod tests {
     fn each_node_writes_its_own_and_the_first_one_the_sum_until_nothing_is_due() {
         let words = BTreeMap::from([
             ("b", Some(word(2))),
-            ("a", Some(Word { generation: Some(1), error: Some("spec: is wrong".to_owned()) })),
+            (
+                "a",
+                Some(Word { error: Some("spec: is wrong".to_owned()), ..word(1) }),
+            ),
             ("c", None),
         ]);
         let mut status = json!({});
         for _round in 0..3 {
             for (node, word) in &words {
                 let known = ObjectStatus::read(2, &status);
-                let due = known.due(node, word.as_ref(), None, at(100));
+                let due = known.due(node, word.as_ref(), of(None), at(100));
                 status = written(&status, &due);
             }
         }
         for (node, word) in &words {
             let known = ObjectStatus::read(2, &status);
-            assert_eq!(known.due(node, word.as_ref(), None, at(200)), [], "{node}");
+            assert_eq!(known.due(node, word.as_ref(), of(None), at(200)), [], "{node}");
         }
         assert_eq!((&status["enforced"], &status["observedGeneration"]), (&json!(1), &json!(2)));
         let valid = &status["conditions"][1];
@@ -337,19 +396,49 @@ mod tests {
         assert_eq!(status["nodes"].as_array().unwrap().len(), 2);
         // The time of a condition is that of its last change.
         let known = ObjectStatus::read(2, &status);
-        let due = known.due("a", Some(&word(2)), None, at(300));
+        let due = known.due("a", Some(&word(2)), of(None), at(300));
         status = written(&status, &due);
-        let due = ObjectStatus::read(2, &status).due("a", Some(&word(2)), None, at(300));
+        let due = ObjectStatus::read(2, &status).due("a", Some(&word(2)), of(None), at(300));
         status = written(&status, &due);
         assert_eq!(status["conditions"][0]["lastTransitionTime"], "1970-01-01T00:01:40Z");
         assert_eq!(status["conditions"][1]["lastTransitionTime"], "1970-01-01T00:05:00Z");
         assert_eq!(status["enforced"], 2);
         // Once it concerns nobody, nobody is counted.
         for node in ["a", "b", "a"] {
-            let due = ObjectStatus::read(2, &status).due(node, None, None, at(400));
+            let due = ObjectStatus::read(2, &status).due(node, None, of(None), at(400));
             status = written(&status, &due);
         }
         assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
+    }
+
+    #[test]
+    fn a_grant_that_is_over_is_in_force_nowhere_and_said_to_be_over() {
+        use GrantState::{Active, Expired, Pending, Revoked};
+        let mut status = json!({});
+        let mut say = |a: GrantState, b: GrantState, second: i64| {
+            for (node, state) in [("a", a), ("b", b), ("a", a)] {
+                let word = Word { state: Some(state), ..word(1) };
+                let due =
+                    ObjectStatus::read(1, &status).due(node, Some(&word), of(None), at(second));
+                status = written(&status, &due);
+                let known = ObjectStatus::read(1, &status);
+                assert_eq!(known.nodes[node], word);
+            }
+            let active = status["conditions"].as_array().unwrap()[0].clone();
+            assert_eq!(active["type"], "Active");
+            let text = |name: &str| active[name].as_str().unwrap().to_owned();
+            (text("status"), text("reason"), text("lastTransitionTime"), status["enforced"].clone())
+        };
+        let told = |status: &str, reason: &str, time: &str, enforced: i64| {
+            (status.to_owned(), reason.to_owned(), time.to_owned(), json!(enforced))
+        };
+        let [first, second] = ["1970-01-01T00:00:01Z", "1970-01-01T00:00:03Z"];
+        assert_eq!(say(Pending, Pending, 1), told("False", "Pending", first, 0));
+        assert_eq!(say(Active, Active, 3), told("True", "Active", second, 2));
+        assert_eq!(say(Expired, Active, 4), told("True", "Active", second, 1));
+        let third = "1970-01-01T00:00:05Z";
+        assert_eq!(say(Expired, Expired, 5), told("False", "Expired", third, 0));
+        assert_eq!(say(Revoked, Expired, 6), told("False", "Expired", third, 0));
     }
 
     #[test]
@@ -357,14 +446,14 @@ mod tests {
         let now = at(100);
         let mut status = json!({});
         for node in ["a", "b", "c", "b", "c", "a"] {
-            let due = ObjectStatus::read(1, &status).due(node, Some(&word(1)), None, now);
+            let due = ObjectStatus::read(1, &status).due(node, Some(&word(1)), of(None), now);
             status = written(&status, &due);
         }
         assert_eq!(status["enforced"], 3);
         // Not by one that is not the first of those that are left, and not by one that does not know.
         let left = BTreeSet::from(["b".to_owned(), "c".to_owned()]);
         let due = |status: &Value, node: &str, cluster| {
-            ObjectStatus::read(1, status).due(node, Some(&word(1)), cluster, now)
+            ObjectStatus::read(1, status).due(node, Some(&word(1)), of(cluster), now)
         };
         assert_eq!(due(&status, "c", Some(&left)), []);
         assert_eq!(due(&status, "b", None), []);
@@ -376,14 +465,17 @@ mod tests {
         );
         assert_eq!(due(&status, "b", Some(&left)), []);
         // One that the cluster is not yet said to have does not take away what it says itself.
-        let due = ObjectStatus::read(1, &status).due("b", Some(&word(1)), Some(&[].into()), now);
+        let due = ObjectStatus::read(1, &status).due("b", Some(&word(1)), of(Some(&[].into())), now);
         let managers: Vec<_> = due.iter().map(|(manager, _)| manager.clone()).collect();
         assert_eq!(managers, [manager("c"), SUMMARY.to_owned()]);
         // When all have gone, another says so.
         let other = BTreeSet::from(["d".to_owned(), "e".to_owned()]);
         let due =
-            |node: &str| ObjectStatus::read(1, &status).due(node, None, Some(&other), at(200));
+            |node: &str| ObjectStatus::read(1, &status).due(node, None, of(Some(&other)), at(200));
         assert_eq!(due("e"), []);
+        // But by one that sees it: of a namespace that may be none of them.
+        let concerned = Nodes { cluster: Some(&other), watch: Watchers::Concerned };
+        assert_ne!(ObjectStatus::read(1, &status).due("e", None, concerned, at(200)), []);
         status = written(&status, &due("d"));
         assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
     }
@@ -391,7 +483,7 @@ mod tests {
     #[test]
     fn nothing_is_said_of_what_concerns_nobody() {
         let status = ObjectStatus::read(1, &Value::Null);
-        assert_eq!(status.due("a", None, None, at(1)), []);
+        assert_eq!(status.due("a", None, of(None), at(1)), []);
         let long = "x".repeat(300);
         assert!(manager(&long).len() <= 128 && manager(&long) != manager("y"));
     }

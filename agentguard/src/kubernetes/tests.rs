@@ -27,6 +27,8 @@ use crate::identity::pod::PodUid;
 use crate::scope::cluster::{ClusterView, ObjectName, PodNetwork};
 
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/agents/events";
+const GRANTS: &str = "/apis/agentguard.dev/v1alpha1/namespaces/agents/grants";
+const OTHER_GRANTS: &str = "/apis/agentguard.dev/v1alpha1/namespaces/tools/grants";
 /// In force after a change, at the latest.
 const IN_FORCE: Duration = Duration::from_secs(1);
 /// Longer than any pause before the API server is asked again.
@@ -63,7 +65,8 @@ impl Server {
             "/api/v1/namespaces",
             "/api/v1/nodes",
             "/apis/agentguard.dev/v1alpha1/scopes",
-            "/apis/agentguard.dev/v1alpha1/grants",
+            GRANTS,
+            OTHER_GRANTS,
             "/apis/agentguard.dev/v1alpha1/clustergrants",
             EVENTS,
         ];
@@ -395,7 +398,17 @@ async fn objects_and_pods_follow_the_cluster() {
             "status": {"enforced": 3}})
     };
     server.put(scopes, scope("one"));
+    let grant = |namespace: &str| {
+        json!({"apiVersion": "agentguard.dev/v1alpha1", "kind": "Grant",
+            "metadata": {"name": "git", "namespace": namespace,
+                "creationTimestamp": "2026-11-22T09:00:00Z"}, "spec": {}})
+    };
+    server.put(GRANTS, grant("agents"));
+    server.put(OTHER_GRANTS, grant("tools"));
     let objects = Arc::new(Objects::default());
+    let concern = |namespaces: &[&str]| {
+        objects.concern(&namespaces.iter().map(|name| (*name).to_owned()).collect());
+    };
     let feed = Arc::new(PodFeed::default());
     let watching = tokio::spawn(manifests::run(server.client(), Arc::clone(&objects)));
     let of_node = tokio::spawn(pods::run(server.client(), "one".to_owned(), Arc::clone(&feed)));
@@ -414,7 +427,13 @@ async fn objects_and_pods_follow_the_cluster() {
             }
         }
     };
+    // Before it is known where the pods are, it is not known what is whole.
+    let nothing = tokio::time::timeout(Duration::from_millis(300), told("one")).await;
+    assert!(nothing.is_err(), "{nothing:?}");
+    concern(&["agents"]);
     let known = within(AT_LAST, "the first objects", told("one")).await;
+    let names: Vec<&str> = known.keys().map(String::as_str).collect();
+    assert_eq!(names, ["grant/agents/git", "scope/git"], "no other namespace concerns this node");
     let object = &known["scope/git"];
     let text = String::from_utf8_lossy(&object.text);
     for unknown_to_files in ["status", "managedFields", "labels", "creationTimestamp"] {
@@ -423,6 +442,13 @@ async fn objects_and_pods_follow_the_cluster() {
     assert_eq!(object.created.to_string(), "2026-11-22T09:00:00Z");
     server.put(scopes, scope("two"));
     within(IN_FORCE, "a changed scope", told("two")).await;
+    concern(&["agents", "tools"]);
+    let has_come = async {
+        while !objects.known().is_some_and(|known| known.contains_key("grant/tools/git")) {
+            objects.changed().await;
+        }
+    };
+    within(IN_FORCE, "the grants of a namespace that a pod comes to", has_come).await;
 
     let pods = within(AT_LAST, "the pods of this node", async {
         loop {
@@ -441,7 +467,7 @@ async fn objects_and_pods_follow_the_cluster() {
 
     server.go_away().await;
     let outage = async {
-        while objects.problems().len() < 3 || feed.problems().len() < 2 {
+        while objects.problems().len() < 4 || feed.problems().len() < 2 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
@@ -450,7 +476,7 @@ async fn objects_and_pods_follow_the_cluster() {
     server.delete(scopes, "/git");
     server.come_back().await;
     let gone = async {
-        while objects.known().is_some_and(|known| !known.is_empty()) {
+        while objects.known().is_some_and(|known| known.contains_key("scope/git")) {
             objects.changed().await;
         }
     };

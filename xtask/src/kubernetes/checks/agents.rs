@@ -18,6 +18,8 @@ use crate::{
 
 const MANIFESTS: &str = include_str!("../manifests/agents.yaml");
 const POD: &str = include_str!("../manifests/traffic.yaml");
+const IDLE: &str = include_str!("../manifests/idle.yaml");
+const BRIEF: &str = include_str!("../manifests/brief.yaml");
 
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
@@ -99,12 +101,17 @@ impl Agents {
             ("audited", "default", audited, targets.all()),
             ("bystander", "researcher", "", targets.all()),
         ];
+        // A node without a pod in a namespace reads none of its grants.
+        wait_for_account(cluster, "strangers")?;
+        let stranger = [("$NAMESPACE", "strangers"), ("$NAME", "stranger"), ("$LABELS", "")];
+        apply(cluster, IDLE, &stranger)?;
         for (name, account, labels, asks) in &pods {
             let variables = [
                 ("$NAME", *name),
                 ("$ACCOUNT", *account),
                 ("$LABELS", *labels),
                 ("$TARGETS", asks),
+                ("$REST", cluster.pace().every("0.05", "0.5")),
             ];
             apply(cluster, POD, &variables)?;
         }
@@ -237,6 +244,7 @@ pub(super) fn shown(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
             .wait_for(&format!("{object} says so in its status"), &question, wanted)
             .with_context(|| path.to_owned())?;
     }
+    is_over_in_time(cluster)?;
     for kinds in ["scopes", "grants", "clustergrants"] {
         let table = kubectl(cluster, &["get", kinds, "--all-namespaces"])?;
         for line in table.lines() {
@@ -256,6 +264,20 @@ pub(super) fn shown(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
     let event = of_researcher.with_context(|| format!("no denial among the events {events:?}"))?;
     println!("seen      a denial is an event of its pod: {event}");
     Ok(())
+}
+
+/// A grant whose window is over is shown as such, and in force nowhere.
+fn is_over_in_time(cluster: &mut Cluster<'_>) -> Result<()> {
+    let state = "jsonpath={.status.conditions[?(@.type==\"Active\")].reason}";
+    let question = ["--namespace", "agents", "get", "grant/brief", "--output"];
+    let lasts = cluster.pace().patience(Duration::from_secs(10));
+    apply(cluster, BRIEF, &[("$TTL", &format!("{}s", lasts.as_secs()))])?;
+    for wanted in ["Active", "Expired"] {
+        let question = [&question[..], &[state]].concat();
+        cluster.wait_for(&format!("a grant for {lasts:?} is {wanted}"), &question, wanted)?;
+    }
+    let nodes = [&question[..], &["jsonpath={.status.enforced}"]].concat();
+    cluster.wait_for("it is in force nowhere", &nodes, "0").map(drop)
 }
 
 /// What an ordinary pod asked for from beginning to end, it got.
