@@ -1,6 +1,9 @@
 //! `agentguard uninstall`.
 
+use std::io;
+
 use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
 
 use super::exit::Exit;
 use super::output::{Format, Tone, clean};
@@ -10,9 +13,19 @@ use super::{Context, Result};
 ///
 /// Nothing else does: a daemon that stops leaves what it enforces in place.
 #[derive(Debug, Args)]
-pub(super) struct Arguments {}
+pub(super) struct Arguments {
+    /// Then stay until a signal asks for the end: what runs containers starts one again that ends
+    #[arg(long)]
+    and_stay: bool,
+}
 
-pub(super) fn run(_: &Arguments, context: Context<'_, '_>) -> Result {
+pub(super) fn run(arguments: &Arguments, context: Context<'_, '_>) -> Result {
+    let mut ends = SigSet::empty();
+    if arguments.and_stay {
+        // The first process of a container is ended by no signal that it has not asked for.
+        ends.extend([Signal::SIGTERM, Signal::SIGINT]);
+        ends.thread_block().map_err(io::Error::from)?;
+    }
     let report = context.backend.uninstall(context.config.as_deref())?;
     match context.format {
         Format::Json => context.console.json(&report)?,
@@ -28,5 +41,12 @@ pub(super) fn run(_: &Arguments, context: Context<'_, '_>) -> Result {
             }
         }
     }
-    Ok(if report.left.is_empty() { Exit::Done } else { Exit::Failed })
+    if !report.left.is_empty() {
+        return Ok(Exit::Failed);
+    }
+    if arguments.and_stay {
+        context.console.out.flush()?;
+        let _signal = ends.wait().map_err(io::Error::from)?;
+    }
+    Ok(Exit::Done)
 }

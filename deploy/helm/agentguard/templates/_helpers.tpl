@@ -54,3 +54,37 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
       "metrics" $metrics -}}
 {{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $own) -}}
 {{- end -}}
+
+{{/* What the daemon may do, and what removes it from a node. */}}
+{{- define "agentguard.security" -}}
+runAsUser: 0
+runAsGroup: 0
+readOnlyRootFilesystem: true
+# Not to be refused where SYS_ADMIN is given. Nothing in the image is setuid.
+allowPrivilegeEscalation: true
+capabilities:
+  drop: [ALL]
+  add: {{- toYaml .Values.capabilities | nindent 4 }}
+seccompProfile: {{- toYaml .Values.seccompProfile | nindent 2 }}
+{{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}
+# The usual profile forbids looking into other containers' files and file systems.
+appArmorProfile: {type: Unconfined}
+{{- end }}
+{{- with .Values.seLinuxOptions }}
+seLinuxOptions: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What both see of the node. */}}
+{{- define "agentguard.mounts" -}}
+- {name: config, mountPath: /etc/agentguard/config, readOnly: true}
+{{- if .Values.manifests }}
+- {name: manifests, mountPath: /etc/agentguard/manifests, readOnly: true}
+{{- end }}
+- {name: bpf, mountPath: /sys/fs/bpf, mountPropagation: HostToContainer}
+- {name: cgroup, mountPath: /sys/fs/cgroup, mountPropagation: HostToContainer}
+- {name: container-runtime, mountPath: {{ dir .Values.runtimeSocket }}}
+- {name: state, mountPath: /var/lib/agentguard}
+- {name: runtime, mountPath: /run/agentguard}
+- {name: log, mountPath: /var/log/agentguard}
+{{- end }}

@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -29,6 +28,7 @@ const INSTALL: &str = "helm install";
 const LOOK: &str =
     "kubectl --namespace agentguard exec daemonset/agentguard -- /usr/bin/agentguard events";
 const ENFORCE: &str = "kubectl label namespace agents agentguard.dev/mode=enforce";
+const REMOVE: &str = "helm upgrade";
 const STATUS: &str = "kubectl --namespace agentguard rollout status";
 
 /// Installs, labels and grants, looks at what was recorded, enforces, and takes it all away.
@@ -39,7 +39,8 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
         wait_for_account(cluster, namespace)?;
     }
     for (name, namespace) in [("git", "tools"), ("database", "data")] {
-        apply(cluster, IDLE, &[("$NAMESPACE", namespace), ("$NAME", name)])?;
+        let variables = [("$NAMESPACE", namespace), ("$NAME", name), ("$LABELS", "")];
+        apply(cluster, IDLE, &variables)?;
     }
     let runs = "jsonpath={.status.phase}";
     for (name, namespace) in [("git", "tools"), ("database", "data")] {
@@ -53,8 +54,13 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
     let (git, database, ungranted) =
         (format!("{git}/80"), format!("{database}/5432"), format!("{database}/5433"));
     let asks = [git.as_str(), &database, &ungranted].join(" ");
-    let pod =
-        [("$NAME", "newcomer"), ("$ACCOUNT", "researcher"), ("$LABELS", ""), ("$TARGETS", &asks)];
+    let pod = [
+        ("$NAME", "newcomer"),
+        ("$ACCOUNT", "researcher"),
+        ("$LABELS", ""),
+        ("$TARGETS", &asks),
+        ("$REST", cluster.pace().every("0.05", "0.5")),
+    ];
     apply(cluster, POD, &pod)?;
     let question = ["--namespace", "agents", "get", "pod", "newcomer", "--output", runs];
     cluster.wait_for("the pod newcomer runs", &question, "Running")?;
@@ -94,18 +100,20 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
     let held = agent.first(&ungranted, Outcome::Refused, begin)?;
     interrupt::sleep(Duration::from_secs(2))?;
     let mut held_to: BTreeMap<String, Outcome> = expected(&all);
-    held_to.insert(ungranted, Outcome::Refused);
+    held_to.insert(ungranted.clone(), Outcome::Refused);
     let count = agent.judge(held, &held_to)?;
     println!("seen      once it is enforced, what is not granted is refused: {count} requests");
 
-    // For those who come after; definitions are not helm's to take away.
-    let mut helm = Command::new(chart::helm()?);
-    helm.args(["uninstall", "agentguard", "--namespace", "agentguard"])
-        .env("KUBECONFIG", cluster.administrator())
-        .env("HOME", cluster.node().scratch());
-    output(&mut cluster.node().inside(&helm))?;
-    let definitions = root().join("deploy/helm/agentguard/crds").display().to_string();
-    kubectl(cluster, &["delete", "--filename", &definitions])?;
+    let begin = Timestamp::now();
+    blocks.run(cluster, REMOVE)?;
+    let removed = Timestamp::now();
+    let first = agent.first(&ungranted, Outcome::Passed, begin)?;
+    ensure!(first <= removed, "an agent was let go only at {first}, after it was said to be");
+    interrupt::sleep(Duration::from_secs(2))?;
+    let count = agent.judge(removed, &expected(&all))?;
+    output(&mut cluster.shell("test ! -e /sys/fs/bpf/agentguard"))
+        .context("something of agentguard is left in /sys/fs/bpf of the node")?;
+    println!("seen      taken off by the README's own commands, none of {count} requests is refused");
     kubectl(cluster, &["delete", "namespace", "agentguard", "agents", "tools", "data"]).map(drop)
 }
 
