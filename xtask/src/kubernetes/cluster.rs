@@ -49,11 +49,46 @@ pub(super) enum Pace {
 }
 
 impl Pace {
+    pub(super) const fn is_own(self) -> bool {
+        match self {
+            Self::Own => true,
+            Self::Emulated => false,
+        }
+    }
+
     /// What a limit is in practice that is promised of real machines.
     pub(super) fn allows(self, limit: Duration) -> Duration {
         match self {
             Self::Own => limit,
             Self::Emulated => limit * 20,
+        }
+    }
+
+    /// How often something is done, in seconds, that the machine has to have time for.
+    pub(super) const fn every(self, own: &'static str, emulated: &'static str) -> &'static str {
+        match self {
+            Self::Own => own,
+            Self::Emulated => emulated,
+        }
+    }
+
+    /// How many of something there have to be, of so many where the machine is fast.
+    pub(super) const fn at_least(self, count: usize) -> usize {
+        match self {
+            Self::Own => count,
+            Self::Emulated => count / 10,
+        }
+    }
+
+    /// A part of Kubernetes as it is started here. Where processors are slow and memory is not, its garbage
+    /// is collected less often.
+    fn started(self, mut command: Command) -> Command {
+        match self {
+            Self::Own => command,
+            Self::Emulated => {
+                command.env("GOGC", "400");
+                command
+            }
         }
     }
 
@@ -147,6 +182,11 @@ impl<'a> Cluster<'a> {
         self.node.start(name, command)
     }
 
+    /// Ends a program that [`Self::start_program`] started.
+    pub(super) fn stop_program(&mut self, name: &str) -> Result<()> {
+        self.node.stop(name)
+    }
+
     /// Takes the API server away.
     pub(super) fn stop_api_server(&mut self) -> Result<()> {
         self.node.stop("kube-apiserver")
@@ -226,7 +266,7 @@ impl<'a> Cluster<'a> {
         etcd.args(["--data-dir", "/var/lib/etcd/data"])
             .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
-        self.node.start("etcd", &etcd)?;
+        self.node.start("etcd", &self.pace.started(etcd))?;
         self.start_api_server()
     }
 
@@ -254,7 +294,7 @@ impl<'a> Cluster<'a> {
             "--allow-privileged=true".to_owned(),
             "--feature-gates=EphemeralContainers=true".to_owned(),
         ]);
-        api
+        self.pace.started(api)
     }
 
     /// What acts on what the API server holds.
@@ -269,6 +309,8 @@ impl<'a> Cluster<'a> {
             "--bind-address=127.0.0.1".to_owned(),
             "--port=0".to_owned(),
             "--leader-elect=false".to_owned(),
+            // A node that is slow to say how it is is none that is gone.
+            format!("--node-monitor-grace-period={}s", self.pace.every("40", "600")),
         ]);
         let mut scheduler = Command::new(self.control_plane.program("kube-scheduler"));
         scheduler.args([
@@ -299,9 +341,14 @@ impl<'a> Cluster<'a> {
         )?;
         let mut proxy = Command::new(self.control_plane.program("kube-proxy"));
         proxy.arg("--config").arg(config);
-        self.node.start("kube-controller-manager", &started_again(&manager))?;
-        self.node.start("kube-scheduler", &started_again(&scheduler))?;
-        self.node.start("kube-proxy", &started_again(&proxy))
+        for (name, command) in [
+            ("kube-controller-manager", manager),
+            ("kube-scheduler", scheduler),
+            ("kube-proxy", proxy),
+        ] {
+            self.node.start(name, &started_again(&self.pace.started(command)))?;
+        }
+        Ok(())
     }
 
     fn kubelet(&mut self) -> Result<()> {
@@ -326,7 +373,7 @@ impl<'a> Cluster<'a> {
                  oomScoreAdj: 0\n\
                  maxPods: 250\n\
                  containerLogMaxSize: 1Gi\n\
-                 nodeStatusUpdateFrequency: 1s\n\
+                 nodeStatusUpdateFrequency: {every}s\n\
                  resolvConf: \"\"\n\
                  staticPodPath: /etc/kubernetes/manifests\n\
                  imageGCHighThresholdPercent: 100\n\
@@ -337,6 +384,7 @@ impl<'a> Cluster<'a> {
                 certificate = key("kubelet-server.crt"),
                 private = key("kubelet-server.key"),
                 cgroup = Node::cgroup(),
+                every = self.pace.every("1", "10"),
             ),
         )?;
         let mut directory = Command::new("mkdir");
@@ -353,7 +401,7 @@ impl<'a> Cluster<'a> {
             format!("--pod-infra-container-image={}", images::PAUSE),
             "--v=2".to_owned(),
         ]);
-        self.node.start("kubelet", &kubelet)?;
+        self.node.start("kubelet", &self.pace.started(kubelet))?;
         let question = ["get", "node", NODE, "--output", READY_CONDITION];
         let mut ready = self.kubectl(&question);
         let took = self.node.wait("the node is ready", self.pace.patience(READY), |_| {
@@ -400,6 +448,11 @@ fn started_again(command: &Command) -> Command {
     sh.args(["-c", "until \"$@\"; do sleep 1; done", "sh"])
         .arg(command.get_program())
         .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            sh.env(name, value);
+        }
+    }
     sh
 }
 

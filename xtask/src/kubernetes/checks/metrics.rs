@@ -40,12 +40,13 @@ pub(super) fn tell(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
     fs::write(
         &config,
         format!(
-            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n\
+            "global: {{scrape_interval: {every}s, evaluation_interval: {every}s}}\n\
              rule_files: [\"{}\"]\n\
              scrape_configs:\n\
              - job_name: agentguard\n  \
                static_configs: [{{targets: [\"{address}:9469\"]}}]\n",
-            rules.display()
+            rules.display(),
+            every = cluster.pace().every("1", "5"),
         ),
     )?;
     let mut prometheus = Command::new(cluster.program("prometheus"));
@@ -72,7 +73,7 @@ pub(super) fn tell(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
         seconds(begin.elapsed()),
         alert["annotations"]["summary"].as_str().unwrap_or_default()
     );
-    let up = ask(cluster, "query?query=up")?;
+    let up = query(cluster, "query", &[("query", "up")])?;
     let value = &up["data"]["result"][0]["value"][1];
     ensure!(value == "1", "Prometheus cannot ask the daemon: {up}");
     Ok(())
@@ -87,9 +88,22 @@ fn fired(cluster: &Cluster<'_>) -> Result<Option<Value>> {
     }))
 }
 
+/// What Prometheus answers.
 fn ask(cluster: &Cluster<'_>, what: &str) -> Result<Value> {
+    query(cluster, what, &[])
+}
+
+/// The same, of what takes arguments.
+pub(super) fn query(
+    cluster: &Cluster<'_>,
+    what: &str,
+    arguments: &[(&str, &str)],
+) -> Result<Value> {
     let mut curl = Command::new("curl");
-    curl.args(["--silent", "--fail", "--max-time", "5"]);
+    curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--get"]);
+    for (name, value) in arguments {
+        curl.arg("--data-urlencode").arg(format!("{name}={value}"));
+    }
     curl.arg(format!("http://{LISTENS}/api/v1/{what}"));
     let said = output(&mut cluster.node().inside(&curl))?;
     serde_json::from_str(&said).context("Prometheus does not answer in JSON")

@@ -5,6 +5,7 @@
 
 mod agents;
 mod changes;
+mod dashboard;
 mod deploy;
 mod metrics;
 mod newcomer;
@@ -32,6 +33,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("agents are held to their grants", agents::held),
     ("changes", changes::take_effect),
     ("metrics", metrics::tell),
+    ("dashboard", dashboard::shows_what_happened),
     ("updates of the daemon", updates::leave_no_window),
     ("without an API server", outage::is_survived),
     ("what kubectl shows", agents::shown),
