@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 
-use super::{apply, deploy::in_daemon, expected, kubectl, traffic, wait_for_account};
+use super::{TOOLS, apply, deploy::in_daemon, expected, kubectl, traffic, wait_for_account};
 use crate::{
     interrupt,
     kubernetes::{
@@ -222,6 +222,33 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
             error.to_string().lines().last().unwrap_or_default()
         ),
     }
+    Ok(())
+}
+
+/// A container that is added to a running agent is the agent's: what it starts with runs, and it may do
+/// what the agent may.
+pub(super) fn looked_into(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let Targets { service, ungranted, .. } = &agents.targets;
+    let script = format!(
+        "{{ :; }} 3<>/dev/tcp/{service} && echo reached\n\
+         {{ :; }} 3<>/dev/tcp/{ungranted} || echo refused\n\
+         /bin/cat /etc/passwd || echo not run\n"
+    );
+    let agents = ["--namespace", "agents"];
+    let debug = ["debug", "researcher", "--container=looker", "--image", TOOLS, "--"];
+    let shell = ["/usr/bin/bash", "-c", &script];
+    kubectl(cluster, &[&agents[..], &debug, &shell].concat())?;
+    let code = "jsonpath={.status.ephemeralContainerStatuses[0].state.terminated.exitCode}";
+    let question = [&agents[..], &["get", "pod", "researcher", "--output", code]].concat();
+    cluster.wait_for("an ephemeral container of an agent has ended", &question, "0")?;
+    let logs = ["logs", "researcher", "--container=looker"];
+    let said = kubectl(cluster, &[&agents[..], &logs].concat())?;
+    let has = |word: &str| said.lines().any(|line| line == word);
+    ensure!(
+        has("reached") && has("refused") && has("not run") && !said.contains("root:"),
+        "an ephemeral container of an agent says {said:?}"
+    );
+    println!("seen      an ephemeral container of an agent may do what the agent may, and no more");
     Ok(())
 }
 

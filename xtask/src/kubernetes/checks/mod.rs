@@ -31,6 +31,7 @@ type Check = fn(&mut Cluster<'_>, &Agents) -> Result<()>;
 /// In this order, each under its name.
 const CHECKS: &[(&str, Check)] = &[
     ("agents are held to their grants", agents::held),
+    ("an ephemeral container", agents::looked_into),
     ("changes", changes::take_effect),
     ("metrics", metrics::tell),
     ("dashboard", dashboard::shows_what_happened),

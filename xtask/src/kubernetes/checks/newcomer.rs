@@ -113,7 +113,9 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
     let count = agent.judge(removed, &expected(&all))?;
     output(&mut cluster.shell("test ! -e /sys/fs/bpf/agentguard"))
         .context("something of agentguard is left in /sys/fs/bpf of the node")?;
-    println!("seen      taken off by the README's own commands, none of {count} requests is refused");
+    println!(
+        "seen      taken off by the README's own commands, none of {count} requests is refused"
+    );
     kubectl(cluster, &["delete", "namespace", "agentguard", "agents", "tools", "data"]).map(drop)
 }
 
