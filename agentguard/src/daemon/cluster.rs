@@ -21,10 +21,9 @@ use super::custom_resources::CustomResources;
 use super::engine::Engine;
 use super::service::Shared;
 use super::state::replace;
-use crate::api::types::GrantState;
 use crate::config::Configuration;
 use crate::config::value::KubernetesAccess;
-use crate::grant::store::Source;
+use crate::grant::store::{Phase, Source};
 use crate::identity::SpiffeId;
 use crate::identity::pod::{Pod, PodUid};
 use crate::kubernetes::events::{self, PodDenial};
@@ -280,9 +279,9 @@ fn words(engine: &Engine) -> BTreeMap<String, Here> {
             (Some(namespace), name) => (ObjectKind::Grant, ObjectName::new(namespace, name)),
             (None, name) => (ObjectKind::ClusterGrant, ObjectName::new("", name)),
         };
-        let state = GrantState::from(engine.store.state_of(stored, now));
-        words.insert(kind.path(&name), Here::Grant(state));
-        if state == GrantState::Active {
+        let phase = Phase::from(&engine.store.state_of(stored, now));
+        words.insert(kind.path(&name), Here::Grant(phase));
+        if phase == Phase::Active {
             let scopes =
                 grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
             words.extend(scopes.map(|scope| {
@@ -306,8 +305,9 @@ pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
         Cluster::Outside | Cluster::Unknown => None,
     };
     let (views, mut newest_view) = latest::channel(view);
-    let (pods, newest_pods) = latest::channel(None);
+    let (pods, mut newest_pods) = latest::channel(watches.known_pods.take().map(Arc::new));
     newest_view.mark_changed();
+    newest_pods.mark_changed();
     let directory = shared.configuration.state_directory.to_path_buf();
     let mut writers = JoinSet::new();
     writers.spawn(write_down(newest_view, directory.clone(), "the cluster", SAVE, save));

@@ -40,7 +40,7 @@ use crate::config::{Configuration, HostError};
 use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
 use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
-use crate::grant::store::{GrantStore, Revocation, Source, State, StoredGrant};
+use crate::grant::store::{GrantStore, Phase, Revocation, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
 use crate::identity::container::PodName;
 use crate::identity::{SpiffeId, Subject};
@@ -1508,7 +1508,7 @@ impl Engine {
         let mut records = Vec::new();
         for stored in self.store.grants() {
             let state = self.store.state_of(stored, now);
-            let phase = Phase::of(&state);
+            let phase = Phase::from(&state);
             let id = &stored.document.id;
             let before = self.recorded.get(id).copied();
             if before.is_none() {
@@ -1648,26 +1648,6 @@ impl Engine {
 /// The grants and scopes that an allow-list rests on.
 fn permissions(allowlist: &CompiledAllowlist) -> BTreeSet<(GrantNumber, ScopeId)> {
     allowlist.permissions().map(|permission| (permission.grant, permission.scope)).collect()
-}
-
-/// Where a grant is in its life, as last recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Pending,
-    Active,
-    Expired,
-    Revoked,
-}
-
-impl Phase {
-    const fn of(state: &State<'_>) -> Self {
-        match state {
-            State::Pending => Self::Pending,
-            State::Active => Self::Active,
-            State::Expired => Self::Expired,
-            State::Revoked(_) => Self::Revoked,
-        }
-    }
 }
 
 /// How records name the permission to run what `exec` was asked to run, or a container starts with.

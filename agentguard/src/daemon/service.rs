@@ -676,21 +676,15 @@ fn grant_view(engine: &Engine, stored: &StoredGrant, now: Timestamp) -> GrantVie
         scopes: document.scopes.iter().map(ToString::to_string).collect(),
         not_before: document.not_before,
         expires_at: expiry_view(document.expiry),
-        state: engine.store.state_of(stored, now).into(),
+        state: match engine.store.state_of(stored, now) {
+            State::Pending => GrantState::Pending,
+            State::Active => GrantState::Active,
+            State::Expired => GrantState::Expired,
+            State::Revoked(_) => GrantState::Revoked,
+        },
         source: stored.source.as_str().to_owned(),
         granted_by: document.granted_by.clone(),
         reason: document.reason.clone(),
-    }
-}
-
-impl From<State<'_>> for GrantState {
-    fn from(state: State<'_>) -> Self {
-        match state {
-            State::Pending => Self::Pending,
-            State::Active => Self::Active,
-            State::Expired => Self::Expired,
-            State::Revoked(_) => Self::Revoked,
-        }
     }
 }
 

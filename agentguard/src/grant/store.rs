@@ -69,6 +69,41 @@ pub enum State<'a> {
     Revoked(&'a Revocation),
 }
 
+/// A [`State`] by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    Pending,
+    Active,
+    Expired,
+    Revoked,
+}
+
+impl Phase {
+    pub const ALL: [Self; 4] = [Self::Pending, Self::Active, Self::Expired, Self::Revoked];
+
+    /// As statuses spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Active => "active",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
+impl From<&State<'_>> for Phase {
+    fn from(state: &State<'_>) -> Self {
+        match state {
+            State::Pending => Self::Pending,
+            State::Active => Self::Active,
+            State::Expired => Self::Expired,
+            State::Revoked(_) => Self::Revoked,
+        }
+    }
+}
+
 /// Who took a grant back, when and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Revocation {

@@ -20,7 +20,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::resources::group_and_version;
 use super::status::{Due, Nodes, ObjectStatus, Watchers, Word, shortened};
 use super::watch::{Lost, Seen, everything, follow};
-use crate::api::types::GrantState;
+use crate::grant::store::Phase;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
 
@@ -65,7 +65,7 @@ pub enum Here {
     /// Its newest generation counts.
     InForce,
     /// That of a grant does, which is so far in its life.
-    Grant(GrantState),
+    Grant(Phase),
     /// The error that keeps it from counting.
     Wrong(String),
 }
@@ -296,9 +296,7 @@ impl Objects {
         for ((kind, name), status) in &*statuses {
             let path = kind.path(name);
             let word = here.get(&path).map(|here| match here {
-                Here::InForce => {
-                    Word { generation: Some(status.generation), ..Word::default() }
-                }
+                Here::InForce => Word { generation: Some(status.generation), ..Word::default() },
                 Here::Grant(state) => Word {
                     generation: Some(status.generation),
                     state: Some(*state),
@@ -451,10 +449,9 @@ pub async fn run(client: Client, objects: Arc<Objects>) {
             is_wanted
         });
         for watched in wanted {
-            if !running.contains_key(&watched) {
-                let watch = watch(client.clone(), watched.clone(), Arc::clone(&objects));
-                running.insert(watched, watches.spawn(watch));
-            }
+            running.entry(watched.clone()).or_insert_with(|| {
+                watches.spawn(watch(client.clone(), watched, Arc::clone(&objects)))
+            });
         }
         tokio::select! {
             () = objects.moved.notified() => {}

@@ -12,13 +12,12 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
-use serde::Deserialize as _;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::manifests::{ObjectKind, Objects};
 use super::watch::Retry;
-use crate::api::types::GrantState;
+use crate::grant::store::Phase;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
 
@@ -40,15 +39,15 @@ pub struct Word {
     /// Why it is not the newest one.
     pub error: Option<String>,
     /// Where a grant is in its life.
-    pub state: Option<GrantState>,
+    pub state: Option<Phase>,
 }
 
 impl Word {
     /// Whether `newest` is what counts, and permits.
     fn enforces(&self, newest: i64) -> bool {
         let permits = match self.state {
-            None | Some(GrantState::Active) => true,
-            Some(GrantState::Pending | GrantState::Expired | GrantState::Revoked) => false,
+            None | Some(Phase::Active) => true,
+            Some(Phase::Pending | Phase::Expired | Phase::Revoked) => false,
         };
         permits && self.error.is_none() && self.generation == Some(newest)
     }
@@ -112,7 +111,7 @@ impl ObjectStatus {
             let word = Word {
                 generation: entry["generation"].as_i64(),
                 error: entry["error"].as_str().map(str::to_owned),
-                state: GrantState::deserialize(&entry["state"]).ok(),
+                state: Phase::ALL.into_iter().find(|phase| entry["state"] == phase.as_str()),
             };
             (text(&entry["name"]), word)
         });
@@ -151,7 +150,7 @@ impl ObjectStatus {
             let entry = word.map(|Word { generation, error, state }| {
                 let mut entry = json!({"name": node});
                 if let Some(state) = state {
-                    entry["state"] = state.to_string().into();
+                    entry["state"] = state.as_str().into();
                 }
                 if let Some(generation) = generation {
                     entry["generation"] = (*generation).into();
@@ -204,15 +203,14 @@ impl ObjectStatus {
             ("Valid", words("Valid", error.is_none()), error.unwrap_or_else(|| FINE.to_owned())),
         ];
         // Clocks differ by a little: what permits somewhere is not said to be over.
-        let order =
-            [GrantState::Active, GrantState::Pending, GrantState::Expired, GrantState::Revoked];
-        let is = |state: &GrantState| nodes.iter().any(|(_, word)| word.state == Some(*state));
+        let order = [Phase::Active, Phase::Pending, Phase::Expired, Phase::Revoked];
+        let is = |state: &Phase| nodes.iter().any(|(_, word)| word.state == Some(*state));
         said.extend(order.into_iter().find(is).map(|state| {
             let (status, reason, message) = match state {
-                GrantState::Active => ("True", "Active", "its window is open"),
-                GrantState::Pending => ("False", "Pending", "its window has not begun"),
-                GrantState::Expired => ("False", "Expired", "its window is over"),
-                GrantState::Revoked => ("False", "Revoked", "it was taken back on a node"),
+                Phase::Active => ("True", "Active", "its window is open"),
+                Phase::Pending => ("False", "Pending", "its window has not begun"),
+                Phase::Expired => ("False", "Expired", "its window is over"),
+                Phase::Revoked => ("False", "Revoked", "it was taken back on a node"),
             };
             ("Active", (status, reason.to_owned()), message.to_owned())
         }));
@@ -370,10 +368,7 @@ mod tests {
     fn each_node_writes_its_own_and_the_first_one_the_sum_until_nothing_is_due() {
         let words = BTreeMap::from([
             ("b", Some(word(2))),
-            (
-                "a",
-                Some(Word { error: Some("spec: is wrong".to_owned()), ..word(1) }),
-            ),
+            ("a", Some(Word { error: Some("spec: is wrong".to_owned()), ..word(1) })),
             ("c", None),
         ]);
         let mut status = json!({});
@@ -413,9 +408,9 @@ mod tests {
 
     #[test]
     fn a_grant_that_is_over_is_in_force_nowhere_and_said_to_be_over() {
-        use GrantState::{Active, Expired, Pending, Revoked};
+        use Phase::{Active, Expired, Pending, Revoked};
         let mut status = json!({});
-        let mut say = |a: GrantState, b: GrantState, second: i64| {
+        let mut say = |a: Phase, b: Phase, second: i64| {
             for (node, state) in [("a", a), ("b", b), ("a", a)] {
                 let word = Word { state: Some(state), ..word(1) };
                 let due =
@@ -465,7 +460,8 @@ mod tests {
         );
         assert_eq!(due(&status, "b", Some(&left)), []);
         // One that the cluster is not yet said to have does not take away what it says itself.
-        let due = ObjectStatus::read(1, &status).due("b", Some(&word(1)), of(Some(&[].into())), now);
+        let due =
+            ObjectStatus::read(1, &status).due("b", Some(&word(1)), of(Some(&[].into())), now);
         let managers: Vec<_> = due.iter().map(|(manager, _)| manager.clone()).collect();
         assert_eq!(managers, [manager("c"), SUMMARY.to_owned()]);
         // When all have gone, another says so.

@@ -158,8 +158,7 @@ pub(super) const ATTACKS: [(&str, &str, &str); 34] = [
 #[cfg(test)]
 const MET: [&str; 31] = [
     "N1", "N2", "N3", "N4", "N5", "N6", "N7", "N8", "N9", "N10", "N11", "N12", "N13", "N14", "N16",
-    "E1", "E2", "E4", "E5", "E7", "E8", "T1", "T2", "T3", "T4", "T5", "G1", "G3", "G4", "G5",
-    "G8",
+    "E1", "E2", "E4", "E5", "E7", "E8", "T1", "T2", "T3", "T4", "T5", "G1", "G3", "G4", "G5", "G8",
 ];
 
 const WITHOUT_LSM: &[Promise] = &[Promise::Portable];
