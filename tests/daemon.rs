@@ -654,6 +654,25 @@ fn events_are_followed() {
     }
 }
 
+/// As in a pod: with the node's first process in sight, and a cgroup namespace of its own.
+#[test]
+fn uninstall_sees_the_hosts_cgroups_from_a_cgroup_namespace_of_its_own() {
+    let mut daemon = Daemon::started();
+    daemon.kill();
+    let cgroup = daemon.cgroup("pod");
+    let script = format!(
+        "sh -c 'echo $$ >\"{}/cgroup.procs\"; exec unshare --cgroup \"{}\" uninstall'; exit $?",
+        cgroup.path().display(),
+        program().display()
+    );
+    let mut first = Command::new("unshare");
+    first.args(["--pid", "--fork", "--mount-proc", "sh", "-c", &script]);
+    let ended = run(first.env("AGENTGUARD_CONFIG", daemon.config()), PATIENCE);
+    let said = ended.expect_success("uninstall in a cgroup namespace").stdout;
+    assert!(said.contains("removed programs, tables and hooks"), "{said}");
+    assert!(!daemon.pins().exists());
+}
+
 #[test]
 fn uninstall_removes_everything_once() {
     let mut daemon = Daemon::started();

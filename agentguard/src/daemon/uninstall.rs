@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::confine::remove_abandoned;
 use super::engine::remove_cgroup;
 use super::lock::Locks;
-use super::{DaemonError, cluster, last_good, require_root, state};
+use super::{DaemonError, cluster, host, last_good, require_root, state};
 use crate::cli::backend::UninstallReport;
 use crate::config::Configuration;
 
@@ -17,6 +17,8 @@ use crate::config::Configuration;
 /// When nothing could be removed.
 pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, DaemonError> {
     require_root()?;
+    // In a container's own cgroup namespace the host's cgroups are mounted nowhere.
+    host::see_cgroups();
     let mut report = UninstallReport::default();
     let pins: &Path = configuration.pin_directory.as_ref();
     let directory: &Path = configuration.state_directory.as_ref();
