@@ -103,11 +103,16 @@ pub async fn begin(configuration: &Configuration, node: String) -> Option<Watche
         (Arc::clone(&watches.feed), Arc::clone(&watches.objects), Arc::clone(&watches.pods));
     watches.tasks.spawn(watch(access, node, feed, objects, pods, told));
     if matches!(watches.known, Cluster::Unknown) {
-        let answered = tokio::time::timeout(FIRST_ANSWER, watches.first(configuration)).await;
-        if answered.is_err() {
-            tracing::warn!(
-                "the API server has not answered; until it does, scopes permit single addresses only, and grants that are its are not known"
-            );
+        let answers =
+            tokio::time::timeout(FIRST_ANSWER, watches.first_answers(configuration)).await;
+        if answers.is_err() {
+            let until = match watches.known {
+                Cluster::Unknown => "scopes permit single addresses only",
+                Cluster::Known(_) | Cluster::Outside => {
+                    "agents have what manifests of the node give them, and no grants of the cluster"
+                }
+            };
+            tracing::warn!(until, "the API server has not told everything that a start waits for");
         }
     }
     if let Some(pods) = &watches.known_pods {
@@ -126,7 +131,7 @@ fn namespaces(configuration: &Configuration, pods: &NodePods) -> BTreeSet<String
 
 impl Watches {
     /// Waits for the first answers, and keeps each that comes.
-    async fn first(&mut self, configuration: &Configuration) {
+    async fn first_answers(&mut self, configuration: &Configuration) {
         let view = first(&self.feed).await;
         self.objects.see_nodes(view.nodes.keys().cloned().collect());
         self.known = Cluster::Known(Arc::new(view));

@@ -61,11 +61,16 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
             )),
         }
     }
-    let parent = configuration.find_cgroup_parent()?;
-    for path in remove_abandoned(&parent, &[]) {
-        report.removed.push(format!("the cgroup {}, which was empty", path.display()));
+    match configuration.find_cgroup_parent() {
+        Ok(parent) => {
+            for path in remove_abandoned(&parent, &[]) {
+                report.removed.push(format!("the cgroup {}, which was empty", path.display()));
+            }
+            // Others run there, or it is gone already.
+            let _parent = fs::remove_dir(parent);
+        }
+        // What was removed is removed all the same.
+        Err(error) => report.left.push(format!("cgroups of exec: {error}")),
     }
-    // Others run there, or it is gone already.
-    let _parent = fs::remove_dir(parent);
     Ok(report)
 }

@@ -49,13 +49,6 @@ pub(super) enum Pace {
 }
 
 impl Pace {
-    pub(super) const fn is_own(self) -> bool {
-        match self {
-            Self::Own => true,
-            Self::Emulated => false,
-        }
-    }
-
     /// What a limit is in practice that is promised of real machines.
     pub(super) fn allows(self, limit: Duration) -> Duration {
         match self {
@@ -69,14 +62,6 @@ impl Pace {
         match self {
             Self::Own => own,
             Self::Emulated => emulated,
-        }
-    }
-
-    /// How many of something there have to be, of so many where the machine is fast.
-    pub(super) const fn at_least(self, count: usize) -> usize {
-        match self {
-            Self::Own => count,
-            Self::Emulated => count / 10,
         }
     }
 

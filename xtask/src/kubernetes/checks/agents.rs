@@ -19,7 +19,7 @@ use crate::{
 const MANIFESTS: &str = include_str!("../manifests/agents.yaml");
 const POD: &str = include_str!("../manifests/traffic.yaml");
 const IDLE: &str = include_str!("../manifests/idle.yaml");
-const BRIEF: &str = include_str!("../manifests/brief.yaml");
+pub(super) const BRIEF: &str = include_str!("../manifests/brief.yaml");
 
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
@@ -207,9 +207,8 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
         let exec = ["--namespace", "agents", "exec", pod, "--"];
         kubectl(cluster, &[&exec[..], command].concat())
     };
-    let (address, _port) = targets.service.split_once('/').context("a target has a port")?;
-    let url = format!("http://{address}/hello");
-    let curl = ["/usr/bin/curl", "--silent", "--fail", "--max-time", "5", &url];
+    let curl = curl(targets)?;
+    let curl: Vec<&str> = curl.iter().map(String::as_str).collect();
     let said = exec("researcher", &curl)?;
     ensure!(said.trim() == "hello", "kubectl exec of a granted program says {said:?}");
     let cat = ["/bin/cat", "/etc/passwd"];
@@ -225,14 +224,29 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     Ok(())
 }
 
+/// The command by which an agent asks its service for a word.
+fn curl(targets: &Targets) -> Result<Vec<String>> {
+    let (address, _port) = targets.service.split_once('/').context("a target has a port")?;
+    let url = format!("http://{address}/hello");
+    let command = ["/usr/bin/curl", "--silent", "--fail", "--max-time", "5", &url];
+    Ok(command.map(str::to_owned).into())
+}
+
 /// A container that is added to a running agent is the agent's: what it starts with runs, and it may do
 /// what the agent may.
 pub(super) fn looked_into(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
-    let Targets { service, ungranted, .. } = &agents.targets;
+    let Targets { ungranted, .. } = &agents.targets;
+    // Without the runtime's hook a program that is granted is known in a new container once the runtime has
+    // told of it, which it is asked every quarter of a second; until then it is refused.
     let script = format!(
-        "{{ :; }} 3<>/dev/tcp/{service} && echo reached\n\
-         {{ :; }} 3<>/dev/tcp/{ungranted} || echo refused\n\
-         /bin/cat /etc/passwd || echo not run\n"
+        "{{ :; }} 3<>/dev/tcp/{ungranted} || echo refused\n\
+         /bin/cat /etc/passwd || echo not run\n\
+         coproc never {{ read -r _; }}\n\
+         for (( turn = 0; turn < 20; turn++ )); do\n\
+         {} && echo after $turn && break\n\
+         read -r -t 0.25 -u \"${{never[0]}}\"\n\
+         done\n",
+        curl(&agents.targets)?.join(" ")
     );
     let agents = ["--namespace", "agents"];
     let debug = ["debug", "researcher", "--container=looker", "--image", TOOLS, "--"];
@@ -245,10 +259,19 @@ pub(super) fn looked_into(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let said = kubectl(cluster, &[&agents[..], &logs].concat())?;
     let has = |word: &str| said.lines().any(|line| line == word);
     ensure!(
-        has("reached") && has("refused") && has("not run") && !said.contains("root:"),
+        has("hello")
+            && has("refused")
+            && said.contains(&format!("/dev/tcp/{ungranted}: Operation not permitted"))
+            && has("not run")
+            && !said.contains("root:"),
         "an ephemeral container of an agent says {said:?}"
     );
-    println!("seen      an ephemeral container of an agent may do what the agent may, and no more");
+    let turns = said.lines().find_map(|line| line.strip_prefix("after "));
+    let turns = turns.with_context(|| format!("how often it tried is not in {said:?}"))?;
+    println!(
+        "seen      an ephemeral container of an agent may do what the agent may, and no more; a program \
+         that is granted was refused {turns} times before the runtime had told of the container"
+    );
     Ok(())
 }
 
