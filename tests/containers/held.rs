@@ -1,5 +1,7 @@
 //! Pods and containers as workloads: a real runtime, and the daemon beside it.
 
+mod nri;
+
 use std::{
     fs,
     io::Write as _,
@@ -40,13 +42,17 @@ fn identity(path: &str) -> String {
 }
 
 fn guard_with(containerd: &Containerd, template: &str) -> Guard {
+    Guard::start_with(containerd.world(), &[], &configuration(containerd, template))
+}
+
+fn configuration(containerd: &Containerd, template: &str) -> Value {
     let containers = json!({
         "runtimes": [containerd.socket()],
+        "nri": "off",
         "identity": template,
         "sandboxed_handlers": ["kata"],
     });
-    let more = json!({"mode": "enforce", "containers": containers});
-    Guard::start_with(containerd.world(), &[], &more)
+    json!({"mode": "enforce", "containers": containers})
 }
 
 fn guard(containerd: &Containerd) -> Guard {
@@ -443,17 +449,21 @@ fn nothing_of_a_storm_of_starts_is_undecided_with_the_hook() {
     let pods: Vec<Pod<'_>> = in_parallel(20, |number| {
         agent(&containerd, &format!("p-{number}"), "storm").host_network().run()
     });
-    storm(&guard, &pods, 10, |report, whose| {
-        for tally in &report.tallies {
-            let is_granted = match &tally.ask {
-                Ask::Tcp(address) | Ask::Udp(address) => *address == API_PORT,
-                Ask::Exec(path) => path == Path::new(PROGRAM),
-                Ask::SendTo(_) => false,
-            };
-            let as_it_should = if is_granted { tally.allowed } else { tally.refused() };
-            assert_eq!(as_it_should, tally.attempts(), "{whose}: {tally:?}");
-        }
-    });
+    storm(&guard, &pods, 10, is_as_granted);
+}
+
+/// Whether all that is granted was allowed, and nothing else.
+#[track_caller]
+fn is_as_granted(report: &Report, whose: &str) {
+    for tally in &report.tallies {
+        let is_granted = match &tally.ask {
+            Ask::Tcp(address) | Ask::Udp(address) => *address == API_PORT,
+            Ask::Exec(path) => path == Path::new(PROGRAM),
+            Ask::SendTo(_) => false,
+        };
+        let as_it_should = if is_granted { tally.allowed } else { tally.refused() };
+        assert_eq!(as_it_should, tally.attempts(), "{whose}: {tally:?}");
+    }
 }
 
 #[test]

@@ -11,6 +11,10 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -247,6 +251,29 @@ impl Guard {
     /// Ends the daemon as `SIGKILL` does.
     pub fn kill(&mut self) {
         self.daemon.kill();
+    }
+
+    /// Stops the daemon where it is, until [`Self::resume`].
+    ///
+    /// # Panics
+    ///
+    /// When it has ended.
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it run on.
+    ///
+    /// # Panics
+    ///
+    /// When it has ended.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.daemon.pid().cast_signed());
+        kill(pid, signal).expect("the daemon is there");
     }
 
     /// Starts the daemon again after [`Self::kill`].

@@ -7,6 +7,7 @@
 mod bench;
 mod chart;
 mod ci;
+mod containerd;
 mod counting;
 mod demo;
 mod dist;

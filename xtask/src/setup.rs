@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
+    containerd,
     run::{heading, output, run, which},
     toolchain, vm,
 };
@@ -100,6 +101,9 @@ pub(crate) fn setup(purpose: Purpose) -> Result<()> {
     }
     if purpose >= Purpose::Demo {
         kernel()?;
+    }
+    if purpose >= Purpose::Test {
+        containerd::prepare()?;
     }
     if purpose >= Purpose::Vm {
         vm::prepare()?;

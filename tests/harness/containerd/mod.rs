@@ -52,10 +52,20 @@ const PODS: &str = "10.244.0.0/24";
 /// The namespace in which containerd keeps what it runs for orchestrators.
 const NAMESPACE: &str = "k8s.io";
 
+/// A release of the runtime that offers NRI, which the runner keeps beside the build products: no
+/// supported Debian has all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    One,
+    Two,
+}
+
 /// A container runtime; dropped, it goes with everything it made.
 #[derive(Debug)]
 pub struct Containerd {
     cri: Cri,
+    /// Where its programs are looked for.
+    path: String,
     running: Option<Running>,
     uids: AtomicU32,
     // Last, because it holds the network and the cgroups of the rest.
@@ -82,12 +92,37 @@ impl Containerd {
     #[track_caller]
     #[must_use]
     pub fn started_with(more: &str) -> Self {
+        Self::started_from(PATH.to_owned(), more)
+    }
+
+    /// One of a release that offers NRI at [`Self::nri`].
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started_with_nri(release: Release) -> Self {
+        let programs = release.programs();
+        let nri = format!(
+            r#"[plugins."io.containerd.nri.v1.nri"]
+  disable = false
+  socket_path = "{{directory}}/{NRI}"
+  plugin_path = "{{directory}}/nri-plugins"
+  plugin_config_path = "{{directory}}/nri-configuration"
+"#
+        );
+        Self::started_from(format!("{}:{PATH}", programs.display()), &nri)
+    }
+
+    #[track_caller]
+    fn started_from(path: String, more: &str) -> Self {
         requires(Layer::Portable);
         is_promised(Promise::Containers);
         let world = World::new();
         world.network().lead_to_pods(PODS);
         let cri = Cri::new(&world.directory().join(SOCKET));
-        let mut containerd = Self { cri, running: None, uids: AtomicU32::new(0), world };
+        let mut containerd = Self { cri, path, running: None, uids: AtomicU32::new(0), world };
         containerd.configure(more).expect("the world's directory is ours");
         fs::create_dir(containerd.world.cgroup().path().join(NODE)).expect("the cgroup is ours");
         containerd.start();
@@ -105,6 +140,12 @@ impl Containerd {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.path(SOCKET)
+    }
+
+    /// The socket at which it offers NRI, if it was told to.
+    #[must_use]
+    pub fn nri(&self) -> PathBuf {
+        self.path(NRI)
     }
 
     /// A pod that is yet to run.
@@ -165,7 +206,9 @@ impl Containerd {
     pub fn start(&mut self) {
         let mut command = self.world.enter();
         command.arg("--cgroup").arg(self.world.cgroup().path().join(NODE)).arg("--");
-        command.args(["containerd", "--config"]).arg(self.path(CONFIG)).env("PATH", PATH);
+        command.env("PATH", &self.path);
+        // The one of its own release, where that is not the machine's.
+        command.args(["env", "containerd", "--config"]).arg(self.path(CONFIG));
         let running = self.running.insert(Running::start(&mut command));
         let begin = Instant::now();
         while let Err(missing) = self.cri.is_ready() {
@@ -274,8 +317,12 @@ disabled_plugins = [
         let archive = self.path("images.tar");
         image::write(&agent_binary(), &archive).expect("an archive can be written");
         let mut import = Command::new("ctr");
-        import.arg("--address").arg(self.socket()).args(["--namespace", NAMESPACE]);
-        import.args(["images", "import"]).arg(&archive).env("PATH", PATH);
+        import
+            .env("PATH", &self.path)
+            .arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", NAMESPACE]);
+        import.args(["images", "import"]).arg(&archive);
         run(&mut import, PATIENCE).expect_success("the import of the images");
         fs::remove_file(archive).expect("it was just written");
         // The part of containerd that answers orchestrators hears of them a moment later.
@@ -309,10 +356,20 @@ fn files_elsewhere(directory: &Path) -> Vec<PathBuf> {
     let tasks = directory.join("state/io.containerd.runtime.v2.task").join(NAMESPACE);
     let tasks = fs::read_dir(tasks).into_iter().flatten().flatten();
     tasks
-        .filter_map(|task| fs::read_to_string(task.path().join("address")).ok())
-        .filter_map(|address| address.trim().strip_prefix("unix://").map(PathBuf::from))
+        .filter_map(|task| socket_of_shim(&task.path()))
         .chain(notes.map(|note| Path::new(NETWORK_RESULTS).join(note)))
         .collect()
+}
+
+/// The socket of what holds a container: older releases write its address, newer ones how to speak to
+/// it as well.
+fn socket_of_shim(task: &Path) -> Option<PathBuf> {
+    let address = fs::read_to_string(task.join("address")).ok().or_else(|| {
+        let parameters = fs::read(task.join("bootstrap.json")).ok()?;
+        let parameters: serde_json::Value = serde_json::from_slice(&parameters).ok()?;
+        Some(parameters["address"].as_str()?.to_owned())
+    })?;
+    address.trim().strip_prefix("unix://").map(PathBuf::from)
 }
 
 /// Takes away what a killed run left outside its cgroups, its network and `directory`, while that is
@@ -354,7 +411,23 @@ impl Drop for Containerd {
     }
 }
 
+impl Release {
+    /// The directory of its programs.
+    #[track_caller]
+    fn programs(self) -> PathBuf {
+        let (name, variable) = match self {
+            Self::One => ("../containerd/1/usr/bin/containerd", "AGENTGUARD_CONTAINERD_1"),
+            Self::Two => ("../containerd/2/usr/bin/containerd", "AGENTGUARD_CONTAINERD_2"),
+        };
+        let program = binary(name, variable);
+        let program = program.canonicalize().expect("it was just found");
+        program.parent().expect("a program is in a directory").to_owned()
+    }
+}
+
 const SOCKET: &str = "containerd.sock";
+/// The runtime's socket of NRI.
+const NRI: &str = "nri.sock";
 const CONFIG: &str = "containerd.toml";
 /// The cgroup of the runtime's own processes, in the world's.
 const NODE: &str = "node";
