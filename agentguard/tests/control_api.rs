@@ -225,6 +225,10 @@ impl Service for Memory {
                     held: vec![],
                 },
                 events: EventCounts { decided: 9, logged: 6, aggregated: 2, lost: 1 },
+                starts: Some(Starts {
+                    state: StartsState::Wait,
+                    runtime: Some("containerd 2.1.0".into()),
+                }),
             }),
         })
     }

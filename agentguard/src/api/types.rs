@@ -248,6 +248,28 @@ pub struct Totals {
     pub standing_grants: u64,
     pub manifests: Manifests,
     pub events: EventCounts,
+    /// Absent where no runtime is asked to wait.
+    #[serde(default)]
+    pub starts: Option<Starts>,
+}
+
+/// The container runtime that waits for the daemon before each start (NRI).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Starts {
+    pub state: StartsState,
+    /// The name and the version of the runtime; absent while it does not wait.
+    pub runtime: Option<String>,
+}
+
+/// Whether the container runtime waits for the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StartsState {
+    Wait,
+    /// No runtime offers it here.
+    Absent,
+    /// One does, or should, and does not wait.
+    Lost,
 }
 
 /// One workload on this node.

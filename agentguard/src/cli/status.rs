@@ -5,7 +5,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::output::{Console, Format, Rows, Tone, or_dash, plain};
 use super::{Context, Result};
-use crate::api::types::{LayerState, Protection, ProtectionLevel, Status};
+use crate::api::types::{LayerState, Protection, ProtectionLevel, Starts, StartsState, Status};
 
 /// Show what the daemon is doing and what this kernel can enforce
 #[derive(Debug, Args)]
@@ -63,6 +63,7 @@ fn show(status: &Status, console: &mut Console<'_>) -> std::io::Result<()> {
                 if totals.manifests.errors.is_empty() { neutral } else { Tone::Bad },
             ),
         ]);
+        fields.extend(totals.starts.as_ref().map(starts));
     }
     console.fields(&fields)?;
     if let Some(totals) = &status.totals {
@@ -72,6 +73,21 @@ fn show(status: &Status, console: &mut Console<'_>) -> std::io::Result<()> {
     writeln!(console.out)?;
     show_layers(&status.protection, console)?;
     list(console, "documented gaps:", &status.gaps)
+}
+
+/// Whether the starts of containers wait for the daemon.
+fn starts(starts: &Starts) -> (&'static str, String, Tone) {
+    let (text, tone) = match (starts.state, &starts.runtime) {
+        (StartsState::Wait, Some(runtime)) => {
+            (format!("wait for the daemon (NRI of {runtime})"), Tone::Neutral)
+        }
+        (StartsState::Wait, None) => ("wait for the daemon (NRI)".to_owned(), Tone::Neutral),
+        (StartsState::Absent, _) => {
+            ("do not wait: no runtime offers NRI".to_owned(), Tone::Neutral)
+        }
+        (StartsState::Lost, _) => ("do not wait: NRI is lost".to_owned(), Tone::Bad),
+    };
+    ("starts", text, tone)
 }
 
 /// The hooks, one row each.

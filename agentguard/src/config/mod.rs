@@ -28,8 +28,8 @@ use crate::{audit, logging};
 pub use default_file::{Key, default_file, describe};
 use value::{
     AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval,
-    KubernetesAccess, Listen, NodeName, RelativePath, RingBytes, Template, TrustDomainName,
-    ValueError,
+    KubernetesAccess, Listen, NodeName, NriSocket, RelativePath, RingBytes, Template,
+    TrustDomainName, ValueError,
 };
 
 /// Where the configuration is looked for when no file is named.
@@ -115,6 +115,10 @@ pub struct Containers {
     pub runtimes: Vec<AbsolutePath>,
     /// Unix socket of the Docker API, as `/run/docker.sock`. Null: not asked.
     pub docker: Option<AbsolutePath>,
+    /// Unix socket of a runtime's Node Resource Interface, by which the runtime waits until a container
+    /// is held before it runs. `auto`: `/var/run/nri/nri.sock`, as soon as it is there and `runtimes`
+    /// names a runtime. `off`: not used.
+    pub nri: NriSocket,
     /// Programs that run containers, where this host or the runtime sees them. What such a program has
     /// its child do in an agent's cgroup before it runs the agent is not the agent's doing.
     pub runtime_programs: Vec<AbsolutePath>,
@@ -349,6 +353,7 @@ impl Default for Containers {
         Self {
             runtimes: Vec::new(),
             docker: None,
+            nri: NriSocket::Auto,
             runtime_programs: [
                 "/usr/bin/runc",
                 "/usr/sbin/runc",

@@ -49,6 +49,7 @@ api: {socket: /run/other/api.sock}
 containers:
   runtimes: [/run/containerd/containerd.sock]
   docker: /run/docker.sock
+  nri: /run/other/nri.sock
   runtime_programs: [/opt/bin/runc]
   identity: spiffe://{trust_domain}/ns/{namespace}/pod/{pod}
   agent_selectors: [{app: agent}, {tier: ai, team: research}]

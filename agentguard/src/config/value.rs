@@ -415,6 +415,46 @@ impl fmt::Display for KubernetesAccess {
 
 spelled!(KubernetesAccess, "KubernetesAccess");
 
+/// Where a runtime offers the Node Resource Interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NriSocket {
+    /// It is not used.
+    Off,
+    /// Where runtimes put it, if one does.
+    Auto,
+    /// There.
+    At(AbsolutePath),
+}
+
+impl FromStr for NriSocket {
+    type Err = ValueError;
+
+    fn from_str(word: &str) -> Result<Self, ValueError> {
+        match word {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Auto),
+            path => path.parse().map(Self::At).map_err(|_| {
+                ValueError::new(
+                    path,
+                    "says no socket; give `auto`, the absolute path of one, or `off`",
+                )
+            }),
+        }
+    }
+}
+
+impl fmt::Display for NriSocket {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => formatter.write_str("off"),
+            Self::Auto => formatter.write_str("auto"),
+            Self::At(path) => path.fmt(formatter),
+        }
+    }
+}
+
+spelled!(NriSocket, "NriSocket");
+
 /// A span of time, from a millisecond to an hour, written as `500ms`, `1s` or `2m 30s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval(Duration);

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::container_files::ContainerRef;
 use super::engine::{Engine, NewWorkload, Workload, WorkloadSource, populated};
 use super::launch;
+use super::nri;
 use super::service::Shared;
 use crate::api::service::ServiceError;
 use crate::api::types::{Announced, Announcement};
@@ -31,6 +32,7 @@ use crate::identity::container::{
 use crate::identity::pod::{Labels, Marking, Pod, PodUid};
 use crate::runtimes::cri::Cri;
 use crate::runtimes::docker::Docker;
+use crate::runtimes::nri::{Start, StartingContainer};
 use crate::runtimes::{Listing, Runtime, RuntimeError};
 use crate::scope::executables::Resolver;
 
@@ -67,6 +69,8 @@ pub struct Containers {
     /// What starting each container runs, looked up once.
     launches: Mutex<BTreeMap<String, (ProcessRef, Vec<FileId>)>>,
     report: Mutex<Report>,
+    /// How it stands with the runtime that waits for the daemon.
+    pub nri: nri::Health,
     /// What the kernel half was told to be programs that run containers.
     programs: Mutex<Option<BTreeSet<FileId>>>,
     /// Where the cgroups may appear of pods that no runtime has told of yet, and since when.
@@ -107,6 +111,16 @@ struct Heard {
     at: Instant,
     container: Container,
     sandbox: Option<Sandbox>,
+    teller: Teller,
+}
+
+/// Who announced a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Teller {
+    /// A hook, which knows a pod by its name only.
+    Hook,
+    /// The runtime itself, which knows of a pod what it lists of it.
+    Runtime,
 }
 
 /// What the cluster says of this node.
@@ -137,6 +151,7 @@ impl Containers {
             wanted: Notify::new(),
             launches: Mutex::default(),
             report: Mutex::default(),
+            nri: nri::Health::default(),
             programs: Mutex::default(),
             awaited: Mutex::default(),
             held: Mutex::default(),
@@ -162,7 +177,14 @@ impl Containers {
     /// What operators should know.
     #[must_use]
     pub fn report(&self) -> Report {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        report.problems.extend(self.nri.problem());
+        report
+    }
+
+    /// Has the runtimes asked what there is: something may have started meanwhile.
+    pub fn ask_runtimes(&self) {
+        self.wanted.notify_waiters();
     }
 
     fn inputs(&self) -> MutexGuard<'_, Inputs> {
@@ -302,7 +324,9 @@ impl Inputs {
     fn knows(&self, sandbox: &Sandbox) -> Known {
         let by_runtime = || {
             let mut listings = self.runtimes.values().filter_map(|known| known.listing.as_ref());
+            let mut told = self.told_by(Teller::Runtime);
             listings.any(|listing| listing.sandboxes.contains_key(&sandbox.id))
+                || told.any(|told| told.sandbox.as_ref().is_some_and(|one| one.id == sandbox.id))
         };
         if !self.has_cluster {
             return if by_runtime() { Known::Whole } else { Known::No };
@@ -317,10 +341,15 @@ impl Inputs {
         }
     }
 
-    /// Everything together: what runtimes list goes before what their hooks announced.
+    fn told_by(&self, teller: Teller) -> impl Iterator<Item = &Heard> {
+        self.announced.values().filter(move |heard| heard.teller == teller)
+    }
+
+    /// Everything together: what runtimes list goes before what they announced, and that before what
+    /// their hooks did.
     fn node(&self) -> Node {
         let mut node = Node::default();
-        for heard in self.announced.values() {
+        for heard in self.told_by(Teller::Runtime).chain(self.told_by(Teller::Hook)) {
             node.containers.insert(heard.container.id.clone(), heard.container.clone());
             if let Some(sandbox) = &heard.sandbox {
                 let known = node.sandboxes.entry(sandbox.id.clone());
@@ -445,7 +474,7 @@ fn serves(path: &Path) -> Option<ProcessRef> {
 }
 
 /// Whether a process is in the cgroup of a workload, which has no say in what runs containers.
-fn is_held(shared: &Shared, process: &ProcessRef) -> bool {
+pub fn is_held(shared: &Shared, process: &ProcessRef) -> bool {
     let Some(cgroup) = cgroup_of(process.pid) else { return true };
     let engine = shared.engine();
     let cgroup = below(engine.cgroup_root(), &cgroup);
@@ -625,10 +654,86 @@ pub async fn announce(
     let containers = &shared.containers;
     let exempt = &containers.rules.marking.exempt;
     if announcement.pod.as_ref().is_some_and(|pod| exempt.contains(&pod.namespace)) {
-        return Ok(Announced { workload: None, identity: None });
+        return Ok(NOBODYS);
     }
-    let is_sandbox = announcement.is_sandbox;
-    let patience = if is_sandbox { SANDBOX_PATIENCE } else { PATIENCE };
+    take_in(shared, heard, PATIENCE).await
+}
+
+/// Takes in what a runtime is about to start, and waits for, `patience` at most.
+///
+/// # Errors
+///
+/// As [`announce`].
+pub async fn start(
+    shared: &Arc<Shared>,
+    start: Start,
+    patience: Duration,
+) -> Result<Announced, ServiceError> {
+    let rules = &shared.containers.rules;
+    let Sandbox { pod, handler, .. } = &start.sandbox;
+    if rules.marking.exempt.contains(&pod.namespace) || rules.sandboxed.contains(handler) {
+        return Ok(NOBODYS);
+    }
+    // The rest is for holding it.
+    let patience = PATIENCE.min(patience / 2);
+    if let (0, Some(container)) = (start.pid, &start.container) {
+        return take_in_listed(shared, &start.sandbox, &container.id, patience).await;
+    }
+    let first = first_process(start.pid)?;
+    take_in(shared, hear_start(start, first), patience).await
+}
+
+/// Takes in a container of which the runtime does not say what its first process is (CRI-O before it
+/// told plugins), once its list does.
+async fn take_in_listed(
+    shared: &Arc<Shared>,
+    sandbox: &Sandbox,
+    id: &str,
+    patience: Duration,
+) -> Result<Announced, ServiceError> {
+    let containers = &shared.containers;
+    let until = Instant::now() + patience;
+    loop {
+        let (is_nobodys, is_listed, version) = {
+            let inputs = containers.inputs();
+            let is_known = !inputs.has_cluster || inputs.knows(sandbox) != Known::No;
+            let node = inputs.node();
+            let is_nobodys = is_known && !containers.rules.is_agent(&node, sandbox);
+            (is_nobodys, node.containers.contains_key(id), inputs.version)
+        };
+        if is_nobodys {
+            return Ok(NOBODYS);
+        }
+        if is_listed {
+            put_in_force(shared, version).await?;
+            return answer(shared, id);
+        }
+        if Instant::now() >= until {
+            return Err(ServiceError::Unavailable {
+                error: format!(
+                    "the container runtime does not say what the process of container {id} is"
+                ),
+                remedy:
+                    "see agentguard status; check containers.runtimes, or set containers.nri to off"
+                        .to_owned(),
+            });
+        }
+        containers.ask_runtimes();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// What is no agent's.
+const NOBODYS: Announced = Announced { workload: None, identity: None };
+
+async fn take_in(
+    shared: &Arc<Shared>,
+    heard: Heard,
+    patience: Duration,
+) -> Result<Announced, ServiceError> {
+    let containers = &shared.containers;
+    let is_sandbox = heard.container.is_sandbox;
+    let patience = if is_sandbox { SANDBOX_PATIENCE.min(patience) } else { patience };
     let until = Instant::now() + patience;
     let id = heard.container.id.clone();
     let sandbox = heard.sandbox.clone();
@@ -658,11 +763,17 @@ pub async fn announce(
                     .to_owned(),
             });
         }
-        containers.wanted.notify_waiters();
+        containers.ask_runtimes();
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let work = Arc::clone(shared);
     let version = containers.inputs().version;
+    put_in_force(shared, version).await?;
+    answer(shared, &id)
+}
+
+/// Holds what is known by `version`.
+async fn put_in_force(shared: &Arc<Shared>, version: u64) -> Result<(), ServiceError> {
+    let work = Arc::clone(shared);
     let held = tokio::task::spawn_blocking(move || {
         hold(&work, version);
         // Also what was held for it by another: a daemon that starts after this one knows of it.
@@ -671,8 +782,7 @@ pub async fn announce(
     held.await.map_err(|error| ServiceError::Unavailable {
         error: error.to_string(),
         remedy: "see the daemon's log".to_owned(),
-    })?;
-    answer(shared, &id)
+    })
 }
 
 /// What became of the container.
@@ -683,7 +793,7 @@ fn answer(shared: &Shared, id: &str) -> Result<Announced, ServiceError> {
         placement.is_seen && placement.containers.iter().any(|container| container.id == id)
     };
     let Some(placement) = placements.iter().find(of_it) else {
-        return Ok(Announced { workload: None, identity: None });
+        return Ok(NOBODYS);
     };
     let engine = shared.engine();
     let Some(workload) = engine.workload_at(&below(engine.cgroup_root(), &placement.cgroup)) else {
@@ -730,20 +840,7 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
             return Err(invalid("pod: is missing; a sandbox is a pod's".to_owned()));
         }
     }
-    let process = ProcessRef::of(pid).ok_or_else(|| {
-        invalid(format!("pid: there is no process {pid}; name the container's first"))
-    })?;
-    let cgroup = cgroup_of(pid).ok_or_else(|| {
-        invalid(format!("pid: the process {pid} is in no cgroup v2; mount it at the cgroup root"))
-    })?;
-    if cgroup == Path::new("/") {
-        return Err(invalid(format!(
-            "pid: the process {pid} is in the root cgroup; the runtime must give each container one of its own"
-        )));
-    }
-    if !process.is_alive() {
-        return Err(invalid(format!("pid: the process {pid} ended while it was looked at")));
-    }
+    let (process, cgroup) = first_process(pid)?;
     let sandbox_of = match (&pod, &sandbox) {
         (None, _) | (_, None) => None,
         (Some(pod), Some(sandbox)) => Some(Sandbox {
@@ -768,7 +865,54 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
     });
     let container =
         Container { id, sandbox, name, labels, is_sandbox, cgroup, process, root, command };
-    Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of })
+    Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of, teller: Teller::Hook })
+}
+
+/// What a runtime says of what it is about to start, as it lists what it has started.
+fn hear_start(start: Start, (process, cgroup): (ProcessRef, PathBuf)) -> Heard {
+    let Start { pid: _, mut sandbox, container } = start;
+    let is_sandbox = container.is_none();
+    let StartingContainer { id, name, labels, command } =
+        container.unwrap_or_else(|| StartingContainer {
+            id: sandbox.id.clone(),
+            name: String::new(),
+            labels: Labels::new(),
+            command: None,
+        });
+    sandbox.cgroup = is_sandbox.then(|| cgroup.clone());
+    let container = Container {
+        id,
+        sandbox: Some(sandbox.id.clone()),
+        name,
+        labels,
+        is_sandbox,
+        cgroup,
+        process,
+        // It is in place before the process waits.
+        root: "/".into(),
+        command,
+    };
+    Heard { at: Instant::now(), container, sandbox: Some(sandbox), teller: Teller::Runtime }
+}
+
+/// The first process of a container that is about to run, and its cgroup.
+fn first_process(pid: u32) -> Result<(ProcessRef, PathBuf), ServiceError> {
+    let invalid = |error: String| ServiceError::Invalid(vec![error]);
+    let process = ProcessRef::of(pid).ok_or_else(|| {
+        invalid(format!("pid: there is no process {pid}; name the container's first"))
+    })?;
+    let cgroup = cgroup_of(pid).ok_or_else(|| {
+        invalid(format!("pid: the process {pid} is in no cgroup v2; mount it at the cgroup root"))
+    })?;
+    if cgroup == Path::new("/") {
+        return Err(invalid(format!(
+            "pid: the process {pid} is in the root cgroup; the runtime must give each container one of its own"
+        )));
+    }
+    if !process.is_alive() {
+        return Err(invalid(format!("pid: the process {pid} ended while it was looked at")));
+    }
+    Ok((process, cgroup))
 }
 
 #[cfg(test)]
@@ -836,6 +980,41 @@ mod tests {
         assert_eq!(inputs.knows(&sandbox()), Known::ByRuntime);
         inputs.runtimes.clear();
         assert_eq!(inputs.knows(&sandbox()), Known::No);
+    }
+
+    #[test]
+    fn what_the_runtime_itself_tells_of_a_pod_goes_before_what_a_hook_does() {
+        let labelled = Sandbox {
+            pod: Pod { labels: [("app".to_owned(), "a".to_owned())].into(), ..pod() },
+            ..sandbox()
+        };
+        let process = ProcessRef::of(std::process::id()).unwrap();
+        let first = (process, PathBuf::from("/pods/s"));
+        let start = |container: Option<&str>| Start {
+            pid: process.pid,
+            sandbox: labelled.clone(),
+            container: container.map(|id| StartingContainer {
+                id: id.to_owned(),
+                name: "agent".to_owned(),
+                labels: Labels::new(),
+                command: None,
+            }),
+        };
+        let by_hook = |id: &str| Heard {
+            sandbox: Some(sandbox()),
+            teller: Teller::Hook,
+            ..hear_start(start(Some(id)), first.clone())
+        };
+        let mut inputs = Inputs::default();
+        inputs.announced.insert("a".to_owned(), by_hook("a"));
+        assert_eq!(inputs.knows(&sandbox()), Known::No, "a hook knows no labels");
+        assert_eq!(inputs.node().sandboxes["s"].pod.labels, Labels::new());
+        let told = hear_start(start(None), first.clone());
+        assert!(told.container.is_sandbox && told.sandbox.as_ref().unwrap().cgroup.is_some());
+        inputs.announced.insert("s".to_owned(), told);
+        assert_eq!(inputs.knows(&sandbox()), Known::Whole);
+        assert_eq!(inputs.node().sandboxes["s"].pod.labels, labelled.pod.labels);
+        assert!(matches!(first_process(u32::MAX), Err(ServiceError::Invalid(_))));
     }
 
     #[test]

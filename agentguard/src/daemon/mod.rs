@@ -17,6 +17,7 @@ mod launch;
 mod lock;
 mod manifests;
 mod names;
+mod nri;
 mod privileges;
 mod recent;
 mod service;
@@ -160,6 +161,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
         tasks.spawn(cluster::follow(Arc::clone(&shared), watches));
     }
     containers::follow_runtimes(&shared, &mut tasks)?;
+    nri::follow_runtime(&shared, &mut tasks);
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(server::serve_control(
         socket,

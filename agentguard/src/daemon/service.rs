@@ -23,6 +23,7 @@ use super::confine::{Candidate, confine, launch_files};
 use super::containers::{self, Containers, Report};
 use super::engine::{Engine, Failed, Workload, WorkloadSource, now};
 use super::launch::file_id;
+use super::nri;
 use super::privileges::decisive;
 use super::recent::Recent;
 use super::witness::{Denial, Denials};
@@ -34,7 +35,7 @@ use crate::api::types::{
     Announced, Announcement, Confine, Confined, EventCounts, Expiry as ExpiryView, ExplainRequest,
     Explanation, GrantCounts, GrantState, GrantView, HeldManifest, LastDenial, Layer, LayerState,
     ManifestErrorView, Manifests, Mode, PodView, Protection as ProtectionView, ProtectionLevel,
-    Protocol as ProtocolView, Refreshed, Status, Target, Totals, WorkloadView,
+    Protocol as ProtocolView, Refreshed, Starts, StartsState, Status, Target, Totals, WorkloadView,
 };
 use crate::audit::AuditLog;
 use crate::audit::family::Family;
@@ -271,6 +272,7 @@ impl Service for Daemon {
                     aggregated: sum(|row| row.aggregated),
                     lost: sum(|row| row.lost),
                 },
+                starts: starts_view(shared.containers.nri.state()),
             }),
         })
     }
@@ -500,6 +502,7 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         revoked: counts.revoked as u64,
     });
     metrics.set_allowlist(engine.generation(), engine.entries());
+    metrics.set_nri_connected(matches!(shared.containers.nri.state(), nri::State::Connected(_)));
     metrics.set_manifest_errors(engine.manifests.errors.len() as u64);
     for fill in engine.datapath.fill(&super::sizes(&shared.configuration)) {
         metrics.set_map(fill.table, fill.entries as u64, fill.capacity as u64);
@@ -514,6 +517,17 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         failing: counts.failing,
     });
     Ok(())
+}
+
+/// Whether the container runtime waits for the daemon.
+fn starts_view(state: nri::State) -> Option<Starts> {
+    let starts = |state, runtime| Some(Starts { state, runtime });
+    match state {
+        nri::State::Off => None,
+        nri::State::Absent => starts(StartsState::Absent, None),
+        nri::State::Connected(runtime) => starts(StartsState::Wait, Some(runtime.to_string())),
+        nri::State::Lost(_) => starts(StartsState::Lost, None),
+    }
 }
 
 fn internal(error: &impl std::fmt::Display) -> ServiceError {

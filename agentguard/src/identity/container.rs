@@ -231,6 +231,13 @@ impl Rules {
         })
     }
 
+    /// Whether the pod of a sandbox is an agent.
+    #[must_use]
+    pub fn is_agent(&self, node: &Node, sandbox: &Sandbox) -> bool {
+        let pod = node.pods.get(&sandbox.pod.uid).unwrap_or(&sandbox.pod);
+        !matches!(self.judge(node, pod), Marked::No)
+    }
+
     fn judge(&self, node: &Node, pod: &Pod) -> Marked {
         let of_namespace = node.namespaces.get(&pod.namespace);
         self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace)
@@ -454,6 +461,19 @@ mod tests {
             ]
         );
         assert_eq!(placed[0].cgroup, PathBuf::from(format!("/kubepods/burstable/pod{UID}/a")));
+    }
+
+    #[test]
+    fn a_sandbox_is_an_agents_by_what_the_cluster_says_of_its_pod_now() {
+        let (rules, mut node) = (rules("spiffe://{trust_domain}/pod/{pod}"), Node::default());
+        let marked = sandbox(pod("agents", &[(AGENT, "true")]), "");
+        let plain = sandbox(pod("agents", &[]), "");
+        assert!(rules.is_agent(&node, &marked));
+        assert!(!rules.is_agent(&node, &plain));
+        node.pods.insert(plain.pod.uid.clone(), marked.pod.clone());
+        assert!(rules.is_agent(&node, &plain));
+        node.pods.clear();
+        assert!(!rules.is_agent(&node, &sandbox(pod("kube-system", &[(AGENT, "true")]), "")));
     }
 
     #[test]

@@ -171,6 +171,12 @@ const MANIFEST_ERRORS: MetricDoc = metric(
     &[],
     "Manifests that are refused at present; what is enforced does not follow them.",
 );
+const NRI_CONNECTED: MetricDoc = metric(
+    "agentguard_nri_connected",
+    GaugeKind,
+    &[],
+    "1 while the container runtime waits for the daemon before it starts a container.",
+);
 const MAP_ENTRIES: MetricDoc = metric(
     "agentguard_map_entries",
     GaugeKind,
@@ -225,7 +231,7 @@ const START_TIME: MetricDoc = metric(
 );
 
 /// Every metric, in the order of the reference.
-const ALL: [MetricDoc; 23] = [
+const ALL: [MetricDoc; 24] = [
     VERDICTS,
     EVENTS,
     IDENTITIES_OTHER,
@@ -239,6 +245,7 @@ const ALL: [MetricDoc; 23] = [
     RECONCILE_FAILURES,
     LOAD_DURATION,
     MANIFEST_ERRORS,
+    NRI_CONNECTED,
     MAP_ENTRIES,
     MAP_CAPACITY,
     AUDIT_RECORDS,
@@ -334,6 +341,7 @@ pub struct Metrics {
     reconcile_failures: IntCounter,
     load_duration: Histogram,
     manifest_errors: IntGauge,
+    nri_connected: IntGauge,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
     audit_records: IntCounterVec,
@@ -396,6 +404,7 @@ impl Metrics {
             reconcile_failures: counter(&registry, &RECONCILE_FAILURES)?,
             load_duration: histogram(&registry, &LOAD_DURATION)?,
             manifest_errors: gauge(&registry, &MANIFEST_ERRORS)?,
+            nri_connected: gauge(&registry, &NRI_CONNECTED)?,
             map_entries: gauges(&registry, &MAP_ENTRIES)?,
             map_capacity: gauges(&registry, &MAP_CAPACITY)?,
             audit_records: counters(&registry, &AUDIT_RECORDS)?,
@@ -589,6 +598,10 @@ impl Metrics {
     }
 
     /// How many manifests are refused now.
+    pub fn set_nri_connected(&self, is_connected: bool) {
+        self.nri_connected.set(i64::from(is_connected));
+    }
+
     pub fn set_manifest_errors(&self, count: u64) {
         self.manifest_errors.set(count as i64);
     }
@@ -763,6 +776,7 @@ mod tests {
         metrics.reconcile_failed();
         metrics.loaded(Duration::from_millis(400));
         metrics.set_manifest_errors(1);
+        metrics.set_nri_connected(true);
         metrics.set_map("DESTINATIONS", 10, 65_536);
         metrics.set_audit(AuditTotals { written: 5, bytes: 4000, ..AuditTotals::default() });
         metrics.api_answered("/v1/grants/{name}", 404);

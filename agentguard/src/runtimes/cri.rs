@@ -17,7 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::changes::{Changes, Ended};
-use super::{Listing, Runtime, RuntimeError, container_cgroup};
+use super::{Listing, Runtime, RuntimeError, command, container_cgroup};
 use crate::identity::ProcessRef;
 use crate::identity::container::{Command, Container, Sandbox, cgroup_of};
 use crate::identity::pod::{Labels, Pod, PodUid};
@@ -402,22 +402,14 @@ fn container_facts(id: &str, info: &str) -> Result<Option<ContainerFacts>, Statu
     if pid == 0 {
         return Ok(None);
     }
-    let command = spec.and_then(|spec| spec.process).and_then(command);
+    let process = spec.and_then(|spec| spec.process);
+    let command = process.and_then(|SpecProcess { args, env }| command(args, &env));
     let facts = ProcessRef::of(pid).zip(cgroup_of(pid)).map(|(process, cgroup)| ContainerFacts {
         process,
         cgroup: container_cgroup(&cgroup, id),
         command,
     });
     Ok(facts)
-}
-
-fn command(process: SpecProcess) -> Option<Command> {
-    let SpecProcess { args, env } = process;
-    let path = env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
-    Some(Command {
-        executable: args.into_iter().next()?,
-        search_path: path.unwrap_or(super::SEARCH_PATH).to_owned(),
-    })
 }
 
 fn read(info: &str) -> Result<Info, serde_json::Error> {

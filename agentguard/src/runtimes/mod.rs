@@ -6,12 +6,13 @@
 mod changes;
 pub mod cri;
 pub mod docker;
+pub mod nri;
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 
-use crate::identity::container::{Container, Sandbox};
+use crate::identity::container::{Command, Container, Sandbox};
 
 /// Where a container's command is looked for when it says nothing.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -55,6 +56,15 @@ fn container_cgroup(cgroup: &Path, id: &str) -> PathBuf {
     };
     // The outermost: what a container makes can have any name.
     cgroup.ancestors().filter(names).last().unwrap_or(cgroup).to_owned()
+}
+
+/// What a container with these arguments and this environment runs.
+fn command(arguments: Vec<String>, environment: &[String]) -> Option<Command> {
+    let path = environment.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
+    Some(Command {
+        executable: arguments.into_iter().next()?,
+        search_path: path.unwrap_or(SEARCH_PATH).to_owned(),
+    })
 }
 
 #[cfg(test)]

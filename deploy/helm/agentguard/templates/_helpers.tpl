@@ -84,6 +84,7 @@ seLinuxOptions: {{- toYaml . | nindent 2 }}
 - {name: bpf, mountPath: /sys/fs/bpf, mountPropagation: HostToContainer}
 - {name: cgroup, mountPath: /sys/fs/cgroup, mountPropagation: HostToContainer}
 - {name: container-runtime, mountPath: {{ dir .Values.runtimeSocket }}}
+- {name: nri, mountPath: {{ .Values.hostPaths.nri }}}
 - {name: state, mountPath: /var/lib/agentguard}
 - {name: runtime, mountPath: /run/agentguard}
 - {name: log, mountPath: /var/log/agentguard}
