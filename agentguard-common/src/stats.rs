@@ -49,6 +49,13 @@ impl Counters {
         self.verdicts.iter().sum()
     }
 
+    /// Whether `decided = logged + aggregated + lost`: not, when the row was copied while a verdict was
+    /// being counted in it.
+    #[must_use]
+    pub fn reconciles(&self) -> bool {
+        self.decided() == self.logged + self.aggregated + self.lost
+    }
+
     /// Adds another CPU's row.
     pub fn add(&mut self, other: &Self) {
         let Self { verdicts, logged, aggregated, lost } = other;
@@ -77,6 +84,18 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_in_which_a_verdict_is_half_counted_does_not_reconcile() {
+        let mut counters = Counters::ZERO;
+        counters.verdicts[1] += 2;
+        counters.logged += 1;
+        assert!(!counters.reconciles());
+        counters.lost += 1;
+        assert!(counters.reconciles());
+        counters.aggregated += 1;
+        assert!(!counters.reconciles());
+    }
 
     #[test]
     fn every_verdict_has_a_cell_of_its_own() {

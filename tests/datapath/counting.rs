@@ -1,5 +1,7 @@
 //! Every verdict is counted, and told of, folded or lost: exactly.
 
+use std::thread;
+
 use agentguard_common::{Mode, event::Hook};
 
 use crate::fixture::{Fixture, SMALL};
@@ -19,7 +21,7 @@ fn flood(kind: &str) -> (Fixture, agentguard_common::stats::Counters) {
     let connects: u64 =
         counters.iter().filter(|cell| cell.0 == Hook::Connect4).map(|cell| cell.3).sum();
     assert_eq!(connects, all);
-    assert_eq!(counters.decided(), counters.logged + counters.aggregated + counters.lost);
+    assert!(counters.reconciles());
     (fixture, counters)
 }
 
@@ -37,4 +39,31 @@ fn a_flood_of_distinct_requests_is_lost_in_part_and_counted_exactly() {
     let mut rings = fixture.datapath.rings().unwrap();
     while rings.drain(1000, |record| read += u64::from(record.is_ok())) > 0 {}
     assert_eq!(read, counters.logged);
+}
+
+#[test]
+fn counters_that_are_read_while_they_count_reconcile() {
+    let mut fixture = Fixture::with(SMALL);
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    let mut decided = Vec::new();
+    thread::scope(|scope| {
+        let flood = scope.spawn(|| worker.told(&format!("flood identical {THREADS} {EACH}")));
+        while !flood.is_finished() {
+            let counters = fixture.counters();
+            assert!(
+                counters.reconciles(),
+                "{} decided = {} logged + {} aggregated + {} lost",
+                counters.decided(),
+                counters.logged,
+                counters.aggregated,
+                counters.lost
+            );
+            decided.push(counters.decided());
+        }
+        assert_eq!(flood.join().unwrap(), (THREADS * EACH).to_string());
+    });
+    assert!(decided.is_sorted(), "counters only grow");
+    decided.dedup();
+    assert!(decided.len() > 100, "read {} times while they counted", decided.len());
 }
