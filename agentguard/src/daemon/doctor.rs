@@ -6,7 +6,7 @@ use std::path::Path;
 use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
 
-use super::protection_view;
+use super::{host, protection_view};
 use crate::api::types::{Protection, ProtectionLevel};
 use crate::cli::backend::{Check, CheckState, DoctorReport};
 use crate::config::Configuration;
@@ -131,6 +131,16 @@ fn layout(configuration: &Configuration) -> Vec<Check> {
             Some(
                 "run it in the host's (hostPID and a privileged container, or without a container)",
             ),
+        ));
+    }
+    if !host::has_the_machines_pids() {
+        checks.push(check(
+            "process ids",
+            CheckState::Warning,
+            "this is not the machine's first PID namespace, as in a node that is a container itself: \
+             audit records tell processes by the machine's numbers, and have no executable of what \
+             ran before agentguard did",
+            None,
         ));
     }
     checks

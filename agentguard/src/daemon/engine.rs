@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use agentguard_common::{
 use jiff::{SignedDuration, Timestamp};
 
 use super::container_files::{ContainerFiles, ContainerRef};
+use super::host;
 use super::names::{Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
@@ -42,7 +44,7 @@ use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Phase, Revocation, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
-use crate::identity::container::PodName;
+use crate::identity::container::{PodName, cgroup_of};
 use crate::identity::{SpiffeId, Subject};
 use crate::manifest::{ManifestError, ManifestSet};
 use crate::reconcile::{self, Step};
@@ -1354,15 +1356,21 @@ impl Engine {
 
     fn follow_moved(&mut self) {
         for (pid, moved) in self.datapath.moved() {
-            let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
-            let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
-                continue;
-            };
-            let path = self.cgroups.root.join(path);
+            let Some(path) = self.cgroup_of_moved(pid, CgroupId(moved.cgroup)) else { continue };
             if let Err(error) = self.datapath.follow(&path) {
                 tracing::error!(%error, workload = moved.workload.0, "a process was moved out and its cgroup has no hooks");
             }
         }
+    }
+
+    /// Where a process is that was moved; nothing if it ended, or has hooks there already and procfs
+    /// knows it by another number.
+    fn cgroup_of_moved(&self, pid: u32, cgroup: CgroupId) -> Option<PathBuf> {
+        let root = &self.cgroups.root;
+        if host::has_the_machines_pids() {
+            return Some(root.join(cgroup_of(pid)?.strip_prefix("/").ok()?));
+        }
+        if self.datapath.follows(cgroup) { None } else { find_cgroup(root, cgroup) }
     }
 
     fn end_empty_workloads(&mut self) {
@@ -1791,6 +1799,22 @@ pub fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)
+}
+
+/// The cgroup of this number at `path` or below; nothing if it went.
+fn find_cgroup(path: &Path, cgroup: CgroupId) -> Option<PathBuf> {
+    let mut left = vec![path.to_owned()];
+    while let Some(path) = left.pop() {
+        // One that goes meanwhile has none below it.
+        let entries = fs::read_dir(&path).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.ino() == cgroup.0 {
+                return Some(entry.path());
+            }
+            left.push(entry.path());
+        }
+    }
+    None
 }
 
 /// Removes a cgroup with those below it; all must be empty.

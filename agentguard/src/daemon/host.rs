@@ -4,6 +4,7 @@
 //! its own. What it reads about other processes must be in the host's terms.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
@@ -41,6 +42,16 @@ pub fn see_cgroups() {
             "cgroups of other processes can not be told; give the container CAP_SYS_ADMIN"
         ),
     }
+}
+
+/// Whether processes have the numbers here that the kernel half tells, which are those of the machine:
+/// they have not in a node that is a container itself (Kubernetes in Docker).
+#[must_use]
+pub fn has_the_machines_pids() -> bool {
+    /// The inode of the first PID namespace, on every kernel (`PROC_PID_INIT_INO` in its
+    /// `include/linux/proc_ns.h`).
+    const FIRST: u64 = 0xefff_fffc;
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == FIRST)
 }
 
 /// Whether this process has mounts of its own beside those of the host's first process.

@@ -330,6 +330,7 @@ fn start_witness(
         denials: Arc::clone(denials),
         clock: engine.clock,
         ends_others: engine.datapath.ends_others(),
+        reads_procfs: host::has_the_machines_pids(),
     };
     let stop = Arc::clone(stop);
     std::thread::Builder::new()

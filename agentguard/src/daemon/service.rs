@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use agentguard_common::abi::Moved;
 use agentguard_common::event::{self, Event, Hook, RequestKind};
 use agentguard_common::request::ip;
 use agentguard_common::stats::Counters;
@@ -22,6 +23,7 @@ use super::cluster::Health;
 use super::confine::{Candidate, confine, launch_files};
 use super::containers::{self, Containers, Report};
 use super::engine::{Engine, Failed, Workload, WorkloadSource, now};
+use super::host;
 use super::launch::file_id;
 use super::nri;
 use super::privileges::decisive;
@@ -198,13 +200,20 @@ impl Service for Daemon {
             return Ok(None);
         };
         let engine = self.0.engine();
-        let cgroup = engine.cgroup_root().join(below);
-        let moved = engine.datapath.moved();
-        let by_move = moved.iter().find(|(tgid, _)| *tgid == pid).map(|(_, moved)| moved.workload);
-        let by_cgroup = crate::datapath::cgroup_id(&cgroup)
-            .ok()
-            .and_then(|cgroup| engine.datapath.workload_of(cgroup));
-        let Some(id) = by_cgroup.or(by_move) else { return Ok(None) };
+        let cgroup = crate::datapath::cgroup_id(&engine.cgroup_root().join(below)).ok();
+        let by_cgroup = cgroup.and_then(|cgroup| engine.datapath.workload_of(cgroup));
+        let by_move = || {
+            let is_it = |(tgid, moved): &(u32, Moved)| {
+                if host::has_the_machines_pids() {
+                    *tgid == pid
+                } else {
+                    // Which of those in this cgroup it is, nothing says: none has a say.
+                    cgroup.is_some_and(|cgroup| cgroup.0 == moved.cgroup)
+                }
+            };
+            engine.datapath.moved().into_iter().find(is_it).map(|(_, moved)| moved.workload)
+        };
+        let Some(id) = by_cgroup.or_else(by_move) else { return Ok(None) };
         let name = engine.workload(id).map(|workload| workload.name.clone());
         Ok(Some(name.unwrap_or_else(|| format!("workload {}", id.0))))
     }

@@ -93,6 +93,8 @@ pub struct Witness {
     pub clock: Clock,
     /// Whether the kernel half can end a task that is not the caller.
     pub ends_others: bool,
+    /// Whether procfs shows processes by the numbers that the kernel half tells.
+    pub reads_procfs: bool,
 }
 
 impl Witness {
@@ -213,7 +215,8 @@ impl Witness {
             .map(Text::new)
             .or_else(|| self.executable(event.pid, known.as_ref()));
         let mut parents = Vec::new();
-        let mut parent = known.map_or_else(|| parent_of(event.pid), |known| Some(known.parent));
+        let mut parent =
+            known.map_or_else(|| self.parent_of(event.pid), |known| Some(known.parent));
         while let Some(pid) = parent
             && pid > 0
             && parents.len() < Process::MAX_PARENTS
@@ -224,7 +227,7 @@ impl Witness {
                 start: known.as_ref().map(|known| self.start(known)),
                 executable: self.executable(pid, known.as_ref()),
             });
-            parent = known.map_or_else(|| parent_of(pid), |known| Some(known.parent));
+            parent = known.map_or_else(|| self.parent_of(pid), |known| Some(known.parent));
         }
         process.with_parents(parents)
     }
@@ -234,11 +237,19 @@ impl Witness {
     }
 
     fn executable(&self, pid: u32, known: Option<&KnownProcess>) -> Option<Text> {
-        if let Ok(path) = fs::read_link(format!("/proc/{pid}/exe")) {
+        if self.reads_procfs
+            && let Ok(path) = fs::read_link(format!("/proc/{pid}/exe"))
+        {
             use std::os::unix::ffi::OsStrExt as _;
             return Some(Text::new(path.as_os_str().as_bytes()));
         }
         known.map(|known| until_nul(&known.path)).filter(|path| !path.is_empty()).map(Text::new)
+    }
+
+    fn parent_of(&self, pid: u32) -> Option<u32> {
+        let process = procfs::process::Process::new(i32::try_from(pid).ok()?);
+        let stat = process.ok().filter(|_| self.reads_procfs)?.stat().ok()?;
+        u32::try_from(stat.ppid).ok()
     }
 }
 
@@ -250,11 +261,6 @@ fn exec_path(record: &KernelRecord) -> Option<&[u8]> {
         }
         KernelRecord::Path(_) | KernelRecord::Request(_) => None,
     }
-}
-
-fn parent_of(pid: u32) -> Option<u32> {
-    let stat = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?;
-    u32::try_from(stat.ppid).ok()
 }
 
 fn until_nul(bytes: &[u8]) -> &[u8] {

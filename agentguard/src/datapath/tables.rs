@@ -444,7 +444,14 @@ impl Datapath {
         self.tables.followed.insert(CgroupId(cgroup), 0, 0).map_err(row("FOLLOWED"))
     }
 
-    /// Processes that the host moved out of their workload's cgroup, and where to.
+    /// Whether a cgroup of the host has hooks for what was moved there.
+    #[must_use]
+    pub fn follows(&self, cgroup: CgroupId) -> bool {
+        self.tables.followed.get(&cgroup, 0).is_ok()
+    }
+
+    /// Processes that the host moved out of their workload's cgroup, and where to: by the machine's
+    /// process ids, which are others where the daemon has a PID namespace that is not the first.
     #[must_use]
     pub fn moved(&self) -> Vec<(u32, Moved)> {
         self.tables.moved.iter().filter_map(Result::ok).collect()

@@ -134,29 +134,38 @@ impl Traffic {
     }
 
     /// Fails unless all requests since `time` had the outcome that is expected of their target, and
-    /// each target was asked for; how many there were. What is not expected anything of is not looked
-    /// at.
+    /// each target was asked for, which is waited for; how many there were. What is not expected
+    /// anything of is not looked at.
     pub(super) fn judge(
         &self,
         time: Timestamp,
         expected: &BTreeMap<String, Outcome>,
     ) -> Result<usize> {
-        let mut counts: BTreeMap<&str, usize> =
-            expected.keys().map(|target| (target.as_str(), 0)).collect();
-        let since = self.since(time)?;
-        for Asked { at, target, outcome } in &since {
-            let Some(wanted) = expected.get(target) else { continue };
+        let begin = Instant::now();
+        loop {
+            let mut counts: BTreeMap<&str, usize> =
+                expected.keys().map(|target| (target.as_str(), 0)).collect();
+            let since = self.since(time)?;
+            for Asked { at, target, outcome } in &since {
+                let Some(wanted) = expected.get(target) else { continue };
+                ensure!(
+                    outcome == wanted,
+                    "{target} was {outcome} for {} at {at}; it has to be {wanted}",
+                    self.name
+                );
+                *counts.entry(target).or_default() += 1;
+            }
+            let Some((missing, _)) = counts.iter().find(|(_, count)| **count == 0) else {
+                return Ok(counts.values().sum());
+            };
             ensure!(
-                outcome == wanted,
-                "{target} was {outcome} for {} at {at}; it has to be {wanted}",
-                self.name
+                begin.elapsed() < self.patience,
+                "{} did not ask for {missing} within {} s",
+                self.name,
+                self.patience.as_secs()
             );
-            *counts.entry(target).or_default() += 1;
+            interrupt::sleep(Duration::from_millis(100))?;
         }
-        for (target, count) in &counts {
-            ensure!(*count > 0, "{} did not ask for {target}", self.name);
-        }
-        Ok(counts.values().sum())
     }
 }
 
