@@ -117,6 +117,7 @@ fn failed(error: &DaemonError) -> Failure {
         | DaemonError::ContainerRuntime(_)
         | DaemonError::Directory { .. }
         | DaemonError::NotEnough { .. }
+        | DaemonError::BrokeOff(_)
         | DaemonError::Runtime(_) => Exit::Failed,
     };
     Failure::new(exit, error.to_string())

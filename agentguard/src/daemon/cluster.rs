@@ -330,6 +330,11 @@ pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
             }
             ended = watches.tasks.join_next() => {
                 tracing::error!(?ended, "the cluster is not watched any more; what was known stays");
+                if let Some(Err(error)) = ended
+                    && error.is_panic()
+                {
+                    std::panic::resume_unwind(error.into_panic());
+                }
                 return;
             }
         }

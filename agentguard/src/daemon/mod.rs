@@ -106,6 +106,10 @@ pub enum DaemonError {
     OwnPins { path: PathBuf },
     #[error("the runtime can not be set up: {0}")]
     Runtime(io::Error),
+    #[error(
+        "a part of the daemon broke off: {0}; it ends, to be started again by what started it (systemd, kubelet), and what is in force stays in force; see the log, and report it"
+    )]
+    BrokeOff(String),
     #[error("this needs root: run it with sudo, or as a system service")]
     NotRoot,
 }
@@ -180,7 +184,10 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
         "ready"
     );
     supervisor::ready();
-    let why = stopped().await;
+    let (why, ended) = tokio::select! {
+        why = stopped() => (why, Ok(())),
+        what = broke_off(&mut tasks) => ("a part broke off", Err(DaemonError::BrokeOff(what))),
+    };
     tracing::info!(why, "stopping; what is in force stays in force");
     supervisor::stopping();
     cancel.cancel();
@@ -197,7 +204,20 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     if let Err(error) = shared.audit.close().await {
         tracing::error!(%error, "the last audit records may not be written");
     }
-    Ok(())
+    ended
+}
+
+/// Waits until one of the daemon's parts panics. Without it the rest would go on by what it said at
+/// last, as if nothing changed any more. One that ends otherwise has nothing left to do.
+async fn broke_off(tasks: &mut tokio::task::JoinSet<()>) -> String {
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            return error.to_string();
+        }
+    }
+    std::future::pending().await
 }
 
 /// What runs once everything is in force.
@@ -531,4 +551,22 @@ pub(crate) use crate::datapath::uninstall as remove_pins;
 /// The source of workloads that `Workload` manifests select.
 pub(crate) fn cgroup_source(shared: &Shared) -> CgroupSource {
     CgroupSource::new(shared.engine().cgroup_root().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_breaks_off_is_told_from_one_that_is_done() {
+        let patience = Duration::from_millis(100);
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(async {});
+        let goes_on = tokio::time::timeout(patience, broke_off(&mut tasks)).await;
+        assert!(goes_on.is_err(), "{goes_on:?}");
+        tasks.spawn(std::future::pending());
+        tasks.spawn(async { panic!("of no use") });
+        let told = tokio::time::timeout(patience * 100, broke_off(&mut tasks)).await;
+        assert!(told.unwrap().contains("panicked"));
+    }
 }

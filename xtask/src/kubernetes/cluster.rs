@@ -177,10 +177,15 @@ impl<'a> Cluster<'a> {
         self.node.stop("kube-apiserver")
     }
 
-    /// Starts it again, and returns once it is ready.
-    pub(super) fn start_api_server(&mut self) -> Result<()> {
-        let api = self.api_server_command();
-        self.node.start("kube-apiserver", &api)?;
+    /// Starts it again, and returns once it is ready. When it fails it is started anew, as a service
+    /// manager does: in emulation it may give up while all of its clients come back at once.
+    pub(super) fn start_api_server_again(&mut self) -> Result<()> {
+        let api = started_again(&self.api_server_command());
+        self.start_api_server(&api)
+    }
+
+    fn start_api_server(&mut self, api: &Command) -> Result<()> {
+        self.node.start("kube-apiserver", api)?;
         let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
         let took = self.node.wait("the API server is ready", self.pace.patience(READY), |_| {
             Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
@@ -252,7 +257,8 @@ impl<'a> Cluster<'a> {
             .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
         self.node.start("etcd", &self.pace.started(etcd))?;
-        self.start_api_server()
+        let api = self.api_server_command();
+        self.start_api_server(&api)
     }
 
     fn api_server_command(&self) -> Command {

@@ -219,12 +219,20 @@ impl Node {
         self.scratch.join(format!("{name}.log"))
     }
 
-    /// The last lines of a program's log.
+    /// The last lines of a program's log, or those from where it says why it gave up: Kubernetes's
+    /// programs add what each of their threads was doing.
     pub(super) fn end_of_log(&self, name: &str) -> String {
         let log = fs::read(self.log(name)).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
+        // `F1127 07:37:40.123456   12345 hooks.go:202] …`
+        let is_fatal = |line: &&str| {
+            let month_and_day = line.strip_prefix('F').and_then(|line| line.get(..4));
+            month_and_day.is_some_and(|date| date.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        let end = lines.len().saturating_sub(END_OF_LOG);
+        let begin = lines.iter().rposition(is_fatal).unwrap_or(end);
+        lines[begin..].iter().take(END_OF_LOG).copied().collect::<Vec<_>>().join("\n")
     }
 
     /// The cgroup below which the kubelet makes those of pods, from the root of each hierarchy.
@@ -249,6 +257,9 @@ impl Node {
         remove_all_but_logs(&self.scratch)
     }
 }
+
+/// How many lines of a log are shown.
+const END_OF_LOG: usize = 20;
 
 /// What there still is of a node, by name; nothing, once one was taken away.
 ///

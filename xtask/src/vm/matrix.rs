@@ -67,10 +67,10 @@ impl Boot {
 /// Which tests a row runs of those that its promises allow; `--all` runs them all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tests {
-    /// Those by which a kernel is known: every hook and table of the kernel half, and that each of
-    /// [`ATTACKS`] is refused.
+    /// Those by which a kernel is known: every hook and table of the kernel half, that each of
+    /// [`ATTACKS`] is refused, and that both layers may be required.
     Kernel,
-    /// As `Kernel`, without those that load a kernel for long.
+    /// As `Kernel`, without those that load a kernel for long, or are the same everywhere.
     Hooks,
     /// Those of one suite.
     Of(&'static str),
@@ -84,10 +84,14 @@ impl Tests {
             (Self::Of(name), _) => suite == name,
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
+            (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
             (Self::Kernel | Self::Hooks, _) => is_attack(suite, test) && !is_other_run(test),
         }
     }
 }
+
+/// The test of `run --require full` where a kernel gives it.
+const BOTH_LAYERS_REQUIRED: &str = "lsm::both_layers_may_be_required";
 
 /// Whether a test is among [`ATTACKS`].
 pub(super) fn is_attack(suite: &str, test: &str) -> bool {
@@ -241,6 +245,9 @@ mod tests {
         assert!(Tests::Hooks.include("network", "sendto::is_refused_in_enforce_mode"));
         assert!(Tests::Hooks.include("guard", "hostile_arguments"));
         assert!(!Tests::Hooks.include("network", "sendto_over_v6::is_refused_in_enforce_mode"));
+        assert!(Tests::Kernel.include("daemon", BOTH_LAYERS_REQUIRED));
+        assert!(!Tests::Kernel.include("daemon", "events_are_followed"));
+        assert!(!Tests::Hooks.include("daemon", BOTH_LAYERS_REQUIRED));
         assert!(!Tests::Of("systemd").include("network", "sendto::is_refused_in_enforce_mode"));
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     researcher.judge(ended, &expected)?;
     println!("seen      {count} requests were decided as before, also after the daemon was killed");
 
-    cluster.start_api_server()?;
+    cluster.start_api_server_again()?;
     let grant = [("$NAME", "after"), ("$EXPIRES", "never")];
     let applied = apply(cluster, GRANT, &grant)?;
     let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
