@@ -1145,6 +1145,7 @@ workloads:  2
 grants:     2 active (1 standing), 0 pending, 0 expired, 0 revoked
 events:     9 decided = 6 logged + 2 aggregated + 1 lost
 manifests:  /etc/agentguard/manifests, read never, 1 errors
+starts:     wait for the daemon (NRI of containerd 2.1.0)
 
 errors in manifests:
   a.yaml:9:15: spec.scopes: empty list

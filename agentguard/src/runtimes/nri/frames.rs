@@ -281,7 +281,9 @@ mod tests {
             sent += written.unwrap();
         }
         assert!(sent <= (1 << 20) + WAITING + 2 * OURS, "{sent}");
-        drop(ends);
-        assert!(matches!(carried.await.unwrap(), FrameError::Over { connection: PLUGIN }));
+        let Ends { plugin, runtime: _open } = ends;
+        drop(plugin);
+        let ended = carried.await.unwrap();
+        assert!(matches!(ended, FrameError::Over { connection: PLUGIN }), "{ended}");
     }
 }
