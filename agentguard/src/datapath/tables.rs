@@ -553,7 +553,7 @@ impl Datapath {
     /// The kernel copies the rows of other CPUs while these count (`bpf_percpu_array_copy` in its
     /// `kernel/bpf/arraymap.c`): a copy may have the record of a verdict and not the verdict, or the
     /// other way round where a program was preempted in between. Such a copy is not taken, but one
-    /// that is made anew; after [`COPIES`] it is handed out as it is, since then it is no accident.
+    /// that is made anew; after `COPIES` it is handed out as it is, since then it is no accident.
     ///
     /// # Errors
     ///

@@ -6,7 +6,7 @@
 //! answer depends on, is the [`Plugin`]'s.
 //!
 //! A plugin that does not answer in time is disconnected, and the start goes on without it. So every
-//! call has an end ([`MARGIN`]) that comes before the runtime's own, and is then an error.
+//! call has an end (`MARGIN`) that comes before the runtime's own, and is then an error.
 
 mod frames;
 mod messages;
