@@ -152,8 +152,11 @@ fn a_node_that_is_a_container_is_guarded_by_a_daemon_in_it() {
 
     // Which of the processes there it is, nothing tells: none of them has a say.
     let refused = node.agentguard(ELSEWHERE, ["grants"]);
-    assert!(!refused.status.success(), "{refused:?}");
+    assert!(refused.stderr.contains("a process of a workload may not use"), "{refused:?}");
     node.agentguard("node", ["grants"]).expect_success("grants, for the node's root");
+
+    move_to(node.cgroup.path(), prober.pid());
+    wait_until("hooks are at the node's root", || !prober.reaches(third.port()));
 
     let doctor = node.agentguard("node", ["doctor"]).stdout;
     assert!(doctor.contains("process ids"), "{doctor}");

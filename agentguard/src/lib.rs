@@ -18,5 +18,6 @@ pub mod metrics;
 pub mod name;
 pub mod pattern;
 pub mod reconcile;
+pub mod retry;
 pub mod runtimes;
 pub mod scope;

@@ -35,7 +35,7 @@ const LAYERS: &[&[&str]] = &[
         "metrics",
         "scope",
     ],
-    &["fault", "name", "pattern"],
+    &["fault", "name", "pattern", "retry"],
 ];
 
 /// Edges that go sideways or up: who may name whom, and why.

@@ -140,7 +140,7 @@ fn layout(configuration: &Configuration) -> Vec<Check> {
             "this is not the machine's first PID namespace, as in a node that is a container itself: \
              audit records tell processes by the machine's numbers, and have no executable of what \
              ran before agentguard did",
-            None,
+            Some("give a container the node's (hostPID); in such a node there is nothing to do"),
         ));
     }
     checks

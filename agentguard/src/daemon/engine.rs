@@ -1803,6 +1803,9 @@ fn is_gone(error: &io::Error) -> bool {
 
 /// The cgroup of this number at `path` or below; nothing if it went.
 fn find_cgroup(path: &Path, cgroup: CgroupId) -> Option<PathBuf> {
+    if cgroup_id(path).is_ok_and(|id| id == cgroup) {
+        return Some(path.to_owned());
+    }
     let mut left = vec![path.to_owned()];
     while let Some(path) = left.pop() {
         // One that goes meanwhile has none below it.

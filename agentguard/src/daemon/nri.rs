@@ -8,16 +8,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::containers;
 use super::service::Shared;
-use crate::api::service::ServiceError;
 use crate::config::Configuration;
 use crate::config::value::NriSocket;
 use crate::identity::ProcessRef;
+use crate::retry;
 use crate::runtimes::nri::{self, NriError, RuntimeName, Start};
 
 /// Where runtimes put the socket.
@@ -99,7 +98,7 @@ pub fn follow_runtime(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
 async fn follow(shared: Arc<Shared>) {
     let Some((socket, mut expected)) = socket(&shared.configuration) else { return };
     let health = &shared.containers.nri;
-    let mut pauses = pauses();
+    let mut pauses = retry::pauses(PAUSES.0, PAUSES.1);
     loop {
         let plugin = Arc::new(Plugin(Arc::clone(&shared)));
         let Err(error) = nri::serve(socket, plugin).await;
@@ -107,7 +106,7 @@ async fn follow(shared: Arc<Shared>) {
         if was_connected {
             // It is there, and comes again.
             expected = Expected::Surely;
-            pauses = self::pauses();
+            pauses = retry::pauses(PAUSES.0, PAUSES.1);
         }
         if expected == Expected::Perhaps && is_absent(&error) {
             health.set(State::Absent);
@@ -133,18 +132,6 @@ fn problem(socket: &Path, error: &NriError) -> String {
          containers.nri to off",
         socket.display()
     )
-}
-
-/// Pauses that grow, each of random length.
-fn pauses() -> ExponentialBackoff {
-    let (first, longest) = PAUSES;
-    ExponentialBuilder::default()
-        .with_min_delay(first)
-        .with_max_delay(longest)
-        .with_factor(2.0)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }
 
 struct Plugin(Arc<Shared>);
@@ -181,16 +168,12 @@ impl nri::Plugin for Plugin {
         match containers::start(&self.0, start, patience).await {
             Ok(_held) => Ok(()),
             Err(error) => {
-                let why = format!("{what} is not held by agentguard: {}", reason(&error));
+                let why = format!("{what} is not held by agentguard: {error}");
                 tracing::error!("{why}");
                 Err(why)
             }
         }
     }
-}
-
-fn reason(error: &ServiceError) -> String {
-    error.to_string()
 }
 
 #[cfg(test)]

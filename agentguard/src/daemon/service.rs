@@ -200,20 +200,24 @@ impl Service for Daemon {
             return Ok(None);
         };
         let engine = self.0.engine();
-        let cgroup = crate::datapath::cgroup_id(&engine.cgroup_root().join(below)).ok();
-        let by_cgroup = cgroup.and_then(|cgroup| engine.datapath.workload_of(cgroup));
+        // Who is where the daemon does not see may be anybody.
+        let cgroup = crate::datapath::cgroup_id(&engine.cgroup_root().join(below));
+        let cgroup = cgroup.map_err(|error| ServiceError::Unavailable {
+            error: format!("whose the caller is can not be told: {error}"),
+            remedy: "call from a cgroup that the daemon sees; agentguard doctor says what it does"
+                .to_owned(),
+        })?;
         let by_move = || {
+            let has_pids = host::has_the_machines_pids();
+            // Without, nothing says which of those in this cgroup it is: none has a say.
             let is_it = |(tgid, moved): &(u32, Moved)| {
-                if host::has_the_machines_pids() {
-                    *tgid == pid
-                } else {
-                    // Which of those in this cgroup it is, nothing says: none has a say.
-                    cgroup.is_some_and(|cgroup| cgroup.0 == moved.cgroup)
-                }
+                if has_pids { *tgid == pid } else { cgroup.0 == moved.cgroup }
             };
             engine.datapath.moved().into_iter().find(is_it).map(|(_, moved)| moved.workload)
         };
-        let Some(id) = by_cgroup.or_else(by_move) else { return Ok(None) };
+        let Some(id) = engine.datapath.workload_of(cgroup).or_else(by_move) else {
+            return Ok(None);
+        };
         let name = engine.workload(id).map(|workload| workload.name.clone());
         Ok(Some(name.unwrap_or_else(|| format!("workload {}", id.0))))
     }

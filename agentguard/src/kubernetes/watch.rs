@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use backon::ExponentialBackoff;
 use futures_util::StreamExt as _;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt as _;
@@ -16,6 +16,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 
+use crate::retry;
 use crate::scope::cluster::ObjectName;
 
 /// How long one watch lasts before it is begun anew: a connection that died in silence is found
@@ -84,14 +85,7 @@ pub(super) struct Retry(ExponentialBackoff);
 
 impl Retry {
     fn pauses() -> ExponentialBackoff {
-        let (first, longest) = PAUSES;
-        ExponentialBuilder::default()
-            .with_min_delay(first)
-            .with_max_delay(longest)
-            .with_factor(2.0)
-            .without_max_times()
-            .with_jitter()
-            .build()
+        retry::pauses(PAUSES.0, PAUSES.1)
     }
 
     /// The next pause.

@@ -597,11 +597,12 @@ impl Metrics {
         self.load_duration.observe(took.as_secs_f64());
     }
 
-    /// How many manifests are refused now.
+    /// Whether the container runtime waits for the daemon.
     pub fn set_nri_connected(&self, is_connected: bool) {
         self.nri_connected.set(i64::from(is_connected));
     }
 
+    /// How many manifests are refused now.
     pub fn set_manifest_errors(&self, count: u64) {
         self.manifest_errors.set(count as i64);
     }

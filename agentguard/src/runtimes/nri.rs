@@ -133,7 +133,11 @@ pub async fn serve(socket: &Path, plugin: Arc<impl Plugin>) -> Result<Infallible
     if peer.uid() != nix::unistd::geteuid().as_raw() {
         return Err(NriError::Untrusted(format!("it runs as user {}", peer.uid())));
     }
-    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default();
+    // One that this PID namespace does not show has the number 0.
+    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+    let pid = pid.ok_or_else(|| {
+        NriError::Untrusted("its process is not seen from here (hostPID shows it)".to_owned())
+    })?;
     plugin.trust(pid).map_err(NriError::Untrusted)?;
     talk(stream, plugin).await
 }
@@ -293,7 +297,8 @@ impl<P: Plugin> Method<P> {
     }
 
     async fn sandbox(&self, request: StartRequest, patience: Duration) -> Result<Vec<u8>, Failure> {
-        let pod = request.pod.unwrap_or_default();
+        let pod = request.pod.ok_or("pod: is missing; a sandbox is one's");
+        let pod = pod.map_err(|why| invalid(why.to_owned()))?;
         // One that is no process of this kernel runs nothing that this one sees.
         if pod.pid == 0 {
             return Ok(Vec::new());

@@ -189,7 +189,8 @@ impl<'a> Cluster<'a> {
         let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
         let took = self.node.wait("the API server is ready", self.pace.patience(READY), |_| {
             Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
-        })?;
+        });
+        let took = took.with_context(|| self.node.end_of_log("kube-apiserver"))?;
         said("kube-apiserver", took);
         Ok(())
     }

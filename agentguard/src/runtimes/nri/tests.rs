@@ -274,6 +274,9 @@ async fn what_can_not_be_read_is_refused_by_name() {
     assert!(why.starts_with("container.pod_sandbox_id: \"other\""), "{why}");
     let stray = messages::Container { id: String::new(), ..starting() };
     assert!(refused(runtime, Some(pod()), Some(stray)).await.starts_with("container.id"));
+    let refused = runtime.call("RunPodSandbox", Vec::new()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::INVALID_ARGUMENT);
+    assert!(refused.message().starts_with("pod: is missing"), "{}", refused.message());
     for method in ["Configure", "Synchronize", "StateChange", "RunPodSandbox", "StartContainer"] {
         let refused = runtime.call(method, vec![0xff; 20]).await.unwrap_err();
         assert_eq!(refused.code(), Code::INVALID_ARGUMENT, "{method}");
