@@ -10,7 +10,8 @@ use std::{
 };
 
 use agentguard_tests::{
-    Cgroup, Finished, Running,
+    Cgroup, Finished, Running, child_of,
+    containerd::Inside,
     daemon::{Daemon, Prober, Reachable, grant, identity, program, scope, workload},
     run, wait_until,
 };
@@ -49,10 +50,22 @@ impl Node {
         command.env("PROGRAM", program()).env("AGENTGUARD_CONFIG", daemon.config());
         let running = Running::start(&mut command);
         running.said("started", PATIENCE);
-        let init = child_of(running.pid());
+        let init = child_of(running.pid()).expect("it has one child");
         let node = Self { running, init, cgroup, daemon };
         wait_until("the daemon answers", || node.agentguard("node", ["status"]).status.success());
         node
+    }
+
+    /// Where a container runtime of the node's belongs.
+    fn inside(&self) -> Inside {
+        Inside { init: self.init, cgroup: self.path("node") }
+    }
+
+    /// Ends it, and takes away what its daemon left in force.
+    fn end(self) {
+        let Self { running, daemon, cgroup, .. } = self;
+        drop((running, cgroup));
+        daemon.run(["uninstall"]).expect_success("uninstall");
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -85,11 +98,6 @@ impl Node {
         });
         running
     }
-}
-
-fn child_of(pid: u32) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    children.trim().parse().expect("it has one child")
 }
 
 fn denials(daemon: &Daemon) -> Vec<Value> {
@@ -162,7 +170,105 @@ fn a_node_that_is_a_container_is_guarded_by_a_daemon_in_it() {
     assert!(doctor.contains("process ids"), "{doctor}");
     drop(prober);
     drop(neighbour);
-    let Node { running, daemon, cgroup, .. } = node;
-    drop((running, cgroup));
-    daemon.run(["uninstall"]).expect_success("uninstall");
+    node.end();
+}
+
+/// What needs a container runtime.
+mod containers {
+    use std::net::SocketAddr;
+
+    use agentguard_tests::{
+        Containerd, World,
+        address::{API, GRANTED_PORT, OTHER_PORT},
+        attempt::{Ask, Report},
+        containerd::TOOL,
+        daemon::scope_of,
+    };
+    use serde_json::json;
+
+    use super::*;
+
+    const API_PORT: SocketAddr = SocketAddr::new(API, GRANTED_PORT);
+    const ELSEWHERE: SocketAddr = SocketAddr::new(API, OTHER_PORT);
+
+    /// How many of so many attempts at each of these were refused.
+    #[track_caller]
+    fn refused<const N: usize>(report: &Report, attempts: u64) -> [u64; N] {
+        let refused = report.tallies.iter().map(|tally| {
+            assert_eq!(tally.allowed + tally.refused(), attempts, "{tally:?}");
+            tally.refused()
+        });
+        refused.collect::<Vec<_>>().try_into().expect("as many as were asked for")
+    }
+
+    #[test]
+    fn the_containers_of_a_node_that_is_a_container_are_held() {
+        let world = World::new();
+        let daemon = Daemon::installed();
+        daemon.configure(|config| {
+            config["mode"] = json!("enforce");
+            config["containers"] = json!({
+                "runtimes": [Containerd::socket_on(&world)],
+                "nri": "off",
+                "identity": "spiffe://{trust_domain}/{label:app}",
+            });
+        });
+        let api = json!({
+            "egress": [{
+                "to": [{"ipBlock": {"cidr": format!("{API}/32")}}],
+                "ports": [{"protocol": "TCP", "port": GRANTED_PORT}],
+            }],
+            "exec": [{"path": TOOL}],
+        });
+        daemon.write("scope", &[scope_of("test:api", api)]);
+        daemon.write("grant", &[grant("api", &identity("agent"), "test:api")]);
+        let node = Node::started(daemon);
+        let containerd = Containerd::started_inside(world, node.inside());
+
+        let pod = |name: &str, app: &str| containerd.pod(name).label("app", app).host_network();
+        let pods = [("agent", "agent"), ("stranger", "stranger")]
+            .map(|(name, app)| pod(name, app).label("agentguard.dev/agent", "true").run());
+        let ordinary = pod("ordinary", "agent").run();
+        let mut listed = Value::Null;
+        wait_until("both agents are workloads", || {
+            let workloads = node.agentguard("node", ["workloads", "--output", "json"]);
+            listed = serde_json::from_str(&workloads.stdout).unwrap_or_default();
+            listed.as_array().is_some_and(|listed| listed.len() == 2)
+        });
+        let names: Vec<_> = listed.as_array().into_iter().flatten().collect();
+        assert!(
+            names.iter().any(|workload| workload["name"] == "agents/agent"
+                && workload["identity"] == identity("agent")
+                && workload["pod"]["uid"] == pods[0].uid()),
+            "{listed}"
+        );
+
+        let asks = [Ask::Tcp(API_PORT), Ask::Tcp(ELSEWHERE), Ask::Exec(TOOL.into())];
+        let agent = pods[0].container("agent").start();
+        wait_until("the tool in the container's own mounts may run", || {
+            agent.exec([TOOL, "end"]).exit_code == 0
+        });
+        assert_eq!(refused(&agent.exec_attempts(20, &asks), 20), [0, 20, 0], "who has a grant");
+        // From its first instruction on, since its pod is known.
+        let stranger = pods[1].container("agent").attempts(20, &asks).start();
+        assert_eq!(refused(&stranger.report(), 20), [20, 20, 20], "who has none");
+        let ordinary = ordinary.container("agent").attempts(20, &asks).start();
+        assert_eq!(refused(&ordinary.report(), 20), [0, 0, 0], "who is no agent");
+
+        let mut told = None;
+        wait_until("a refusal is recorded", || {
+            let mut refused = denials(&node.daemon).into_iter();
+            told = refused.find(|record| {
+                record["workload"]["name"] == "agents/agent"
+                    && record["request"]["port"] == OTHER_PORT
+            });
+            told.is_some()
+        });
+        let told = told.expect("it was found");
+        assert_eq!(told["workload"]["pod"]["name"], "agent", "{told}");
+        assert_eq!(told["workload"]["container"]["name"], "agent", "{told}");
+        assert_eq!(told["workload"]["container"]["id"], agent.id(), "{told}");
+        drop(containerd);
+        node.end();
+    }
 }

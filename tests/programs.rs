@@ -341,7 +341,8 @@ fn python_runs_pools_and_servers_of_its_own() {
     let code = "import asyncio, concurrent.futures as f, os, socket, tempfile, threading
 with f.ProcessPoolExecutor(2) as pool: assert list(pool.map(abs, [-1, -2])) == [1, 2]
 async def main():
-    path = os.path.join(tempfile.mkdtemp(), 's')
+    directory = tempfile.TemporaryDirectory()
+    path = os.path.join(directory.name, 's')
     async def serve(r, w): w.write(await r.readline()); await w.drain(); w.close()
     server = await asyncio.start_unix_server(serve, path)
     r, w = await asyncio.open_unix_connection(path)
@@ -362,13 +363,14 @@ except socket.gaierror: pass
 
 #[test]
 fn node_talks_to_its_children_and_itself() {
-    let code = "const net = require('net'), os = require('os'), path = require('path');
+    let code = "const fs = require('fs'), net = require('net'), os = require('os'), path = require('path');
 const { fork, execFileSync } = require('child_process'), { Worker } = require('worker_threads');
 if (process.argv[2] === 'child') { process.on('message', m => { process.send(m + 1);
   process.disconnect() }) } else {
   os.networkInterfaces();
   if (execFileSync('cat', { input: 'x' }).toString() !== 'x') process.exit(3);
-  const at = path.join(require('fs').mkdtempSync(path.join(os.tmpdir(), 'agt-')), 's');
+  const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'agt-')), at = path.join(directory, 's');
+  process.on('exit', () => fs.rmSync(directory, { recursive: true }));
   const server = net.createServer(s => s.pipe(s)).listen(at, () => {
     const c = net.connect(at, () => c.write('y'));
     c.on('data', () => { c.end(); server.close(); });

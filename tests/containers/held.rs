@@ -1,12 +1,13 @@
 //! Pods and containers as workloads: a real runtime, and the daemon beside it.
 
+mod docker;
 mod nri;
 
 use std::{
     fs,
     io::Write as _,
     os::unix::fs::{PermissionsExt as _, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -245,27 +246,29 @@ fn executables_are_granted_in_the_containers_own_mounts() {
     let (_hook, containerd) = hooked();
     let guard = guard(&containerd);
     guard.define("test:tool", &json!({"exec": [{"path": TOOL}, {"path": "/bin/in-no-image"}]}));
-    guard.define("test:data", &json!({"exec": [{"path": "/data/tool"}]}));
+    guard.define("test:data", &json!({"exec": [{"path": "/data/tool"}, {"path": "/fixed/tool"}]}));
     grant(&guard, "base", "coder", BASE);
     let pod = agent(&containerd, "coder-0", "coder").run();
     is_held(&guard, "agents/coder-0");
 
-    // A volume that can be written to holds nothing that can be granted.
-    let volume = containerd.world().directory().join("volume");
-    fs::create_dir(&volume).unwrap();
-    fs::copy(agent_binary(), volume.join("tool")).unwrap();
+    // A volume that can be written to holds nothing that can be granted; one that cannot be does.
+    let volume = volume_with_tool(&containerd.world().directory().join("volume"));
+    let fixed = volume_with_tool(&containerd.world().directory().join("fixed"));
     let first = pod.container("init").command([PROGRAM, "end"]).start();
     wait_until("the init container has ended", || !first.is_running());
-    let container = pod.container("agent").mount(&volume, "/data").start();
+    let plan = pod.container("agent").mount(&volume, "/data");
+    let container = plan.mount_read_only(&fixed, "/fixed").start();
 
     let run = |path: &str| container.exec([path, "end"]).exit_code;
     // What the runtime started runs again; nothing else does.
     wait_until("the container's own command may run", || run(PROGRAM) == 0);
     assert_ne!(run(TOOL), 0, "a command of exec that no scope grants");
     assert_ne!(run("/data/tool"), 0);
+    assert_ne!(run("/fixed/tool"), 0);
     grant(&guard, "tool", "coder", "test:tool");
     grant(&guard, "data", "coder", "test:data");
     wait_until("the tool may run", || run(TOOL) == 0);
+    wait_until("a file on a volume that is read only may run", || run("/fixed/tool") == 0);
     assert_ne!(run("/data/tool"), 0, "a file on a volume that can be written to");
     let said = gaps(&guard);
     assert!(
@@ -284,6 +287,13 @@ fn executables_are_granted_in_the_containers_own_mounts() {
     let container = plan.attempts(10, &[Ask::Tcp(ELSEWHERE), Ask::Tcp(API_PORT)]).start();
     assert_held(&container.report(), "a container that was restarted");
     wait_until("the tool may run there too", || container.exec([TOOL, "end"]).exit_code == 0);
+}
+
+/// A directory of the node with the program of the tests in it, as `tool`.
+fn volume_with_tool(directory: &Path) -> PathBuf {
+    fs::create_dir(directory).unwrap();
+    fs::copy(agent_binary(), directory.join("tool")).unwrap();
+    directory.to_owned()
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    fs::File,
+    fs::{self, File},
     os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -177,6 +177,13 @@ fn contents(file: &File) -> String {
         }
         bytes.extend_from_slice(&buffer[..read]);
     }
+}
+
+/// The one child of a process, if it has one.
+#[must_use]
+pub fn child_of(pid: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.trim().parse().ok()
 }
 
 /// The attack program.

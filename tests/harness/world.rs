@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::{
     Programs, attack_binary,
     cgroup::{self, Cgroup},
-    containerd, mounts,
+    containerd, docker, mounts,
     server::{self, Protocol, Servers},
     unique,
 };
@@ -381,6 +381,7 @@ fn remove_stale() {
     let temporary = std::env::temp_dir();
     for name in unique::stale(&temporary) {
         containerd::remove_stale(&temporary.join(&name));
+        docker::remove_stale(&temporary.join(&name));
         // First, or what is mounted there would be emptied.
         mounts::unmount_below(&temporary.join(&name));
         // Another run may be removing it at the same time.

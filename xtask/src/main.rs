@@ -7,7 +7,6 @@
 mod bench;
 mod chart;
 mod ci;
-mod containerd;
 mod counting;
 mod demo;
 mod dist;
@@ -23,6 +22,7 @@ mod oci;
 #[cfg_attr(not(test), expect(dead_code, reason = "the tests read what this program writes"))]
 mod promise;
 mod run;
+mod runtimes;
 mod setup;
 mod suites;
 mod test;

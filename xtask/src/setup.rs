@@ -15,9 +15,8 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    containerd,
     run::{heading, output, run, which},
-    toolchain, vm,
+    runtimes, toolchain, vm,
 };
 
 /// The linker's version: the last line that borrows the LLVM of a Rust toolchain.
@@ -41,6 +40,8 @@ const PROGRAMS: &[(Purpose, &str, &str)] = &[
     (Purpose::Demo, "sshd", "openssh-server"),
     (Purpose::Test, "/usr/lib/cni/ptp", "containernetworking-plugins"),
     (Purpose::Test, "containerd", "containerd"),
+    // What it is linked to, the Docker Engine of the tests is too.
+    (Purpose::Test, "dmsetup", "dmsetup"),
     (Purpose::Test, "node", "nodejs"),
     (Purpose::Test, "promtool", "prometheus"),
     (Purpose::Test, "runc", "runc"),
@@ -103,7 +104,7 @@ pub(crate) fn setup(purpose: Purpose) -> Result<()> {
         kernel()?;
     }
     if purpose >= Purpose::Test {
-        containerd::prepare()?;
+        runtimes::prepare()?;
     }
     if purpose >= Purpose::Vm {
         vm::prepare()?;

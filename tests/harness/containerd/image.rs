@@ -62,7 +62,11 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
 
 /// The root directory: the program, twice, and places to mount on.
-fn layer(program: &Path) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+///
+/// The program cannot be read.
+pub(crate) fn layer(program: &Path) -> io::Result<Vec<u8>> {
     let program = fs::read(program)?;
     let mut layer = tar::Builder::new(Vec::new());
     for directory in ["bin/", "dev/", "etc/", "proc/", "sys/", "tmp/"] {

@@ -6,7 +6,7 @@
 //! world's client side. So pods reach the world's servers through the node, and nothing else.
 
 mod cri;
-mod image;
+pub(crate) mod image;
 mod pod;
 
 use std::{
@@ -34,7 +34,7 @@ use crate::{
     Layer, World, cgroup,
     layer::is_promised,
     mounts,
-    process::{Running, binary, run},
+    process::{Running, binary, child_of, run},
     promise::Promise,
     requires,
 };
@@ -42,7 +42,7 @@ use crate::{
 /// How long a start or a stop may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What containerd starts, it finds here.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where Debian, and where everyone else, puts network plugins.
 const PLUGINS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
 /// Where plugins' callers note what they set up; no configuration moves it.
@@ -60,12 +60,23 @@ pub enum Release {
     Two,
 }
 
+/// A node that is a container itself, as a runtime is started in it.
+#[derive(Clone, Debug)]
+pub struct Inside {
+    /// Its first process, whose PID, mount and cgroup namespaces are the node's.
+    pub init: u32,
+    /// A cgroup of the node's, for the runtime's own processes.
+    pub cgroup: PathBuf,
+}
+
 /// A container runtime; dropped, it goes with everything it made.
 #[derive(Debug)]
 pub struct Containerd {
     cri: Cri,
     /// Where its programs are looked for.
     path: String,
+    /// The node that it runs in, where that is a container itself.
+    inside: Option<Inside>,
     running: Option<Running>,
     uids: AtomicU32,
     // Last, because it holds the network and the cgroups of the rest.
@@ -92,7 +103,24 @@ impl Containerd {
     #[track_caller]
     #[must_use]
     pub fn started_with(more: &str) -> Self {
-        Self::started_from(PATH.to_owned(), more)
+        Self::started_from(PATH.to_owned(), more, World::new(), None)
+    }
+
+    /// One in a node that is a container itself, which has to outlive it.
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started_inside(world: World, node: Inside) -> Self {
+        Self::started_from(PATH.to_owned(), "", world, Some(node))
+    }
+
+    /// The socket that a runtime on this node will answer on.
+    #[must_use]
+    pub fn socket_on(world: &World) -> PathBuf {
+        world.directory().join(SOCKET)
     }
 
     /// One of a release that offers NRI at [`Self::nri`].
@@ -112,17 +140,18 @@ impl Containerd {
   plugin_config_path = "{{directory}}/nri-configuration"
 "#
         );
-        Self::started_from(format!("{}:{PATH}", programs.display()), &nri)
+        let path = format!("{}:{PATH}", programs.display());
+        Self::started_from(path, &nri, World::new(), None)
     }
 
     #[track_caller]
-    fn started_from(path: String, more: &str) -> Self {
+    fn started_from(path: String, more: &str, world: World, inside: Option<Inside>) -> Self {
         requires(Layer::Portable);
         is_promised(Promise::Containers);
-        let world = World::new();
         world.network().lead_to_pods(PODS);
-        let cri = Cri::new(&world.directory().join(SOCKET));
-        let mut containerd = Self { cri, path, running: None, uids: AtomicU32::new(0), world };
+        let cri = Cri::new(&Self::socket_on(&world));
+        let uids = AtomicU32::new(0);
+        let mut containerd = Self { cri, path, inside, running: None, uids, world };
         containerd.configure(more).expect("the world's directory is ours");
         fs::create_dir(containerd.world.cgroup().path().join(NODE)).expect("the cgroup is ours");
         containerd.start();
@@ -139,7 +168,7 @@ impl Containerd {
     /// The socket it answers on.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.path(SOCKET)
+        Self::socket_on(&self.world)
     }
 
     /// The socket at which it offers NRI, if it was told to.
@@ -205,7 +234,20 @@ impl Containerd {
     #[track_caller]
     pub fn start(&mut self) {
         let mut command = self.world.enter();
-        command.arg("--cgroup").arg(self.world.cgroup().path().join(NODE)).arg("--");
+        let own = self.world.cgroup().path().join(NODE);
+        let cgroup = self.inside.as_ref().map_or(&own, |node| &node.cgroup);
+        command.arg("--cgroup").arg(cgroup).arg("--");
+        if let Some(Inside { init, .. }) = &self.inside {
+            command.args([
+                "nsenter",
+                "--target",
+                &init.to_string(),
+                "--pid",
+                "--mount",
+                "--cgroup",
+            ]);
+            command.arg("--");
+        }
         command.env("PATH", &self.path);
         // The one of its own release, where that is not the machine's.
         command.args(["env", "containerd", "--config"]).arg(self.path(CONFIG));
@@ -336,7 +378,9 @@ disabled_plugins = [
     /// Asks it to end, and makes it; whether it ended by itself.
     fn end(&mut self) -> bool {
         let Some(mut running) = self.running.take() else { return true };
-        let pid = Pid::from_raw(running.pid().cast_signed());
+        // What enters a node waits outside of it, and ends with what it started there.
+        let inside = self.inside.as_ref().and_then(|_| child_of(running.pid()));
+        let pid = Pid::from_raw(inside.unwrap_or(running.pid()).cast_signed());
         // One that has ended already is waited for just as well.
         let _gone = kill(pid, Signal::SIGTERM);
         running.wait(PATIENCE).is_some()
@@ -363,7 +407,7 @@ fn files_elsewhere(directory: &Path) -> Vec<PathBuf> {
 
 /// The socket of what holds a container: older releases write its address, newer ones how to speak to
 /// it as well.
-fn socket_of_shim(task: &Path) -> Option<PathBuf> {
+pub(crate) fn socket_of_shim(task: &Path) -> Option<PathBuf> {
     let address = fs::read_to_string(task.join("address")).ok().or_else(|| {
         let parameters = fs::read(task.join("bootstrap.json")).ok()?;
         let parameters: serde_json::Value = serde_json::from_slice(&parameters).ok()?;

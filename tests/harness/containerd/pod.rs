@@ -261,6 +261,15 @@ impl<'a> ContainerPlan<'a> {
         self
     }
 
+    /// The same, without a right to write there.
+    pub fn mount_read_only(self, host: &Path, inside: &str) -> Self {
+        let mut plan = self.mount(host, inside);
+        if let Some(mount) = plan.config.mounts.last_mut() {
+            mount.readonly = true;
+        }
+        plan
+    }
+
     /// Gives it every right there is; its pod has to be privileged.
     pub fn privileged(mut self) -> Self {
         let linux = self.config.linux.get_or_insert_default();
