@@ -92,3 +92,13 @@ fn name(command: &Command) -> String {
         .collect::<Vec<_>>()
         .join(" ")
 }
+
+/// Gives `to` what `of` changes of the environment: for a program that runs another one.
+pub(crate) fn copy_environment(of: &Command, to: &mut Command) {
+    for (name, value) in of.get_envs() {
+        match value {
+            Some(value) => to.env(name, value),
+            None => to.env_remove(name),
+        };
+    }
+}

@@ -317,7 +317,7 @@ struct Exec {
 #[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 enum WireUnixSocket {
-    /// An absolute path in the host's mounts, without wildcards; its directory is what is looked
+    /// An absolute path in the workload's mounts, without wildcards; its directory is what is looked
     /// up, so the server may make the socket anew.
     Path(#[schemars(regex(pattern = "^/[^/*]"))] String),
     /// A name in the abstract namespace without its leading NUL, at most 107 bytes, without

@@ -21,7 +21,7 @@ use super::{
     node::{ADDRESS, Node},
     programs::Programs,
 };
-use crate::run::output;
+use crate::run::{copy_environment, output};
 
 /// Addresses of pods, of services, and of the API server among them.
 const PODS: &str = "10.244.0.0/24";
@@ -33,6 +33,11 @@ pub(super) const API: &str = "10.96.0.1/443";
 
 /// The node's name.
 pub(super) const NODE: &str = "node1";
+
+/// Names of the control plane's programs.
+const API_SERVER: &str = "kube-apiserver";
+const CONTROLLER_MANAGER: &str = "kube-controller-manager";
+const SCHEDULER: &str = "kube-scheduler";
 
 /// The store, which nobody but the API server reaches.
 const ETCD: &str = "http://127.0.0.1:2379";
@@ -77,6 +82,20 @@ impl Pace {
         }
     }
 
+    /// The same command, where processors are slow ahead of all that waits for it: the API server gives up
+    /// when it is not up within a time of its own.
+    fn ahead(self, command: Command) -> Command {
+        match self {
+            Self::Own => command,
+            Self::Emulated => {
+                let mut nice = Command::new("nice");
+                nice.args(["-n", "-10"]).arg(command.get_program()).args(command.get_args());
+                copy_environment(&command, &mut nice);
+                nice
+            }
+        }
+    }
+
     /// How long is waited for what takes at most so long on a machine of its own.
     pub(super) fn patience(self, limit: Duration) -> Duration {
         match self {
@@ -114,7 +133,8 @@ impl<'a> Cluster<'a> {
         let mut cluster = Self { node, programs, control_plane, keys, pace };
         cluster.runtime()?;
         cluster.api_server()?;
-        cluster.controllers()?;
+        cluster.start_controllers()?;
+        cluster.proxy()?;
         cluster.kubelet()?;
         Ok(cluster)
     }
@@ -172,26 +192,29 @@ impl<'a> Cluster<'a> {
         self.node.stop(name)
     }
 
-    /// Takes the API server away.
-    pub(super) fn stop_api_server(&mut self) -> Result<()> {
-        self.node.stop("kube-apiserver")
+    /// Takes the API server away, and what a control plane has beside it.
+    pub(super) fn stop_control_plane(&mut self) -> Result<()> {
+        self.node.stop(SCHEDULER)?;
+        self.node.stop(CONTROLLER_MANAGER)?;
+        self.node.stop(API_SERVER)
     }
 
-    /// Starts it again, and returns once it is ready. When it fails it is started anew, as a service
-    /// manager does: in emulation it may give up while all of its clients come back at once.
-    pub(super) fn start_api_server_again(&mut self) -> Result<()> {
+    /// Starts it again, and returns once the API server is ready. When that one fails it is started anew,
+    /// as a service manager does.
+    pub(super) fn start_control_plane_again(&mut self) -> Result<()> {
         let api = started_again(&self.api_server_command());
-        self.start_api_server(&api)
+        self.start_api_server(&api)?;
+        self.start_controllers()
     }
 
     fn start_api_server(&mut self, api: &Command) -> Result<()> {
-        self.node.start("kube-apiserver", api)?;
+        self.node.start(API_SERVER, api)?;
         let mut ready = self.kubectl(&["get", "--raw", "/readyz"]);
         let took = self.node.wait("the API server is ready", self.pace.patience(READY), |_| {
             Ok(output(&mut ready).is_ok_and(|said| said == "ok"))
         });
-        let took = took.with_context(|| self.node.end_of_log("kube-apiserver"))?;
-        said("kube-apiserver", took);
+        let took = took.with_context(|| self.node.end_of_log(API_SERVER))?;
+        said(API_SERVER, took);
         Ok(())
     }
 
@@ -257,14 +280,14 @@ impl<'a> Cluster<'a> {
         etcd.args(["--data-dir", "/var/lib/etcd/data"])
             .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
-        self.node.start("etcd", &self.pace.started(etcd))?;
+        self.node.start("etcd", &self.pace.ahead(self.pace.started(etcd)))?;
         let api = self.api_server_command();
         self.start_api_server(&api)
     }
 
     fn api_server_command(&self) -> Command {
         let key = |name: &str| self.keys.path(name).display().to_string();
-        let mut api = Command::new(self.control_plane.program("kube-apiserver"));
+        let mut api = Command::new(self.control_plane.program(API_SERVER));
         api.args([
             format!("--etcd-servers={ETCD}"),
             format!("--bind-address={ADDRESS}"),
@@ -286,13 +309,13 @@ impl<'a> Cluster<'a> {
             "--allow-privileged=true".to_owned(),
             "--feature-gates=EphemeralContainers=true".to_owned(),
         ]);
-        self.pace.started(api)
+        self.pace.ahead(self.pace.started(api))
     }
 
     /// What acts on what the API server holds.
-    fn controllers(&mut self) -> Result<()> {
+    fn start_controllers(&mut self) -> Result<()> {
         let key = |name: &str| self.keys.path(name).display().to_string();
-        let mut manager = Command::new(self.control_plane.program("kube-controller-manager"));
+        let mut manager = Command::new(self.control_plane.program(CONTROLLER_MANAGER));
         manager.args([
             format!("--kubeconfig={}", key("controllers.kubeconfig")),
             format!("--service-account-private-key-file={}", key("accounts.key")),
@@ -304,13 +327,20 @@ impl<'a> Cluster<'a> {
             // A node that is slow to say how it is is none that is gone.
             format!("--node-monitor-grace-period={}s", self.pace.every("40", "600")),
         ]);
-        let mut scheduler = Command::new(self.control_plane.program("kube-scheduler"));
+        let mut scheduler = Command::new(self.control_plane.program(SCHEDULER));
         scheduler.args([
             format!("--kubeconfig={}", key("scheduler.kubeconfig")),
             "--bind-address=127.0.0.1".to_owned(),
             "--port=0".to_owned(),
             "--leader-elect=false".to_owned(),
         ]);
+        for (name, command) in [(CONTROLLER_MANAGER, manager), (SCHEDULER, scheduler)] {
+            self.node.start(name, &started_again(&self.pace.started(command)))?;
+        }
+        Ok(())
+    }
+
+    fn proxy(&mut self) -> Result<()> {
         // Addresses of services are translated in the node's network namespace, whose limits on
         // connections are the kernel's to set.
         let config = self.node.scratch().join("kube-proxy.yaml");
@@ -328,19 +358,12 @@ impl<'a> Cluster<'a> {
                  metricsBindAddress: 127.0.0.1:10249\n\
                  oomScoreAdj: 0\n\
                  conntrack: {{maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}\n",
-                key("proxy.kubeconfig"),
+                self.keys.path("proxy.kubeconfig").display(),
             ),
         )?;
         let mut proxy = Command::new(self.control_plane.program("kube-proxy"));
         proxy.arg("--config").arg(config);
-        for (name, command) in [
-            ("kube-controller-manager", manager),
-            ("kube-scheduler", scheduler),
-            ("kube-proxy", proxy),
-        ] {
-            self.node.start(name, &started_again(&self.pace.started(command)))?;
-        }
-        Ok(())
+        self.node.start("kube-proxy", &started_again(&self.pace.started(proxy)))
     }
 
     fn kubelet(&mut self) -> Result<()> {
@@ -406,7 +429,7 @@ impl<'a> Cluster<'a> {
         self.node.wait("the default service account", self.pace.patience(READY), |_| {
             Ok(output(&mut account).is_ok())
         })?;
-        said("kube-controller-manager", begin.elapsed());
+        said(CONTROLLER_MANAGER, begin.elapsed());
         Ok(())
     }
 
@@ -434,19 +457,24 @@ impl<'a> Cluster<'a> {
 const READY_CONDITION: &str = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
 
 /// The same program, started again when it fails, as a service manager does: each of them gives up when
-/// the API server lets it wait, on a busy machine.
+/// the API server lets it wait, on a busy machine. It ends when this is told to.
 fn started_again(command: &Command) -> Command {
     let mut sh = Command::new("sh");
-    sh.args(["-c", "until \"$@\"; do sleep 1; done", "sh"])
-        .arg(command.get_program())
-        .args(command.get_args());
-    for (name, value) in command.get_envs() {
-        if let Some(value) = value {
-            sh.env(name, value);
-        }
-    }
+    sh.args(["-c", STARTED_AGAIN, "sh"]).arg(command.get_program()).args(command.get_args());
+    copy_environment(command, &mut sh);
     sh
 }
+
+/// In `sh`, with the program and its arguments.
+const STARTED_AGAIN: &str = r#"
+trap 'kill "$running"; wait "$running"; exit' TERM
+while :; do
+    "$@" &
+    running=$!
+    wait "$running" && exit
+    sleep 1
+done
+"#;
 
 fn said(part: &str, took: Duration) {
     println!("ready     {part} ({:.1} s)", took.as_secs_f64());

@@ -45,6 +45,9 @@ pub(crate) struct Arguments {
     /// end the cluster
     #[arg(long, value_name = "COMMAND", conflicts_with = "prepare")]
     run: Option<String>,
+    /// Run only the checks with this in their names, and those that prepare for them
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["prepare", "run"])]
+    check: Vec<String>,
     /// The same in a virtual machine whose kernel has the BPF LSM active
     #[arg(long)]
     vm: bool,
@@ -73,6 +76,7 @@ pub(crate) fn e2e(arguments: &Arguments) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "a node needs root: run `cargo xtask e2e-kubernetes` as root"
     );
+    checks::exist(&arguments.check)?;
     heading("set-up");
     let cache = cache()?;
     if let Some(scratch) = &arguments.inside {
@@ -112,8 +116,11 @@ fn in_machine(arguments: &Arguments) -> Result<()> {
         target_dir().canonicalize()?.display(),
         program.display()
     );
-    if let Some(command) = &arguments.run {
-        script.push_str(&format!(" --run '{}'", command.replace('\'', r"'\''")));
+    let options = [("--run", arguments.run.as_slice()), ("--check", arguments.check.as_slice())];
+    for (option, values) in options {
+        for value in values {
+            script.push_str(&format!(" {option} '{}'", value.replace('\'', r"'\''")));
+        }
     }
     script.push('\n');
     vm::run_script(&arguments.kernel, &script, MEMORY, LIMIT)
@@ -130,7 +137,7 @@ fn in_cluster(arguments: &Arguments, scratch: &Path, parts: &Parts) -> Result<()
 
     match &arguments.run {
         Some(command) => to_the_end(&mut cluster.shell(command))?,
-        None => checks::run(&mut cluster)?,
+        None => checks::run(&mut cluster, &arguments.check)?,
     }
 
     heading("end");

@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{interrupt, netns::Namespace, setup::cgroup_root};
+use crate::{interrupt, netns::Namespace, run::copy_environment, setup::cgroup_root};
 
 /// The network namespace, and the cgroup below which everything is.
 pub(super) const NAME: &str = "agentguard-e2e";
@@ -144,12 +144,7 @@ impl Node {
             .arg(command.get_program())
             .args(command.get_args())
             .env("PATH", &self.path);
-        for (name, value) in command.get_envs() {
-            match value {
-                Some(value) => nsenter.env(name, value),
-                None => nsenter.env_remove(name),
-            };
-        }
+        copy_environment(command, &mut nsenter);
         nsenter
     }
 
@@ -309,12 +304,7 @@ fn wrapped(unified: &Path, command: &Command) -> Command {
         .arg(unified.join("system/cgroup.procs"))
         .arg(command.get_program())
         .args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => sh.env(name, value),
-            None => sh.env_remove(name),
-        };
-    }
+    copy_environment(command, &mut sh);
     sh
 }
 

@@ -1,6 +1,9 @@
 //! Agent pods next to ordinary pods.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
@@ -9,7 +12,7 @@ use super::{TOOLS, apply, deploy::in_daemon, expected, kubectl, traffic, wait_fo
 use crate::{
     interrupt,
     kubernetes::{
-        cluster::{API, Cluster},
+        cluster::{API, Cluster, Pace},
         node::ADDRESS,
         seconds,
         traffic::{Outcome, Traffic},
@@ -19,7 +22,14 @@ use crate::{
 const MANIFESTS: &str = include_str!("../manifests/agents.yaml");
 const POD: &str = include_str!("../manifests/traffic.yaml");
 const IDLE: &str = include_str!("../manifests/idle.yaml");
+pub(super) const GRANT: &str = include_str!("../manifests/grant.yaml");
 pub(super) const BRIEF: &str = include_str!("../manifests/brief.yaml");
+
+/// The socket of the node's runtime, in the pods' mounts.
+const SOCKET: &str = "/node/containerd.sock";
+
+/// What `status` says where the kernel gives no hook that judges unix sockets.
+const SOCKETS_ARE_FREE: &str = "unix sockets are not judged";
 
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
@@ -203,10 +213,7 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
          is refused anything"
     );
 
-    let exec = |pod: &str, command: &[&str]| {
-        let exec = ["--namespace", "agents", "exec", pod, "--"];
-        kubectl(cluster, &[&exec[..], command].concat())
-    };
+    let exec = |pod: &str, command: &[&str]| exec(cluster, pod, command);
     let curl = curl(targets)?;
     let curl: Vec<&str> = curl.iter().map(String::as_str).collect();
     let said = exec("researcher", &curl)?;
@@ -222,6 +229,71 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
         ),
     }
     Ok(())
+}
+
+/// A command in a pod.
+fn exec(cluster: &Cluster<'_>, pod: &str, command: &[&str]) -> Result<String> {
+    let exec = ["--namespace", "agents", "exec", pod, "--"];
+    kubectl(cluster, &[&exec[..], command].concat())
+}
+
+/// A socket that a volume brings into an agent is the way out of it: who connects to the runtime's starts
+/// what it likes. It is reached by whom a scope grants its path in the container.
+pub(super) fn at_sockets(cluster: &mut Cluster<'_>, _: &Agents) -> Result<()> {
+    let is_judged = !in_daemon(cluster, &["status"])?.contains(SOCKETS_ARE_FREE);
+    ensure!(
+        is_judged || cluster.pace() == Pace::Own,
+        "the machine's kernel has the BPF LSM active, and unix sockets are not judged"
+    );
+    let becomes = |pod: &str, wanted: Outcome| {
+        let begin = Instant::now();
+        loop {
+            let became = connected(cluster, pod)?;
+            if became == wanted {
+                return Ok(());
+            }
+            ensure!(
+                begin.elapsed() < cluster.pace().patience(Duration::from_secs(10)),
+                "a connect of {pod} to {SOCKET} is {became}"
+            );
+            interrupt::sleep(Duration::from_millis(200))?;
+        }
+    };
+    let without = if is_judged { Outcome::Refused } else { Outcome::Passed };
+    becomes("researcher", without)?;
+    becomes("bystander", Outcome::Passed)?;
+    apply(
+        cluster,
+        GRANT,
+        &[("$NAME", "at-runtime"), ("$SCOPE", "runtime"), ("$EXPIRES", "never")],
+    )?;
+    becomes("researcher", Outcome::Passed)?;
+    kubectl(cluster, &["--namespace", "agents", "delete", "grant", "at-runtime"])?;
+    becomes("researcher", without)?;
+    println!(
+        "seen      {} reaches the node's runtime by the socket that is mounted into it",
+        if is_judged {
+            "an agent with a grant, and none without,"
+        } else {
+            "as status says, an agent"
+        }
+    );
+    Ok(())
+}
+
+/// What becomes of a connect of `curl` in a pod to [`SOCKET`]. Nobody answers it as a web server does.
+fn connected(cluster: &Cluster<'_>, pod: &str) -> Result<Outcome> {
+    let curl =
+        ["/usr/bin/curl", "--verbose", "--silent", "--max-time", "5", "--unix-socket", SOCKET];
+    let said = match exec(cluster, pod, &[&curl[..], &["http://runtime/"]].concat()) {
+        Ok(said) => said,
+        Err(error) => format!("{error:#}"),
+    };
+    if said.contains("Operation not permitted") {
+        return Ok(Outcome::Refused);
+    }
+    ensure!(said.contains("Connected to runtime"), "curl says of {SOCKET}: {said}");
+    Ok(Outcome::Passed)
 }
 
 /// The command by which an agent asks its service for a word.

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use jiff::Timestamp;
 
 use super::{
-    agents::{Agents, LATER},
+    agents::{Agents, GRANT, LATER},
     apply, kubectl,
 };
 use crate::{
@@ -17,7 +17,6 @@ use crate::{
     },
 };
 
-const GRANT: &str = include_str!("../manifests/grant.yaml");
 const SERVICE: &str = include_str!("../manifests/later.yaml");
 
 /// How long it may take from when `kubectl` returns.
@@ -33,7 +32,7 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     for _round in 0..ROUNDS {
         let mut note = |what, took_this| took.entry(what).or_default().push(took_this);
-        let grant = [("$NAME", "changing"), ("$EXPIRES", "never")];
+        let grant = [("$NAME", "changing"), ("$SCOPE", "more"), ("$EXPIRES", "never")];
         let change = || apply(cluster, GRANT, &grant);
         note("a grant is added", measured(researcher, more, Outcome::Passed, change)?);
         let delete = ["--namespace", "agents", "delete", "grant", "changing"];

@@ -15,7 +15,7 @@ mod updates;
 
 use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use jiff::Timestamp;
 
 use self::agents::Agents;
@@ -32,6 +32,7 @@ type Check = fn(&mut Cluster<'_>, &Agents) -> Result<()>;
 const CHECKS: &[(&str, Check)] = &[
     ("agents are held to their grants", agents::held),
     ("an ephemeral container", agents::looked_into),
+    ("a socket of the node", agents::at_sockets),
     ("changes", changes::take_effect),
     ("metrics", metrics::tell),
     ("dashboard", dashboard::shows_what_happened),
@@ -41,12 +42,23 @@ const CHECKS: &[(&str, Check)] = &[
     ("ordinary pods to the end", agents::bystander_saw_nothing),
 ];
 
-/// All checks.
+/// Refuses what is in no check's name.
+pub(super) fn exist(only: &[String]) -> Result<()> {
+    let names = CHECKS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join("; ");
+    match only.iter().find(|part| !names.contains(part.as_str())) {
+        Some(part) => bail!("no check has {part:?} in its name; there are: {names}"),
+        None => Ok(()),
+    }
+}
+
+/// The checks whose names have one of `only` in them, all when there is none, after those that they need.
 ///
 /// # Errors
 ///
 /// The first that fails.
-pub(super) fn run(cluster: &mut Cluster<'_>) -> Result<()> {
+pub(super) fn run(cluster: &mut Cluster<'_>, only: &[String]) -> Result<()> {
+    let is_asked_for =
+        |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
     let step = |name: &str, begin: Instant| {
         println!("passed    {name} ({})", seconds(begin.elapsed()));
     };
@@ -68,7 +80,7 @@ pub(super) fn run(cluster: &mut Cluster<'_>) -> Result<()> {
     heading("agents");
     let agents = Agents::start(cluster)?;
     step("agents", begin);
-    for (name, check) in CHECKS {
+    for (name, check) in CHECKS.iter().filter(|(name, _)| is_asked_for(name)) {
         let begin = Instant::now();
         heading(name);
         check(cluster, &agents).with_context(|| (*name).to_owned())?;

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use jiff::Timestamp;
 
 use super::{
-    agents::{Agents, LATER},
+    agents::{Agents, GRANT, LATER},
     apply,
     updates::{daemon, kill},
 };
@@ -18,8 +18,6 @@ use crate::{
     interrupt,
     kubernetes::{cluster::Cluster, node::Node, seconds, traffic::Outcome},
 };
-
-const GRANT: &str = include_str!("../manifests/grant.yaml");
 
 /// How long a grant holds that ends while the API server is down.
 const LASTS: Duration = Duration::from_secs(40);
@@ -33,14 +31,14 @@ const AGAIN: Duration = Duration::from_secs(30);
 pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let Agents { researcher, targets, .. } = agents;
     let ends = Timestamp::now() + cluster.pace().patience(LASTS);
-    let grant = [("$NAME", "ending"), ("$EXPIRES", &ends.to_string())];
+    let grant = [("$NAME", "ending"), ("$SCOPE", "more"), ("$EXPIRES", &ends.to_string())];
     let applied = apply(cluster, GRANT, &grant)?;
     let holds = researcher.first(&targets.more, Outcome::Passed, applied)?;
     let pid = daemon(cluster)?;
 
-    cluster.stop_api_server()?;
+    cluster.stop_control_plane()?;
     let down = Timestamp::now();
-    println!("seen      the API server is down");
+    println!("seen      the API server is down, and the rest of the control plane");
     ensure!(down < ends, "the API server took longer to end than the grant");
     let ended = researcher.first(&targets.more, Outcome::Refused, holds)?;
     ensure!(ended >= ends, "the grant ended at {ended}, before {ends}");
@@ -64,8 +62,8 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     researcher.judge(ended, &expected)?;
     println!("seen      {count} requests were decided as before, also after the daemon was killed");
 
-    cluster.start_api_server_again()?;
-    let grant = [("$NAME", "after"), ("$EXPIRES", "never")];
+    cluster.start_control_plane_again()?;
+    let grant = [("$NAME", "after"), ("$SCOPE", "more"), ("$EXPIRES", "never")];
     let applied = apply(cluster, GRANT, &grant)?;
     let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
     let took = Duration::try_from(seen - applied).unwrap_or_default();
