@@ -10,7 +10,7 @@ use std::{
 
 use agentguard_tests::{
     daemon::{Daemon, Prober, Reachable, grant, identity, scope, workload},
-    run, wait_until,
+    run, tell, wait_until,
 };
 use serde_json::json;
 
@@ -56,7 +56,7 @@ impl Uses {
     /// Fails when more is used than before.
     #[track_caller]
     fn assert_no_more_than(&self, before: &Self) {
-        println!("before: {before}\nafter:  {self}");
+        tell!("before: {before}\nafter:  {self}");
         assert!(self.descriptors <= before.descriptors + 2, "descriptors leak");
         assert!(self.resident <= before.resident + SLACK, "memory leaks");
         // Threads that wait for blocking work come and go.
@@ -139,7 +139,7 @@ fn five_thousand_workloads_come_and_go_and_leave_nothing() {
     let before = Uses::of(&daemon);
     let start = Instant::now();
     all += come_and_go(&daemon, 12, AT_ONCE);
-    println!("{all} workloads, the last {} in {:?}", all - 8 * AT_ONCE, start.elapsed());
+    tell!("{all} workloads, the last {} in {:?}", all - 8 * AT_ONCE, start.elapsed());
     assert!(all >= 5000);
     settle(&daemon);
     Uses::of(&daemon).assert_no_more_than(&before);
@@ -192,7 +192,7 @@ fn a_busy_daemon_uses_no_more_after_an_hour() {
     for part in 1..3 {
         hour(&daemon, &agent, part);
     }
-    println!("two more hours in {:?}", start.elapsed());
+    tell!("two more hours in {:?}", start.elapsed());
     let after = settled(&daemon);
     assert!(!held.reaches(server.port()));
     // A grant that was revoked is shown for a day, and so is in the state.

@@ -6,8 +6,7 @@ mod containers {
 
     use std::{
         collections::BTreeSet,
-        fs,
-        io::{self, Write as _},
+        fs, io,
         net::{IpAddr, SocketAddr},
         os::unix::net::UnixStream,
         panic::{AssertUnwindSafe, catch_unwind},
@@ -19,17 +18,13 @@ mod containers {
         address::{API, CLIENT, GRANTED_PORT, OTHER_PORT},
         attempt::{Ask, Ended},
         containerd::{PROGRAM, TOOL},
+        tell,
     };
 
     const API_PORT: SocketAddr = SocketAddr::new(API, GRANTED_PORT);
     /// No world has it.
     const ELSEWHERE: SocketAddr =
         SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 1)), 443);
-
-    /// Says a figure also where the test passes.
-    fn tell(text: &str) {
-        writeln!(io::stderr(), "{text}").expect("standard error is open");
-    }
 
     /// Everything below a directory that is called so, to a few levels.
     fn named(directory: &Path, name: &str, levels: u32) -> Vec<PathBuf> {
@@ -104,7 +99,7 @@ mod containers {
             for name in ["first", "second"] {
                 let container = pod.container(name).start();
                 let cgroup = container.cgroup();
-                tell(&format!("{name} of {}: {}", pod.uid(), cgroup.display()));
+                tell!("{name} of {}: {}", pod.uid(), cgroup.display());
                 assert_eq!(cgroup.parent(), Some(pod.cgroup().as_path()));
                 assert!(cgroup.ends_with(container.id()));
                 let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();

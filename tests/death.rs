@@ -14,7 +14,7 @@ use agentguard::fault;
 use agentguard_tests::{
     Cgroup, Running, Sink, SmallDisk, World,
     daemon::{Daemon, Prober, Reachable, grant, identity, scope, scope_of, workload},
-    run,
+    run, tell,
     traffic::{Expected, Kind, Report, Target, Traffic, assert_reconciles, assert_right},
     wait_until,
 };
@@ -150,7 +150,7 @@ impl Scene {
             assert!(given.elapsed() < BRIEF + Duration::from_secs(2), "a grant outlives its end");
             thread::sleep(Duration::from_millis(5));
         }
-        println!("the grant of {BRIEF:?} ended {:?} after it was given", given.elapsed());
+        tell!("the grant of {BRIEF:?} ended {:?} after it was given", given.elapsed());
         assert!(last.duration_since(given) > BRIEF / 2);
         self.traffic.goes_on(100);
     }
@@ -186,7 +186,7 @@ impl Scene {
 fn print_totals(targets: &[Target], reports: &[Report]) {
     for (target, report) in targets.iter().zip(reports) {
         let Report { attempts, sends, passed, refused, wrong, told: _ } = report;
-        println!(
+        tell!(
             "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused, {wrong} wrong"
         );
     }
@@ -197,7 +197,7 @@ fn print_totals(targets: &[Target], reports: &[Report]) {
 fn assert_totals(daemon: &Daemon) {
     let events = daemon.status().expect("it answers")["totals"]["events"].clone();
     let number = |name: &str| events[name].as_u64().unwrap();
-    println!("{events}");
+    tell!("{events}");
     assert_eq!(number("decided"), number("logged") + number("aggregated") + number("lost"));
 }
 
@@ -499,12 +499,12 @@ fn a_daemon_that_dies_at_any_step_leaves_the_old_or_the_new() {
         let (_, prober) = &mut extras[0];
         wait_until("what came meanwhile is held", || !prober.reaches(scene.other.port()));
         assert_totals(&scene.daemon);
-        println!("{point}: died after {died:?}, whole again after {:?}", start.elapsed());
+        tell!("{point}: died after {died:?}, whole again after {:?}", start.elapsed());
         scene.daemon.kill();
     }
     scene.daemon.start();
     drop(extras);
-    println!("all points in {:?}", begin.elapsed());
+    tell!("all points in {:?}", begin.elapsed());
     let Scene { daemon, traffic, held, targets, agent, .. } = scene;
     let reports = traffic.stop();
     assert_right(&targets, &reports);

@@ -12,7 +12,7 @@ use std::{
 use agentguard_tests::{
     Sink, World,
     daemon::{Daemon, grant, identity, next_program, program, scope_of},
-    run,
+    run, tell,
     traffic::{Expected, Kind, Report, Target, Traffic, assert_reconciles, assert_right},
     wait_until,
 };
@@ -148,10 +148,10 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
     assert_right(&of_datagrams, &one);
     assert_right(&of_streams, &two);
     let all = requests(&one) + requests(&two);
-    println!("{all} requests in {took:?} under {done:?}");
+    tell!("{all} requests in {took:?} under {done:?}");
     for (target, report) in of_datagrams.iter().zip(&one).chain(of_streams.iter().zip(&two)) {
         let Report { attempts, sends, passed, refused, wrong, told: _ } = report;
-        println!(
+        tell!(
             "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused, {wrong} wrong"
         );
     }
@@ -162,7 +162,7 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
     assert_reconciles(&daemon, &datagrams, &of_datagrams, &one);
     assert_reconciles(&daemon, &streams, &of_streams, &two);
     let events = daemon.status().expect("it answers")["totals"]["events"].clone();
-    println!("{events}");
+    tell!("{events}");
     let number = |name: &str| events[name].as_u64().unwrap();
     assert_eq!(number("decided"), number("logged") + number("aggregated") + number("lost"));
     wait_until("the workloads end", || daemon.workloads().is_empty());

@@ -14,7 +14,7 @@ use agentguard_common::allowlist::MAX_RULES;
 use agentguard_tests::{
     SmallDisk,
     daemon::{Daemon, Prober, Reachable, grant, identity, scope, scope_of, workload},
-    run, wait_until,
+    run, tell, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -227,6 +227,36 @@ fn what_was_never_valid_says_nothing_and_what_is_kept_may_be_lost() {
 }
 
 #[test]
+fn a_state_whose_revocations_can_not_be_read_stops_the_start_and_nothing_else() {
+    let mut daemon = Daemon::started();
+    let server = Reachable::start();
+    let agent = identity("agent");
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    daemon.write("grant", &[grant("revoked", &agent, "test:server")]);
+    let exec = daemon.command(["exec", "--identity", &agent, "--name", "agent"]);
+    let mut prober = Prober::start_by(exec);
+    wait_until("it is granted", || prober.reaches(server.port()));
+    daemon.run(["revoke", "revoked", "--reason", "a test"]).expect_success("revoke");
+    assert!(!prober.reaches(server.port()));
+    daemon.kill();
+    let file = daemon.path("state/state.json");
+    let kept = fs::read_to_string(&file).unwrap();
+    let mut of_another: Value = serde_json::from_str(&kept).unwrap();
+    of_another["grants"]["version"] = json!(99);
+    fs::write(&file, of_another.to_string()).unwrap();
+    daemon.launch(&[]);
+    let ended = daemon.ended(PATIENCE).expect("it does not start");
+    assert!(!ended.status.success(), "{ended:?}");
+    let said = &ended.stderr;
+    assert!(said.contains("state.json") && said.contains("version 99"), "{said}");
+    assert!(!prober.reaches(server.port()), "what was in force stays so");
+    assert_eq!(fs::read_to_string(&file).unwrap(), of_another.to_string(), "nothing is lost");
+    fs::write(&file, kept).unwrap();
+    daemon.start();
+    assert!(!prober.reaches(server.port()), "what was revoked stays so");
+}
+
+#[test]
 fn a_number_is_not_used_again_though_nobody_could_write_it_down() {
     let mut daemon = Daemon::installed();
     let server = Reachable::start();
@@ -255,7 +285,7 @@ fn a_number_is_not_used_again_though_nobody_could_write_it_down() {
     small.clear();
     daemon.start();
     let next = generation(&daemon);
-    println!("{used} was used, the next daemon goes on behind {next}");
+    tell!("{used} was used, the next daemon goes on behind {next}");
     assert!(next >= used, "{next} after {used}");
     daemon.kill();
     daemon.run(["uninstall"]).expect_success("uninstall");
@@ -304,7 +334,7 @@ fn a_revocation_is_in_force_though_a_table_is_full() {
         assert!(start.elapsed() < PATIENCE, "what is granted comes back");
         thread::sleep(Duration::from_millis(10));
     }
-    println!("what is granted was denied {denied} times, for {:?}", start.elapsed());
+    tell!("what is granted was denied {denied} times, for {:?}", start.elapsed());
     assert!(denied > 0, "there was room after all: this proved nothing");
     assert!(!prober.reaches(revoked.port()), "what was revoked stays so");
     assert!(daemon.said().contains("DESTINATIONS"), "it is said: {}", daemon.said());
@@ -375,7 +405,7 @@ fn an_exec_that_fails_takes_back_what_it_was_given() {
     daemon.run(exec).expect_success("exec");
     wait_until("it ended", || daemon.workloads().is_empty());
     assert_eq!(states(&daemon), pairs([]));
-    println!("{left} links were pinned while one workload ran");
+    tell!("{left} links were pinned while one workload ran");
 }
 
 fn count(directory: &Path) -> usize {

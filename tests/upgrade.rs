@@ -14,7 +14,7 @@ use agentguard::fault;
 use agentguard_tests::{
     Sink, World,
     daemon::{Daemon, grant, identity, next_program, program, scope_of},
-    run,
+    run, tell,
     traffic::{Expected, Kind, Target, Traffic, assert_reconciles, assert_right},
     wait_until,
 };
@@ -99,7 +99,7 @@ impl Scene {
             let reports = traffic.stop();
             assert_right(targets, &reports);
             let all: u64 = reports.iter().map(|report| report.attempts + report.sends).sum();
-            println!("{identity}: {all} requests, none decided wrongly");
+            tell!("{identity}: {all} requests, none decided wrongly");
             assert_reconciles(&daemon, identity, targets, &reports);
         }
         let events = daemon.status().expect("it answers")["totals"]["events"].clone();
@@ -150,7 +150,7 @@ fn a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap() {
         assert_eq!(now.len(), 2, "the other's are gone: {now:?}");
         let same = now == first;
         assert_eq!(same, round % 2 == 1, "{now:?} after {first:?}");
-        println!("{} took over in {took:?}: {now:?}", program.display());
+        tell!("{} took over in {took:?}: {now:?}", program.display());
     }
     scene.ends_well();
 }
@@ -191,6 +191,32 @@ fn a_daemon_that_can_not_hold_everything_leaves_the_other_in_force() {
 }
 
 #[test]
+fn a_daemon_that_could_not_hold_everything_says_so_and_takes_over_once_it_can() {
+    let Scene { mut daemon, mut datagrams, streams, targets, _sinks, _world, .. } = Scene::new();
+    let before = pinned(&daemon);
+    daemon.kill();
+    daemon.configure(|config| config["datapath"] = json!({"maps": {"destinations": 1}}));
+    daemon.start();
+    let waits = |daemon: &Daemon| {
+        let status = daemon.status().expect("it answers");
+        status["gaps"].to_string().contains("stays in force until this one holds every workload")
+    };
+    assert!(waits(&daemon), "{:?}", daemon.status());
+    // What the other build has of it goes on.
+    let refused = daemon.run(["revoke", "datagrams", "--reason", "a test"]);
+    assert!(!refused.status.success(), "{refused:?}");
+    assert!(refused.stderr.contains("not in force yet"), "{refused:?}");
+
+    // Room for the one that is left; what was revoked is so from then on.
+    assert_right(&targets[1], &streams.stop());
+    wait_until("it takes over", || !waits(&daemon));
+    let now = pinned(&daemon);
+    assert!(now.len() == 2 && now != before, "{now:?} after {before:?}");
+    let refused = |traffic: &mut Traffic| traffic.report()[0].refused;
+    wait_until("what was revoked is refused", || refused(&mut datagrams) > 0);
+}
+
+#[test]
 fn a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request() {
     let mut scene = Scene::new();
     let points: Vec<&str> = fault::POINTS
@@ -228,7 +254,7 @@ fn a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request() {
             // So that the next one has something to take over.
             scene.daemon.becomes(&other(&program));
             scene.daemon.start();
-            println!("{point}{time}: whole again");
+            tell!("{point}{time}: whole again");
         }
         scene.daemon.becomes(&program);
         scene.daemon.kill();

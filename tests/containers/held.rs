@@ -20,12 +20,12 @@ use agentguard_tests::{
     attempt::{Ask, Report},
     containerd::{Container, PROGRAM, Pod, PodPlan, TOOL, agent_binary},
     daemon::program,
-    wait_until,
+    tell, wait_until,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{API_PORT, tell};
+use super::API_PORT;
 
 const ELSEWHERE: std::net::SocketAddr = std::net::SocketAddr::new(API, OTHER_PORT);
 /// The scope of every test here: the API, and no program.
@@ -421,12 +421,12 @@ fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
         let name = format!("agent-{}", number / pods.len());
         pods[number % pods.len()].container(&name).start()
     });
-    tell(&format!(
+    tell!(
         "{} containers in {} pods run after {:.1} s",
         containers.len(),
         pods.len(),
         begin.elapsed().as_secs_f64()
-    ));
+    );
     let guard = guard(&containerd);
     let begin = Instant::now();
     let mut seen = Vec::new();
@@ -436,7 +436,7 @@ fn what_runs_when_the_daemon_starts_is_held_within_a_second() {
         seen.push((now, begin.elapsed().as_millis()));
         now == PODS
     });
-    tell(&format!("workloads by milliseconds since the daemon was ready: {seen:?}"));
+    tell!("workloads by milliseconds since the daemon was ready: {seen:?}");
     let took = seen.last().expect("it was looked at").1;
     grant(&guard, "base", "many", BASE);
     for container in containers.iter().step_by(containers.len() / 5) {
@@ -560,13 +560,13 @@ fn storm(
         is_as_it_should(&report, container.id());
     }
     let decided = decided() - before;
-    tell(&format!(
+    tell!(
         "{} containers were started in {:.1} s and had made {requests} requests after {:.1} s; the kernel \
          decided {decided}",
         made.len(),
         started.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
-    ));
+    );
     assert!(requests >= 100 * made.len() as u64, "{requests}");
     assert!(decided >= requests, "{decided} of {requests}");
 }

@@ -8,6 +8,25 @@
 //! Must not know: agentguard's code. It sees what a user sees: commands, files and the network.
 //! Tests run in parallel, as threads or as processes; nothing here is shared between them.
 
+/// Says a figure, also where the test passes: what is printed is shown only where it fails.
+#[macro_export]
+macro_rules! tell {
+    ($($text:tt)*) => {
+        $crate::write_to_stderr(&format!($($text)*))
+    };
+}
+
+/// What [`tell`] does.
+///
+/// # Panics
+///
+/// When standard error is closed.
+pub fn write_to_stderr(text: &str) {
+    use std::io::Write as _;
+    // At once: others write too.
+    std::io::stderr().write_all(format!("{text}\n").as_bytes()).expect("standard error is open");
+}
+
 mod attack;
 pub mod attempt;
 mod cgroup;

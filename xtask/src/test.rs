@@ -89,7 +89,11 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         let promises = [THIS_KERNEL, &arguments.this_kernel_gives].concat();
         total += on_this_kernel(&suites, &promises, filter, &daemon, &next)?;
         if !arguments.without_vms {
-            matrix = Some(vm::matrix(&suites, &daemon, &vm::Wanted::everywhere(filter))?);
+            matrix = Some(vm::matrix(
+                &suites,
+                vm::Daemons { this: &daemon, next: &next },
+                &vm::Wanted::everywhere(filter),
+            )?);
         }
     }
 

@@ -97,7 +97,15 @@ fn section(file: &mut String, indent: &str, schema: &Value, keys: &[(String, Ord
                 section(file, &format!("{indent}  "), schema, keys);
             }
             Ordered::Value(value) => {
-                let _ = writeln!(file, "{indent}{key}: {value}");
+                let line = format!("{indent}{key}: {value}");
+                let items = value.as_array().filter(|_| line.chars().count() > WIDTH);
+                let _ = match items {
+                    None => writeln!(file, "{line}"),
+                    Some(_) => writeln!(file, "{indent}{key}:"),
+                };
+                for item in items.into_iter().flatten() {
+                    let _ = writeln!(file, "{indent}  - {item}");
+                }
             }
         }
     }

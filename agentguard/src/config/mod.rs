@@ -133,7 +133,7 @@ pub struct Containers {
     /// to run agentguard.
     pub exempt_namespaces: Vec<String>,
     /// Runtime handlers whose containers have a kernel of their own, which this one does not see
-    /// into: their agents are shown with protection `none`.
+    /// into: their agents are shown with protection `none`. `*` at the end stands for any rest.
     pub sandboxed_handlers: Vec<String>,
 }
 
@@ -347,6 +347,20 @@ impl Default for Api {
     }
 }
 
+/// Where runc and crun are installed, by distributions and by CRI-O.
+const RUNTIME_PROGRAMS: [&str; 10] = [
+    "/usr/bin/runc",
+    "/usr/bin/crun",
+    "/usr/sbin/runc",
+    "/usr/sbin/crun",
+    "/usr/local/bin/runc",
+    "/usr/local/bin/crun",
+    "/usr/local/sbin/runc",
+    "/usr/local/sbin/crun",
+    "/usr/libexec/crio/runc",
+    "/usr/libexec/crio/crun",
+];
+
 impl Default for Containers {
     fn default() -> Self {
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
@@ -354,14 +368,7 @@ impl Default for Containers {
             runtimes: Vec::new(),
             docker: None,
             nri: NriSocket::Auto,
-            runtime_programs: [
-                "/usr/bin/runc",
-                "/usr/sbin/runc",
-                "/usr/local/sbin/runc",
-                "/usr/bin/crun",
-            ]
-            .map(absolute)
-            .to_vec(),
+            runtime_programs: RUNTIME_PROGRAMS.iter().map(|path| absolute(path)).collect(),
             identity: match IdentityTemplate::DEFAULT.parse() {
                 Ok(template) => template,
                 // A constant, which a test reads.
@@ -369,14 +376,7 @@ impl Default for Containers {
             },
             agent_selectors: Vec::new(),
             exempt_namespaces: words(&EXEMPT_NAMESPACES),
-            sandboxed_handlers: words(&[
-                "runsc",
-                "gvisor",
-                "kata",
-                "kata-qemu",
-                "kata-clh",
-                "kata-fc",
-            ]),
+            sandboxed_handlers: words(&["runsc*", "gvisor*", "kata*"]),
         }
     }
 }

@@ -23,7 +23,8 @@ fn the_default_file_says_what_holds_without_one_and_explains_every_key() {
     assert_eq!(parse(&file).unwrap(), Configuration::default(), "{file}");
     let lines: Vec<&str> = file.lines().collect();
     for (above, line) in lines.iter().zip(&lines[1..]) {
-        let key = !line.is_empty() && !line.trim_start().starts_with('#');
+        let text = line.trim_start();
+        let key = !text.is_empty() && !text.starts_with('#') && !text.starts_with("- ");
         assert!(!key || above.trim_start().starts_with('#'), "no comment above `{line}`");
         assert!(line.chars().count() <= 100, "{line}");
     }

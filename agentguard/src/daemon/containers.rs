@@ -27,7 +27,7 @@ use crate::api::types::{Announced, Announcement};
 use crate::config::Configuration;
 use crate::datapath::cgroup_id;
 use crate::identity::container::{
-    Command, Container, Node, Placement, PodName, ProcessRef, Rules, Sandbox, cgroup_of,
+    Command, Container, Node, Placement, PodName, ProcessRef, Rules, Sandbox, Unseen, cgroup_of,
 };
 use crate::identity::pod::{Labels, Marking, Pod, PodUid};
 use crate::runtimes::cri::Cri;
@@ -561,7 +561,7 @@ fn hold(shared: &Shared, version: u64) -> bool {
         problems.push(NO_PROGRAM.to_owned());
     }
     let mut wanted = Vec::new();
-    for placement in placements.iter().filter(|placement| placement.is_seen) {
+    for placement in placements.iter().filter(|placement| placement.unseen.is_none()) {
         problems.extend(
             placement.problem.as_ref().map(|problem| format!("{}: {problem}", placement.name)),
         );
@@ -585,7 +585,7 @@ fn hold(shared: &Shared, version: u64) -> bool {
     let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
     launches.retain(|id, _| node.containers.contains_key(id));
     drop(launches);
-    let unseen = placements.into_iter().filter(|placement| !placement.is_seen).collect();
+    let unseen = placements.into_iter().filter(|placement| placement.unseen.is_some()).collect();
     let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
     *report = Report { unseen, problems };
     drop(report);
@@ -671,7 +671,7 @@ pub async fn start(
 ) -> Result<Announced, ServiceError> {
     let rules = &shared.containers.rules;
     let Sandbox { pod, handler, .. } = &start.sandbox;
-    if rules.marking.exempt.contains(&pod.namespace) || rules.sandboxed.contains(handler) {
+    if rules.marking.exempt.contains(&pod.namespace) || rules.is_sandboxed(handler) {
         return Ok(NOBODYS);
     }
     // The rest is for holding it.
@@ -789,12 +789,21 @@ async fn put_in_force(shared: &Arc<Shared>, version: u64) -> Result<(), ServiceE
 fn answer(shared: &Shared, id: &str) -> Result<Announced, ServiceError> {
     let node = shared.containers.inputs().node();
     let placements = shared.containers.rules.place(&node);
-    let of_it = |placement: &&Placement| {
-        placement.is_seen && placement.containers.iter().any(|container| container.id == id)
-    };
+    let of_it =
+        |placement: &&Placement| placement.containers.iter().any(|container| container.id == id);
     let Some(placement) = placements.iter().find(of_it) else {
         return Ok(NOBODYS);
     };
+    match placement.unseen {
+        None => {}
+        Some(Unseen::Kernel) => return Ok(NOBODYS),
+        Some(Unseen::Cgroup) => {
+            return Err(ServiceError::Unavailable {
+                error: format!("{} has no cgroup of version 2 of its own", placement.name),
+                remedy: "have its runtime use cgroups of version 2".to_owned(),
+            });
+        }
+    }
     let engine = shared.engine();
     let Some(workload) = engine.workload_at(&below(engine.cgroup_root(), &placement.cgroup)) else {
         return Err(ServiceError::Unavailable {
@@ -863,8 +872,18 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
         executable,
         search_path: search_path.unwrap_or_else(|| launch::SEARCH_PATH.to_owned()),
     });
-    let container =
-        Container { id, sandbox, name, labels, is_sandbox, cgroup, process, root, command };
+    let container = Container {
+        id,
+        sandbox,
+        name,
+        labels,
+        handler: String::new(),
+        is_sandbox,
+        cgroup,
+        process,
+        root,
+        command,
+    };
     Ok(Heard { at: Instant::now(), container, sandbox: sandbox_of, teller: Teller::Hook })
 }
 
@@ -885,6 +904,7 @@ fn hear_start(start: Start, (process, cgroup): (ProcessRef, PathBuf)) -> Heard {
         sandbox: Some(sandbox.id.clone()),
         name,
         labels,
+        handler: String::new(),
         is_sandbox,
         cgroup,
         process,

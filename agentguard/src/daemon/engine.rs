@@ -39,11 +39,11 @@ use crate::audit::record::{
 };
 use crate::audit::text::Text;
 use crate::config::{Configuration, HostError};
-use crate::datapath::{Datapath, DatapathError, Protection, cgroup_id};
+use crate::datapath::{Datapath, DatapathError, LoadError, Protection, cgroup_id};
 use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Phase, Revocation, Source, State, StoredGrant};
-use crate::grant::{Expiry, GrantId};
+use crate::grant::{Expiry, GrantId, RestoreError};
 use crate::identity::container::{PodName, cgroup_of};
 use crate::identity::{SpiffeId, Subject};
 use crate::manifest::{ManifestError, ManifestSet};
@@ -53,6 +53,9 @@ use crate::scope::executables::{Admission, Pinned, Resolver};
 use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
 use crate::scope::{Catalogue, Destination, ScopeDocument, UnixSocket as SocketAddress};
 
+/// What is wrong as long as this build can not take the place of another.
+const FOREIGN: &str = "another build of the kernel half stays in force until this one holds every workload whole: \
+    what changes meanwhile, a revocation too, is not in force; make room in datapath.maps";
 /// How long an allow-list that no tag leads to stays, so that a program that read the tag before
 /// the switch still finds it. Programs run for microseconds.
 const GRACE: Duration = Duration::from_secs(1);
@@ -289,6 +292,8 @@ pub struct Engine {
     unsettled: bool,
     /// Workloads that are not held whole, and why: each is denied everything, and tried again.
     unfit: BTreeMap<WorkloadId, String>,
+    /// Whether another build is in force until this one holds everything.
+    awaits_take_over: bool,
     /// Workloads in the kernel of which an earlier daemon wrote down nothing.
     orphans: BTreeSet<WorkloadId>,
     ticks: u64,
@@ -345,6 +350,7 @@ impl Engine {
             next_change: None,
             unsettled: false,
             unfit: BTreeMap::new(),
+            awaits_take_over: false,
             orphans: BTreeSet::new(),
             ticks: 0,
             dirty: false,
@@ -1189,6 +1195,32 @@ impl Engine {
         Ok(())
     }
 
+    /// Puts this build in force in the place of another one, once it holds all that there is: at once
+    /// where `is_whole`, else as soon as there is room. Until then the other one decides by what it was
+    /// told.
+    ///
+    /// # Errors
+    ///
+    /// When a hook can not be taken over.
+    pub fn take_over(&mut self, is_whole: bool) -> Result<(), LoadError> {
+        self.awaits_take_over = !is_whole && self.datapath.has_others()?;
+        if is_whole {
+            let others = self.datapath.take_over()?;
+            if others > 0 {
+                tracing::info!(others, "took over from another build of the kernel half");
+            }
+        } else if self.awaits_take_over {
+            tracing::error!("{FOREIGN}");
+        }
+        Ok(())
+    }
+
+    /// Why nothing that changes now is in force, if that is so.
+    #[must_use]
+    pub const fn not_in_force(&self) -> Option<&'static str> {
+        if self.awaits_take_over { Some(FOREIGN) } else { None }
+    }
+
     /// What does not fit into the kernel's tables, one sentence each.
     pub fn unfit(&self) -> impl Iterator<Item = String> {
         self.unfit.iter().filter_map(|(id, why)| {
@@ -1328,6 +1360,15 @@ impl Engine {
         for id in unfit {
             // What is wrong was said when it began.
             let _still_no_room = self.hold(id);
+        }
+        if self.awaits_take_over
+            && self.unfit.is_empty()
+            && !self.unsettled
+            && let Err(error) = self.take_over(true)
+        {
+            // What was taken over stays so, and the rest is tried again.
+            self.awaits_take_over = true;
+            tracing::error!(%error, "another build of the kernel half can not be replaced");
         }
         let is_due = self.next_change.is_some_and(|change| change <= now);
         if is_due {
@@ -1572,7 +1613,12 @@ impl Engine {
 
     /// Takes up what an earlier daemon left: its workloads that are still there, with the numbers
     /// the kernel knows them by.
-    pub fn restore(&mut self, saved: SavedState) {
+    ///
+    /// # Errors
+    ///
+    /// When grants and revocations can not be read: without them, what was revoked could be in force
+    /// again.
+    pub fn restore(&mut self, saved: SavedState) -> Result<(), RestoreError> {
         let SavedState {
             next: (allowlist, rules, workload),
             next_unix_name,
@@ -1589,9 +1635,7 @@ impl Engine {
         if let Some(inherited) = &mut self.inherited {
             (inherited.1, inherited.2) = (self.next_allowlist, self.next_rules);
         }
-        if let Err(error) = self.store.restore(grants) {
-            tracing::error!(%error, "grants and revocations of an earlier daemon are not known");
-        }
+        self.store.restore(grants)?;
         for (identity, row) in counter_rows {
             match identity.parse() {
                 Ok(identity) => {
@@ -1600,6 +1644,7 @@ impl Engine {
                 Err(error) => tracing::error!(identity, %error, "a saved identity is not one"),
             }
         }
+        let mut ended: Vec<SpiffeId> = Vec::new();
         for saved in workloads {
             let workload = match saved.restore() {
                 Ok(workload) => workload,
@@ -1619,7 +1664,9 @@ impl Engine {
             // Also one that ended meanwhile: its last records are in the rings still.
             self.enlist(workload);
             if is_gone {
-                self.workloads.remove(&id);
+                self.record_workload(id, WorkloadChange::Removed, &[]);
+                let workload = self.workloads.remove(&id).filter(|gone| gone.owns_identity);
+                ended.extend(workload.and_then(|workload| workload.identity));
                 self.forgotten.push((Instant::now(), id));
                 match source {
                     WorkloadSource::Exec => self.end_grant(&name),
@@ -1627,6 +1674,10 @@ impl Engine {
                 }
             }
         }
+        for identity in ended {
+            self.end_grants_of(&identity);
+        }
+        Ok(())
     }
 
     /// Puts what was restored in force: allow-lists of this daemon's numbering, tags and hooks.

@@ -282,7 +282,10 @@ fn set_up(
     let mut engine =
         Engine::new(datapath, cgroups, audit.clone(), Arc::clone(&names), clock, host::root());
     // Before the rings are read: what was recorded while no daemon was there has its names again.
-    engine.restore(saved);
+    engine.restore(saved).map_err(|source| state::StateError::Grants {
+        path: state::file(configuration.state_directory.as_ref()),
+        source,
+    })?;
     if let Some(watches) = watches {
         engine.take_cluster(watches.known.clone());
     }
@@ -316,14 +319,7 @@ fn set_up(
         let mut engine = shared.engine();
         let is_whole = engine.resume();
         fault::point("start.resumed");
-        if is_whole {
-            let others = engine.datapath.take_over()?;
-            if others > 0 {
-                tracing::info!(others, "took over from another build of the kernel half");
-            }
-        } else {
-            tracing::error!("another build of the kernel half stays in force where one is");
-        }
+        engine.take_over(is_whole)?;
     }
     fault::point("start.others");
     containers::tell_runtimes(&shared);

@@ -46,7 +46,7 @@ use crate::config::Configuration;
 use crate::datapath::{Datapath, DoorState, Protection};
 use crate::grant::store::{RevokeError, Source, State, StoredGrant};
 use crate::grant::{Expiry, GrantId};
-use crate::identity::container::{Placement, PodName};
+use crate::identity::container::{Placement, PodName, Unseen};
 use crate::manifest::{Creation, Manifest, parse_text};
 use crate::metrics::{self, Metrics, VerdictRow};
 use crate::scope::executables::Resolver;
@@ -235,13 +235,19 @@ impl Service for Daemon {
         gaps.extend(self.0.cluster.iter().flat_map(Health::problems));
         gaps.extend(unwritten);
         gaps.extend(engine.unfit());
+        gaps.extend(engine.not_in_force().map(str::to_owned));
         let Report { unseen, problems } = shared.containers.report();
         gaps.extend(problems);
         gaps.extend(unseen.iter().map(|placement| {
-            format!(
-                "{} runs in a sandbox with a kernel of its own: nothing of it is enforced here; give it a runtime class without one",
-                placement.name
-            )
+            let why = match placement.unseen {
+                None | Some(Unseen::Kernel) => {
+                    "runs in a sandbox with a kernel of its own: nothing of it is enforced here; give it a runtime class without one"
+                }
+                Some(Unseen::Cgroup) => {
+                    "has no cgroup of version 2 of its own: nothing of it is enforced here; have its runtime use cgroups of version 2"
+                }
+            };
+            format!("{} {why}", placement.name)
         }));
         let undecodable = shared.denials.undecodable();
         if undecodable > 0 {
@@ -333,7 +339,14 @@ impl Service for Daemon {
     ) -> Result<GrantView, ServiceError> {
         let taken = self.take_back(caller, id, reason)?;
         self.keep().await;
-        Ok(taken)
+        // Who revokes relies on it.
+        match self.0.engine().not_in_force() {
+            None => Ok(taken),
+            Some(why) => Err(ServiceError::Unavailable {
+                error: format!("{id} is revoked, which is not in force yet: {why}"),
+                remedy: "see agentguard status".to_owned(),
+            }),
+        }
     }
 
     async fn confine(
@@ -446,11 +459,10 @@ impl Service for Daemon {
     }
 
     fn ready(&self) -> Result<(), String> {
-        if self.0.ready.load(Ordering::Acquire) {
-            Ok(())
-        } else {
-            Err("the manifests are not in force yet".to_owned())
+        if !self.0.ready.load(Ordering::Acquire) {
+            return Err("the manifests are not in force yet".to_owned());
         }
+        self.0.engine().not_in_force().map_or(Ok(()), |why| Err(why.to_owned()))
     }
 
     fn record_request(&self, outcome: Outcome) {

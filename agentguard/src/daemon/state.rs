@@ -17,7 +17,7 @@ use super::container_files::ContainerRef;
 use super::engine::{Workload, WorkloadSource};
 use super::names::SavedNames;
 use crate::fault;
-use crate::grant::snapshot::Snapshot;
+use crate::grant::{RestoreError, Snapshot};
 use crate::identity::container::{PodName, ProcessRef};
 
 /// The name of the file in the state directory.
@@ -233,6 +233,10 @@ pub enum StateError {
     )]
     Parse { path: PathBuf, source: serde_json::Error },
     #[error(
+        "the state file {path} is not valid: {source}; what was revoked must stay so: start the agentguard that wrote it, or move the file away to start without it: grants given through the API and revocations are then unknown"
+    )]
+    Grants { path: PathBuf, source: RestoreError },
+    #[error(
         "the state file {path} can not be written: {source}; free the disk or set state_directory"
     )]
     Write { path: PathBuf, source: io::Error },
@@ -245,7 +249,7 @@ pub enum StateError {
 /// When there is a file and it can not be used: a daemon that went on without it would forget
 /// revocations.
 pub fn load(directory: &Path) -> Result<SavedState, StateError> {
-    let path = directory.join(FILE);
+    let path = file(directory);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => {
@@ -256,13 +260,18 @@ pub fn load(directory: &Path) -> Result<SavedState, StateError> {
     serde_json::from_slice(&text).map_err(|source| StateError::Parse { path, source })
 }
 
+/// Where it is.
+pub(super) fn file(directory: &Path) -> PathBuf {
+    directory.join(FILE)
+}
+
 /// Writes the file anew.
 ///
 /// # Errors
 ///
 /// When it can not be written; the old one stays.
 pub fn save(directory: &Path, state: &SavedState) -> Result<(), StateError> {
-    let path = directory.join(FILE);
+    let path = file(directory);
     fault::point("save.begun");
     let written = serde_json::to_vec(state)
         .map_err(io::Error::from)

@@ -107,6 +107,15 @@ impl Datapath {
         Ok(())
     }
 
+    /// Whether another build is in force, which this one is to take the place of.
+    ///
+    /// # Errors
+    ///
+    /// When the pins can not be listed.
+    pub fn has_others(&self) -> Result<bool, LoadError> {
+        Ok(!self.pins.others()?.is_empty())
+    }
+
     /// Puts this build in force in the place of all others, hook by hook, and removes theirs last; to
     /// be called once this one holds everything that they held. Returns how many pins of others went.
     ///

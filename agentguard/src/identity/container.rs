@@ -68,6 +68,8 @@ pub struct Container {
     pub sandbox: Option<String>,
     pub name: String,
     pub labels: Labels,
+    /// The runtime that runs it where there are no pods; empty for the default, or not told.
+    pub handler: String,
     /// Whether it is what a sandbox runs to be there (`/pause`), and none of the pod's own.
     pub is_sandbox: bool,
     /// Absolute below the cgroup v2 root.
@@ -77,6 +79,17 @@ pub struct Container {
     pub root: PathBuf,
     /// The first word of its command and its `PATH`; `None` where the runtime does not tell.
     pub command: Option<Command>,
+}
+
+impl Container {
+    /// Whether its cgroup is its own: runtimes name a container's by its id. One that its runtime put
+    /// nowhere of its own (as those do that know cgroups of version 1 alone) is in that of whatever
+    /// started the runtime, which is not to be held for it.
+    #[must_use]
+    pub fn has_own_cgroup(&self) -> bool {
+        let name = self.cgroup.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.contains(&self.id))
+    }
 }
 
 /// What a container was made to run.
@@ -113,11 +126,11 @@ impl Node {
         let plain = format!("pod{}", uid.as_str());
         let slice = format!("pod{}.slice", uid.as_str().replace('-', "_"));
         let below = |root: PathBuf| {
-            if root.ends_with(MADE_BY_SYSTEMD) {
+            if let Some(all) = slices_of(&root) {
                 [
-                    root.join(format!("kubepods-{slice}")),
-                    root.join(format!("kubepods-burstable.slice/kubepods-burstable-{slice}")),
-                    root.join(format!("kubepods-besteffort.slice/kubepods-besteffort-{slice}")),
+                    root.join(format!("{all}-{slice}")),
+                    root.join(format!("{all}-burstable.slice/{all}-burstable-{slice}")),
+                    root.join(format!("{all}-besteffort.slice/{all}-besteffort-{slice}")),
                 ]
             } else {
                 ["", "burstable", "besteffort"].map(|class| root.join(class).join(&plain))
@@ -133,8 +146,16 @@ const MADE_BY_SYSTEMD: &str = "kubepods.slice";
 
 /// The outermost such cgroup around a container's.
 fn pods_root(cgroup: &Path) -> Option<&Path> {
-    let is_root = |path: &&Path| path.ends_with(MADE_BY_KUBELET) || path.ends_with(MADE_BY_SYSTEMD);
+    let is_root = |path: &&Path| path.ends_with(MADE_BY_KUBELET) || slices_of(path).is_some();
     cgroup.ancestors().filter(is_root).last()
+}
+
+/// What the slices below begin with, where systemd makes cgroups: `kubepods`, or with the slice in front
+/// that kubelet was told to use (`kubelet-kubepods`, as Kubernetes in Docker does).
+fn slices_of(root: &Path) -> Option<&str> {
+    let name = root.file_name()?.to_str()?;
+    let is_root = name == MADE_BY_SYSTEMD || name.ends_with("-kubepods.slice");
+    name.strip_suffix(".slice").filter(|_| is_root)
 }
 
 /// How workloads are made of containers.
@@ -143,8 +164,18 @@ pub struct Rules {
     pub marking: Marking,
     pub template: IdentityTemplate,
     pub trust_domain: String,
-    /// Runtime handlers whose containers have a kernel of their own.
+    /// Runtime handlers whose containers have a kernel of their own; `*` at the end of one stands for
+    /// any rest.
     pub sandboxed: Vec<String>,
+}
+
+/// Why nothing of a workload is enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unseen {
+    /// It has a kernel of its own, and this one does not see what it does.
+    Kernel,
+    /// Its runtime gave it no cgroup of its own.
+    Cgroup,
 }
 
 /// A pod as records name it.
@@ -170,8 +201,8 @@ pub struct Placement {
     pub containers: Vec<Container>,
     /// What is wrong with what its labels say.
     pub problem: Option<String>,
-    /// Whether this kernel sees what it does; not in a sandbox with a kernel of its own.
-    pub is_seen: bool,
+    /// Why this kernel does not see what it does, if so.
+    pub unseen: Option<Unseen>,
     /// Whether its identity is its own alone, and gone with it.
     pub owns_identity: bool,
 }
@@ -180,7 +211,9 @@ impl Rules {
     /// The workloads of a node, in the order of their cgroups.
     #[must_use]
     pub fn place(&self, node: &Node) -> Vec<Placement> {
-        let mut placements: BTreeMap<PathBuf, Placement> = BTreeMap::new();
+        // Containers without a cgroup of their own share one.
+        let key = |placement: &Placement| (placement.cgroup.clone(), placement.name.clone());
+        let mut placements: BTreeMap<(PathBuf, String), Placement> = BTreeMap::new();
         for container in node.containers.values() {
             let placed = match &container.sandbox {
                 Some(sandbox) => node
@@ -191,7 +224,7 @@ impl Rules {
             };
             if let Some(placement) = placed {
                 placements
-                    .entry(placement.cgroup.clone())
+                    .entry(key(&placement))
                     .and_modify(|known| known.containers.push(container.clone()))
                     .or_insert(placement);
             }
@@ -199,14 +232,14 @@ impl Rules {
         // A pod whose sandbox runs is tagged before there is a container in it.
         for sandbox in node.sandboxes.values() {
             if let Some(placement) = self.place_in_pod(node, sandbox, None) {
-                placements.entry(placement.cgroup.clone()).or_insert(placement);
+                placements.entry(key(&placement)).or_insert(placement);
             }
         }
         // And one that kubelet has made a cgroup for before there is a sandbox.
         for pod in self.awaited(node) {
             let of_pod = node.pod_cgroups.get(&pod.uid).cloned();
             if let Some(placement) = self.place_pod(node, pod, of_pod, None, "") {
-                placements.entry(placement.cgroup.clone()).or_insert(placement);
+                placements.entry(key(&placement)).or_insert(placement);
             }
         }
         placements.into_values().collect()
@@ -219,7 +252,7 @@ impl Rules {
         let told: BTreeSet<&PodUid> = node
             .sandboxes
             .values()
-            .filter(|sandbox| sandbox.cgroup.is_some() || self.sandboxed.contains(&sandbox.handler))
+            .filter(|sandbox| sandbox.cgroup.is_some() || self.is_sandboxed(&sandbox.handler))
             .map(|sandbox| &sandbox.pod.uid)
             .collect();
         let by_pod = !self.template.tells_containers_apart();
@@ -229,6 +262,23 @@ impl Rules {
                 && pod.runtime_class.is_none()
                 && !matches!(self.judge(node, pod), Marked::No)
         })
+    }
+
+    /// Whether what this runtime handler runs has a kernel of its own.
+    #[must_use]
+    pub fn is_sandboxed(&self, handler: &str) -> bool {
+        self.sandboxed.iter().any(|sandboxed| match sandboxed.strip_suffix('*') {
+            Some(begin) => handler.starts_with(begin),
+            None => handler == sandboxed,
+        })
+    }
+
+    fn unseen(&self, handler: &str, has_own_cgroup: bool) -> Option<Unseen> {
+        if self.is_sandboxed(handler) {
+            Some(Unseen::Kernel)
+        } else {
+            (!has_own_cgroup).then_some(Unseen::Cgroup)
+        }
     }
 
     /// Whether the pod of a sandbox is an agent.
@@ -269,12 +319,13 @@ impl Rules {
     ) -> Option<Placement> {
         let Marked::Agent { mode, problem } = self.judge(node, pod) else { return None };
         let by_container = self.template.tells_containers_apart() || of_pod.is_none();
-        let (cgroup, name, container_name) = if by_container {
+        let (cgroup, name, container_name, has_own_cgroup) = if by_container {
             let container = container.filter(|container| !container.is_sandbox)?;
             let name = format!("{}/{}/{}", pod.namespace, pod.name, container.name);
-            (container.cgroup.clone(), name, Some(container.name.as_str()))
+            let has_own_cgroup = container.has_own_cgroup();
+            (container.cgroup.clone(), name, Some(container.name.as_str()), has_own_cgroup)
         } else {
-            (of_pod?, format!("{}/{}", pod.namespace, pod.name), None)
+            (of_pod?, format!("{}/{}", pod.namespace, pod.name), None, true)
         };
         let identity = self.template.render(&Values {
             trust_domain: &self.trust_domain,
@@ -296,7 +347,7 @@ impl Rules {
             }),
             containers: container.cloned().into_iter().collect(),
             problem,
-            is_seen: !self.sandboxed.iter().any(|sandboxed| sandboxed == handler),
+            unseen: self.unseen(handler, has_own_cgroup),
             owns_identity: self.template.is_of_one_pod(),
         })
     }
@@ -322,7 +373,7 @@ impl Rules {
             pod: None,
             containers: vec![container.clone()],
             problem,
-            is_seen: true,
+            unseen: self.unseen(&container.handler, container.has_own_cgroup()),
             owns_identity: self.template.is_of_one_pod(),
         })
     }
@@ -401,6 +452,7 @@ mod tests {
             sandbox: sandbox.map(str::to_owned),
             name: format!("{id}-name"),
             labels: Labels::new(),
+            handler: String::new(),
             is_sandbox: false,
             cgroup: cgroup.into(),
             process: ProcessRef { pid: 1, started: 0 },
@@ -485,9 +537,19 @@ mod tests {
 
     #[test]
     fn a_sandboxed_pod_is_told_apart() {
-        let rules = rules(IdentityTemplate::DEFAULT);
-        let placed = rules.place(&node(pod("agents", &[(AGENT, "true")]), "runsc"));
-        assert!(!placed[0].is_seen);
+        let mut rules = rules(IdentityTemplate::DEFAULT);
+        rules.sandboxed = vec!["runsc".to_owned(), "kata*".to_owned()];
+        for (handler, unseen) in [
+            ("runsc", Some(Unseen::Kernel)),
+            ("runsc-kvm", None),
+            ("kata", Some(Unseen::Kernel)),
+            ("kata-qemu-snp", Some(Unseen::Kernel)),
+            ("runc", None),
+            ("", None),
+        ] {
+            let placed = rules.place(&node(pod("agents", &[(AGENT, "true")]), handler));
+            assert_eq!(placed[0].unseen, unseen, "{handler:?}");
+        }
     }
 
     #[test]
@@ -505,6 +567,25 @@ mod tests {
             "spiffe://example.org/docker/d-name"
         );
         assert_eq!(placed[0].cgroup, PathBuf::from("/docker/d"));
+        assert_eq!(placed[0].unseen, None);
+        for container in node.containers.values_mut() {
+            container.handler = "runsc".to_owned();
+        }
+        assert_eq!(rules.place(&node)[0].unseen, Some(Unseen::Kernel));
+    }
+
+    #[test]
+    fn a_container_in_a_cgroup_of_others_is_not_held_there() {
+        let mut node = Node::default();
+        for id in ["1d", "2e"] {
+            let mut container = container(id, None, "/system.slice/docker.service");
+            container.labels.insert(AGENT.to_owned(), "true".to_owned());
+            node.containers.insert(id.to_owned(), container);
+        }
+        let placed = rules("spiffe://{trust_domain}/docker/{container}").place(&node);
+        let told: Vec<_> = placed.iter().map(|one| (one.name.as_str(), one.unseen)).collect();
+        let unseen = Some(Unseen::Cgroup);
+        assert_eq!(told, [("1d-name", unseen), ("2e-name", unseen)]);
     }
 
     #[test]
@@ -530,7 +611,7 @@ mod tests {
             (&placed[0].cgroup, placed[0].name.as_str()),
             (&cgroup, "research/researcher-0")
         );
-        assert!(placed[0].is_seen && placed[0].containers.is_empty());
+        assert!(placed[0].unseen.is_none() && placed[0].containers.is_empty());
 
         // What a runtime tells of is placed by what it tells.
         let mut told = node(agent(), "");
@@ -563,6 +644,11 @@ mod tests {
             (
                 "/kind/kubepods.slice/kubepods-podx.slice/c",
                 "/kind/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-poda_b.slice",
+            ),
+            (
+                "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podx.slice/c",
+                "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/\
+                 kubelet-kubepods-burstable-poda_b.slice",
             ),
             (
                 "/of/no/pod",

@@ -83,6 +83,8 @@ struct ListedContainer {
 #[derive(Clone, Debug, Default)]
 struct SandboxFacts {
     host_network: bool,
+    /// What runs it, where the runtime tells: `runc`, `runsc`, `kata`.
+    kind: Option<String>,
     cgroup: Option<PathBuf>,
 }
 
@@ -103,6 +105,9 @@ struct Info {
     pid: u32,
     #[serde(rename = "runtimeSpec")]
     spec: Option<Spec>,
+    /// Of a sandbox of containerd's: `io.containerd.runc.v2`.
+    #[serde(rename = "runtimeType")]
+    kind: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -350,7 +355,9 @@ fn sandbox(listed: ListedSandbox, facts: SandboxFacts) -> Option<Sandbox> {
         tracing::error!(sandbox = id, uid, "a pod is not held: its uid is none");
         return None;
     };
-    let SandboxFacts { host_network, cgroup } = facts;
+    let SandboxFacts { host_network, kind, cgroup } = facts;
+    // The default handler has no name, and may be one with a kernel of its own.
+    let handler = if handler.is_empty() { kind.unwrap_or_default() } else { handler };
     let pod = Pod {
         uid,
         namespace,
@@ -371,6 +378,8 @@ fn container(listed: ListedContainer, facts: ContainerFacts) -> Container {
         sandbox: Some(sandbox),
         name,
         labels,
+        // Its sandbox's.
+        handler: String::new(),
         is_sandbox: false,
         cgroup,
         process,
@@ -382,21 +391,23 @@ fn container(listed: ListedContainer, facts: ContainerFacts) -> Container {
 /// What a sandbox's status says. One without a process of its own (CRI-O makes such) has no cgroup
 /// that it could tell.
 fn sandbox_facts(id: &str, host_network: bool, info: &str) -> SandboxFacts {
-    let pid = read(info).map_or_else(
-        |error| {
-            // Its containers tell where their pod is.
-            tracing::warn!(%error, sandbox = id, "what is said of a sandbox can not be read");
-            0
-        },
-        |info| info.pid,
-    );
+    let Info { pid, kind, .. } = read(info).unwrap_or_else(|error| {
+        // Its containers tell where their pod is.
+        tracing::warn!(%error, sandbox = id, "what is said of a sandbox can not be read");
+        Info::default()
+    });
+    let kind = kind.and_then(|kind| {
+        let (name, _version) = kind.strip_prefix("io.containerd.")?.rsplit_once(".v")?;
+        Some(name.to_owned())
+    });
     let cgroup = (pid != 0).then(|| cgroup_of(pid)).flatten();
-    SandboxFacts { host_network, cgroup: cgroup.map(|cgroup| container_cgroup(&cgroup, id)) }
+    let cgroup = cgroup.map(|cgroup| container_cgroup(&cgroup, id));
+    SandboxFacts { host_network, kind, cgroup }
 }
 
 /// What a container's status says; `None` where it has no process.
 fn container_facts(id: &str, info: &str) -> Result<Option<ContainerFacts>, Status> {
-    let Info { pid, spec } = read(info).map_err(|error| {
+    let Info { pid, spec, kind: _ } = read(info).map_err(|error| {
         Status::internal(format!("what it says of the container {id} can not be read: {error}"))
     })?;
     if pid == 0 {
@@ -609,6 +620,29 @@ mod tests {
         // A runtime that tells no command is no reason to hold nothing.
         let facts = container_facts("c", &own_info(r#""privileged": true"#)).unwrap().unwrap();
         assert_eq!(facts.command, None);
+    }
+
+    #[test]
+    fn what_runs_a_sandbox_is_told_where_its_handler_has_no_name() {
+        let listed = |handler: &str| ListedSandbox {
+            id: "s".to_owned(),
+            uid: "5c1a6f0e-7e0e-4b5e-9a52-8a1f0f6f3b11".to_owned(),
+            namespace: "agents".to_owned(),
+            name: "p".to_owned(),
+            labels: Labels::new(),
+            handler: handler.to_owned(),
+            is_ready: true,
+        };
+        let told = |kind: &str| sandbox_facts("s", false, &own_info(kind));
+        for (handler, kind, expected) in [
+            ("", r#""runtimeType": "io.containerd.kata.v2""#, "kata"),
+            ("", r#""runtimeType": "io.containerd.runc.v2""#, "runc"),
+            ("own", r#""runtimeType": "io.containerd.runc.v2""#, "own"),
+            ("", r#""runtimeType": null"#, ""),
+            ("", r#""other": 1"#, ""),
+        ] {
+            assert_eq!(sandbox(listed(handler), told(kind)).unwrap().handler, expected, "{kind}");
+        }
     }
 
     #[test]

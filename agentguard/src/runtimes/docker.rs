@@ -46,6 +46,7 @@ struct Facts {
     process: ProcessRef,
     cgroup: PathBuf,
     command: Option<Command>,
+    handler: String,
 }
 
 impl Docker {
@@ -170,7 +171,7 @@ impl Runtime for Docker {
 }
 
 fn container(id: String, summary: ContainerSummary, facts: Facts) -> Container {
-    let Facts { process, cgroup, command } = facts;
+    let Facts { process, cgroup, command, handler } = facts;
     let names = summary.names.unwrap_or_default();
     let name = names.first().map(|name| name.trim_start_matches('/').to_owned());
     let labels: Labels = summary.labels.unwrap_or_default().into_iter().collect();
@@ -179,6 +180,7 @@ fn container(id: String, summary: ContainerSummary, facts: Facts) -> Container {
         id,
         sandbox: None,
         labels,
+        handler,
         is_sandbox: false,
         cgroup,
         process,
@@ -198,7 +200,8 @@ fn facts(id: &str, inspected: ContainerInspectResponse) -> Option<Facts> {
         search_path: path.unwrap_or(super::SEARCH_PATH).to_owned(),
     });
     let cgroup = container_cgroup(&cgroup_of(pid)?, id);
-    Some(Facts { process: ProcessRef::of(pid)?, cgroup, command })
+    let handler = inspected.host_config.and_then(|config| config.runtime).unwrap_or_default();
+    Some(Facts { process: ProcessRef::of(pid)?, cgroup, command, handler })
 }
 
 /// Makes one call, within a bound.

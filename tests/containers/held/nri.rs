@@ -128,7 +128,7 @@ fn a_container_of_which_it_is_not_known_whose_it_is_does_not_start() {
     let begin = Instant::now();
     let refused = pod.container("agent").attempts(1, &asks()).create();
     let why = refused.try_start().unwrap_err();
-    tell(&format!("refused after {} ms: {why}", begin.elapsed().as_millis()));
+    tell!("refused after {} ms: {why}", begin.elapsed().as_millis());
     assert!(why.contains("container agent of pod agents/stray is not held by agentguard"), "{why}");
     assert!(!refused.is_running());
     assert!(!refused.log().contains("tcp"), "it ran: {}", refused.log());
@@ -184,7 +184,7 @@ fn a_daemon_that_hangs_holds_no_pod_up_for_long() {
     let begin = Instant::now();
     let container = pod.container("agent").attempts(10, &asks()).start();
     let waited = begin.elapsed();
-    tell(&format!("a start waited {} ms for a daemon that hangs", waited.as_millis()));
+    tell!("a start waited {} ms for a daemon that hangs", waited.as_millis());
     assert!(waited < Duration::from_secs(15), "{waited:?}");
     // The runtime gives up on it: its pod's tag holds it.
     let begin = Instant::now();

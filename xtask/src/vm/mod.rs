@@ -35,7 +35,7 @@ use self::{
 pub(crate) use self::{results::Matrix, setup::prepare};
 use crate::{
     counting::{Reader, Total},
-    dist::daemon_binary,
+    dist::{daemon_binary, next_daemon_binary},
     interrupt,
     promise::VARIABLE,
     run::{heading, root, target_dir},
@@ -84,6 +84,24 @@ fn row(name: &str) -> Result<&'static Row> {
     })
 }
 
+/// The daemon, and the one of the next version of the ABI that tests put in its place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Daemons<'a> {
+    pub(crate) this: &'a Path,
+    pub(crate) next: &'a Path,
+}
+
+impl Daemons<'_> {
+    /// Lines of a script by which tests find them.
+    fn exports(self) -> String {
+        let named = [("AGENTGUARD_BIN", self.this), ("AGENTGUARD_NEXT_BIN", self.next)];
+        let line = |(name, path): (&str, &Path)| {
+            format!("export {name}={}\n", quoted(&path.display().to_string()))
+        };
+        named.map(line).concat()
+    }
+}
+
 /// What of the matrix is run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
@@ -116,7 +134,9 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     interrupt::defer()?;
     crate::setup::setup(Purpose::Vm)?;
     heading("build");
+    let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
+    let daemons = Daemons { this: &daemon, next: &next };
     let wanted = Wanted {
         rows: &arguments.kernels,
         filter: arguments.filter.as_deref(),
@@ -126,10 +146,10 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
         refresh: arguments.refresh,
     };
     if let Some(command) = &arguments.run {
-        return by_hand(command, &daemon, &wanted);
+        return by_hand(command, daemons, &wanted);
     }
     let suites = suites::build()?;
-    let matrix = matrix(&suites, &daemon, &wanted)?;
+    let matrix = matrix(&suites, daemons, &wanted)?;
     println!("\n{}", matrix.closing_line());
     ensure!(matrix.is_good(), "not every row is good");
     Ok(())
@@ -140,7 +160,11 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
 /// # Errors
 ///
 /// A kernel or a machine cannot be had. That a row is not good is no error here.
-pub(crate) fn matrix(suites: &[Suite], daemon: &Path, wanted: &Wanted<'_>) -> Result<Matrix> {
+pub(crate) fn matrix(
+    suites: &[Suite],
+    daemons: Daemons<'_>,
+    wanted: &Wanted<'_>,
+) -> Result<Matrix> {
     let begin = Instant::now();
     for (row, suite, attack) in ATTACKS {
         let named = suites.iter().find(|known| known.name == suite);
@@ -149,7 +173,7 @@ pub(crate) fn matrix(suites: &[Suite], daemon: &Path, wanted: &Wanted<'_>) -> Re
             "{suite} has no {attack} any more, by which every kernel is to meet {row}; name another"
         );
     }
-    let host = Host::new(daemon, wanted)?;
+    let host = Host::new(daemons, wanted)?;
     heading(&format!("kernel matrix, with {}", host.accelerator.as_str()));
     let rows: Vec<&Row> =
         if wanted.rows.is_empty() { ROWS.iter().collect() } else { wanted.rows.to_vec() };
@@ -184,13 +208,13 @@ pub(crate) fn matrix(suites: &[Suite], daemon: &Path, wanted: &Wanted<'_>) -> Re
 }
 
 /// Boots the rows one after the other, each for one command of the caller's.
-fn by_hand(command: &str, daemon: &Path, wanted: &Wanted<'_>) -> Result<()> {
-    let host = Host::new(daemon, wanted)?;
+fn by_hand(command: &str, daemons: Daemons<'_>, wanted: &Wanted<'_>) -> Result<()> {
+    let host = Host::new(daemons, wanted)?;
     let rows: &[&Row] = if wanted.rows.is_empty() { &[&ROWS[ROWS.len() - 1]] } else { wanted.rows };
     for row in rows {
         let ended = host.machine(row, wanted)?.run(
             &Job {
-                script: &format!("export AGENTGUARD_BIN='{}'\n{command}\n", daemon.display()),
+                script: &format!("{}{command}\n", daemons.exports()),
                 manager: row.manager,
                 visible: &host.visible(),
             },
@@ -212,7 +236,8 @@ pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) 
     let row = self::row(row)?;
     let wanted =
         Wanted { rows: &[row], filter: None, attacks: false, all: false, limit, refresh: false };
-    let host = Host::new(Path::new(""), &wanted)?;
+    let nothing = Path::new("");
+    let host = Host::new(Daemons { this: nothing, next: nothing }, &wanted)?;
     let machine = Machine { memory, ..host.machine(row, &wanted)? };
     println!("boots     {} by {}", host.kernel(row)?.release, host.accelerator.as_str());
     let job = Job { script, manager: row.manager, visible: &host.visible() };
@@ -223,7 +248,7 @@ pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) 
 
 /// What all machines of a run share.
 struct Host<'a> {
-    daemon: &'a Path,
+    daemons: Daemons<'a>,
     virtiofsd: PathBuf,
     accelerator: Accelerator,
     /// By suite, in the order of the rows.
@@ -233,7 +258,7 @@ struct Host<'a> {
 }
 
 impl<'a> Host<'a> {
-    fn new(daemon: &'a Path, wanted: &Wanted<'_>) -> Result<Self> {
+    fn new(daemons: Daemons<'a>, wanted: &Wanted<'_>) -> Result<Self> {
         let cache = cache()?;
         let rows: Vec<&Row> =
             if wanted.rows.is_empty() { ROWS.iter().collect() } else { wanted.rows.to_vec() };
@@ -248,7 +273,7 @@ impl<'a> Host<'a> {
         let (_, newest) = kernels.last().context("no kernel")?;
         let accelerator = machine::probe(newest, &virtiofsd, &cache)?;
         Ok(Self {
-            daemon,
+            daemons,
             virtiofsd,
             accelerator,
             kernels,
@@ -374,14 +399,14 @@ impl<'a> Host<'a> {
     fn script(&self, row: &Row, selections: &[Selection<'_>]) -> String {
         let mut script = format!(
             "cd {}\n\
-             export AGENTGUARD_BIN={}\n\
+             {}\
              export {}={}\n\
              export AGENTGUARD_TEST_PINS=/sys/fs/bpf/agentguard-tests\n\
              export AGENTGUARD_TEST_DATAPATH_PINS=/sys/fs/bpf/agentguard-tests-datapath\n\
              broken=0\n\
              \"$AGENTGUARD_BIN\" doctor --output json >&3\n",
             quoted(&suites::directory().display().to_string()),
-            quoted(&self.daemon.display().to_string()),
+            self.daemons.exports(),
             VARIABLE,
             suites::names_of(row.promises),
         );
