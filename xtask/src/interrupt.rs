@@ -20,7 +20,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// From now on signals wait for a [`check`]. To be called before any other thread is started;
-/// programs that are started do not inherit it.
+/// programs that are started have them blocked too, until they change it.
 ///
 /// # Errors
 ///

@@ -194,8 +194,8 @@ impl<'a> Cluster<'a> {
 
     /// Takes the API server away, and what a control plane has beside it.
     pub(super) fn stop_control_plane(&mut self) -> Result<()> {
-        self.node.stop(SCHEDULER)?;
-        self.node.stop(CONTROLLER_MANAGER)?;
+        self.node.kill(SCHEDULER)?;
+        self.node.kill(CONTROLLER_MANAGER)?;
         self.node.stop(API_SERVER)
     }
 
@@ -457,24 +457,15 @@ impl<'a> Cluster<'a> {
 const READY_CONDITION: &str = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
 
 /// The same program, started again when it fails, as a service manager does: each of them gives up when
-/// the API server lets it wait, on a busy machine. It ends when this is told to.
+/// the API server lets it wait, on a busy machine. It ends by [`Node::kill`].
 fn started_again(command: &Command) -> Command {
     let mut sh = Command::new("sh");
-    sh.args(["-c", STARTED_AGAIN, "sh"]).arg(command.get_program()).args(command.get_args());
+    sh.args(["-c", "until \"$@\"; do sleep 1; done", "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
     copy_environment(command, &mut sh);
     sh
 }
-
-/// In `sh`, with the program and its arguments.
-const STARTED_AGAIN: &str = r#"
-trap 'kill "$running"; wait "$running"; exit' TERM
-while :; do
-    "$@" &
-    running=$!
-    wait "$running" && exit
-    sleep 1
-done
-"#;
 
 fn said(part: &str, took: Duration) {
     println!("ready     {part} ({:.1} s)", took.as_secs_f64());

@@ -163,9 +163,7 @@ impl Node {
 
     /// Ends one program as a service manager does, and waits until it is gone.
     pub(super) fn stop(&mut self, name: &str) -> Result<()> {
-        let at = self.running.iter().position(|(running, _)| running == name);
-        let (_, mut child) =
-            self.running.remove(at.with_context(|| format!("{name} is not running"))?);
+        let mut child = self.taken(name)?;
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
         let begin = Instant::now();
@@ -176,6 +174,29 @@ impl Node {
             thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    /// Ends one program that is started again when it fails, at once: what would start it first. Neither
+    /// ends by `SIGTERM`: this process has it blocked for the shell, and a `kube-controller-manager` that
+    /// elects no leader passes over it.
+    pub(super) fn kill(&mut self, name: &str) -> Result<()> {
+        let mut shell = self.taken(name)?;
+        let id = shell.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+        shell.kill()?;
+        shell.wait()?;
+        for child in children.split_whitespace() {
+            let child = nix::unistd::Pid::from_raw(child.parse()?);
+            nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL)?;
+        }
+        Ok(())
+    }
+
+    /// One program, which is not watched any more.
+    fn taken(&mut self, name: &str) -> Result<Child> {
+        let at = self.running.iter().position(|(running, _)| running == name);
+        let (_, child) = self.running.remove(at.with_context(|| format!("{name} is not running"))?);
+        Ok(child)
     }
 
     /// Returns when `done` says so.
