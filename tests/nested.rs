@@ -232,7 +232,8 @@ mod containers {
         let mut listed = Value::Null;
         wait_until("both agents are workloads", || {
             let workloads = node.agentguard("node", ["workloads", "--output", "json"]);
-            listed = serde_json::from_str(&workloads.stdout).unwrap_or_default();
+            let workloads = workloads.expect_success("workloads, for the node's root");
+            listed = serde_json::from_str(&workloads.stdout).unwrap();
             listed.as_array().is_some_and(|listed| listed.len() == 2)
         });
         let names: Vec<_> = listed.as_array().into_iter().flatten().collect();

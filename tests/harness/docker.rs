@@ -278,13 +278,8 @@ pub(crate) fn remove_stale(directory: &Path) {
 
 impl Drop for Docker {
     fn drop(&mut self) {
-        if thread::panicking()
-            && let Some(running) = &self.running
-        {
-            let said = running.stderr();
-            let last: Vec<_> = said.lines().rev().take(40).collect();
-            eprintln!("dockerd said at last:");
-            last.iter().rev().for_each(|line| eprintln!("  {line}"));
+        if let Some(running) = &self.running {
+            running.show_if_panicking("dockerd");
         }
         let sockets = sockets_elsewhere(self.world.directory());
         if self.running.is_some() {

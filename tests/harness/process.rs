@@ -114,6 +114,16 @@ impl Running {
         contents(&self.stderr)
     }
 
+    /// Shows the last lines that it has written to standard error, where a test fails by a panic.
+    pub(crate) fn show_if_panicking(&self, name: &str) {
+        if thread::panicking() {
+            let said = self.stderr();
+            let last: Vec<_> = said.lines().rev().take(40).collect();
+            eprintln!("{name} said at last:");
+            last.iter().rev().for_each(|line| eprintln!("  {line}"));
+        }
+    }
+
     /// Waits until a line of its output begins with `word`, and gives the rest of that line.
     ///
     /// # Panics

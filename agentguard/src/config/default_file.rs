@@ -4,7 +4,7 @@
 //! Meanings come from the schema, that is from doc comments; values and their order come from
 //! [`Configuration::default`]. Must not know any key by name.
 
-use std::fmt::{self, Write};
+use std::fmt;
 
 use schemars::generate::SchemaSettings;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -90,21 +90,21 @@ fn section(file: &mut String, indent: &str, schema: &Value, keys: &[(String, Ord
             file.push('\n');
         }
         comment(file, indent, schema);
-        // Writing to a string does not fail.
         match value {
             Ordered::Keys(keys) => {
-                let _ = writeln!(file, "{indent}{key}:");
+                file.push_str(&format!("{indent}{key}:\n"));
                 section(file, &format!("{indent}  "), schema, keys);
             }
             Ordered::Value(value) => {
-                let line = format!("{indent}{key}: {value}");
-                let items = value.as_array().filter(|_| line.chars().count() > WIDTH);
-                let _ = match items {
-                    None => writeln!(file, "{line}"),
-                    Some(_) => writeln!(file, "{indent}{key}:"),
-                };
-                for item in items.into_iter().flatten() {
-                    let _ = writeln!(file, "{indent}  - {item}");
+                let line = format!("{indent}{key}: {value}\n");
+                match value.as_array().filter(|_| line.chars().count() > WIDTH) {
+                    None => file.push_str(&line),
+                    Some(items) => {
+                        file.push_str(&format!("{indent}{key}:\n"));
+                        for item in items {
+                            file.push_str(&format!("{indent}  - {item}\n"));
+                        }
+                    }
                 }
             }
         }

@@ -30,6 +30,7 @@ use crate::identity::container::{
     Command, Container, Node, Placement, PodName, ProcessRef, Rules, Sandbox, Unseen, cgroup_of,
 };
 use crate::identity::pod::{Labels, Marking, Pod, PodUid};
+use crate::runtimes::container_cgroup;
 use crate::runtimes::cri::Cri;
 use crate::runtimes::docker::Docker;
 use crate::runtimes::nri::{Start, StartingContainer};
@@ -679,7 +680,8 @@ pub async fn start(
     if let (0, Some(container)) = (start.pid, &start.container) {
         return take_in_listed(shared, &start.sandbox, &container.id, patience).await;
     }
-    let first = first_process(start.pid)?;
+    let id = start.container.as_ref().map_or(&start.sandbox.id, |container| &container.id);
+    let first = first_process(start.pid, id)?;
     take_in(shared, hear_start(start, first), patience).await
 }
 
@@ -849,7 +851,7 @@ fn hear(announcement: &Announcement) -> Result<Heard, ServiceError> {
             return Err(invalid("pod: is missing; a sandbox is a pod's".to_owned()));
         }
     }
-    let (process, cgroup) = first_process(pid)?;
+    let (process, cgroup) = first_process(pid, &id)?;
     let sandbox_of = match (&pod, &sandbox) {
         (None, _) | (_, None) => None,
         (Some(pod), Some(sandbox)) => Some(Sandbox {
@@ -915,8 +917,9 @@ fn hear_start(start: Start, (process, cgroup): (ProcessRef, PathBuf)) -> Heard {
     Heard { at: Instant::now(), container, sandbox: Some(sandbox), teller: Teller::Runtime }
 }
 
-/// The first process of a container that is about to run, and its cgroup.
-fn first_process(pid: u32) -> Result<(ProcessRef, PathBuf), ServiceError> {
+/// The first process of a container that is about to run, and the container's cgroup, which may be
+/// around that of the process (crun makes one more where systemd makes cgroups).
+fn first_process(pid: u32, container: &str) -> Result<(ProcessRef, PathBuf), ServiceError> {
     let invalid = |error: String| ServiceError::Invalid(vec![error]);
     let process = ProcessRef::of(pid).ok_or_else(|| {
         invalid(format!("pid: there is no process {pid}; name the container's first"))
@@ -932,7 +935,7 @@ fn first_process(pid: u32) -> Result<(ProcessRef, PathBuf), ServiceError> {
     if !process.is_alive() {
         return Err(invalid(format!("pid: the process {pid} ended while it was looked at")));
     }
-    Ok((process, cgroup))
+    Ok((process, container_cgroup(&cgroup, container)))
 }
 
 #[cfg(test)]
@@ -1034,7 +1037,7 @@ mod tests {
         inputs.announced.insert("s".to_owned(), told);
         assert_eq!(inputs.knows(&sandbox()), Known::Whole);
         assert_eq!(inputs.node().sandboxes["s"].pod.labels, labelled.pod.labels);
-        assert!(matches!(first_process(u32::MAX), Err(ServiceError::Invalid(_))));
+        assert!(matches!(first_process(u32::MAX, "c"), Err(ServiceError::Invalid(_))));
     }
 
     #[test]

@@ -53,8 +53,8 @@ use crate::scope::executables::{Admission, Pinned, Resolver};
 use crate::scope::socket_directories::{DirectoryId, SocketDirectories};
 use crate::scope::{Catalogue, Destination, ScopeDocument, UnixSocket as SocketAddress};
 
-/// What is wrong as long as this build can not take the place of another.
-const FOREIGN: &str = "another build of the kernel half stays in force until this one holds every workload whole: \
+/// What is wrong as long as this build does not hold all that another one holds.
+const NOT_WHOLE: &str = "another build of the kernel half stays in force until this one holds every workload whole: \
     what changes meanwhile, a revocation too, is not in force; make room in datapath.maps";
 /// How long an allow-list that no tag leads to stays, so that a program that read the tag before
 /// the switch still finds it. Programs run for microseconds.
@@ -292,8 +292,8 @@ pub struct Engine {
     unsettled: bool,
     /// Workloads that are not held whole, and why: each is denied everything, and tried again.
     unfit: BTreeMap<WorkloadId, String>,
-    /// Whether another build is in force until this one holds everything.
-    awaits_take_over: bool,
+    /// Why another build is in force still, where one is.
+    not_in_force: Option<String>,
     /// Workloads in the kernel of which an earlier daemon wrote down nothing.
     orphans: BTreeSet<WorkloadId>,
     ticks: u64,
@@ -350,7 +350,7 @@ impl Engine {
             next_change: None,
             unsettled: false,
             unfit: BTreeMap::new(),
-            awaits_take_over: false,
+            not_in_force: None,
             orphans: BTreeSet::new(),
             ticks: 0,
             dirty: false,
@@ -1203,22 +1203,38 @@ impl Engine {
     ///
     /// When a hook can not be taken over.
     pub fn take_over(&mut self, is_whole: bool) -> Result<(), LoadError> {
-        self.awaits_take_over = !is_whole && self.datapath.has_others()?;
         if is_whole {
             let others = self.datapath.take_over()?;
+            self.not_in_force = None;
             if others > 0 {
                 tracing::info!(others, "took over from another build of the kernel half");
             }
-        } else if self.awaits_take_over {
-            tracing::error!("{FOREIGN}");
+        } else if self.datapath.has_others()? {
+            tracing::error!("{NOT_WHOLE}");
+            self.not_in_force = Some(NOT_WHOLE.to_owned());
         }
         Ok(())
     }
 
-    /// Why nothing that changes now is in force, if that is so.
+    /// Tries again to take the place of the other build, where one is in force still.
+    fn take_over_at_last(&mut self) {
+        if self.not_in_force.is_none() || !self.unfit.is_empty() || self.unsettled {
+            return;
+        }
+        if let Err(error) = self.take_over(true) {
+            // Hooks that were taken over stay so, and the rest is tried again; it is said once.
+            let why = format!("another build of the kernel half stays in force in part: {error}");
+            if self.not_in_force.as_ref() != Some(&why) {
+                tracing::error!("{why}");
+                self.not_in_force = Some(why);
+            }
+        }
+    }
+
+    /// Why not all that changes now is in force, if that is so.
     #[must_use]
-    pub const fn not_in_force(&self) -> Option<&'static str> {
-        if self.awaits_take_over { Some(FOREIGN) } else { None }
+    pub fn not_in_force(&self) -> Option<&str> {
+        self.not_in_force.as_deref()
     }
 
     /// What does not fit into the kernel's tables, one sentence each.
@@ -1361,15 +1377,7 @@ impl Engine {
             // What is wrong was said when it began.
             let _still_no_room = self.hold(id);
         }
-        if self.awaits_take_over
-            && self.unfit.is_empty()
-            && !self.unsettled
-            && let Err(error) = self.take_over(true)
-        {
-            // What was taken over stays so, and the rest is tried again.
-            self.awaits_take_over = true;
-            tracing::error!(%error, "another build of the kernel half can not be replaced");
-        }
+        self.take_over_at_last();
         let is_due = self.next_change.is_some_and(|change| change <= now);
         if is_due {
             self.store.prune(now, KEPT_GRANT);

@@ -356,7 +356,8 @@ fn sandbox(listed: ListedSandbox, facts: SandboxFacts) -> Option<Sandbox> {
         return None;
     };
     let SandboxFacts { host_network, kind, cgroup } = facts;
-    // The default handler has no name, and may be one with a kernel of its own.
+    // The default handler has no name, and may be one with a kernel of its own. Where its runtime does
+    // not tell (CRI-O), it is held as if it had none: what is there to hold is held.
     let handler = if handler.is_empty() { kind.unwrap_or_default() } else { handler };
     let pod = Pod {
         uid,

@@ -200,6 +200,7 @@ fn facts(id: &str, inspected: ContainerInspectResponse) -> Option<Facts> {
         search_path: path.unwrap_or(super::SEARCH_PATH).to_owned(),
     });
     let cgroup = container_cgroup(&cgroup_of(pid)?, id);
+    // The engine names its default as well. One that is not told is held as any other.
     let handler = inspected.host_config.and_then(|config| config.runtime).unwrap_or_default();
     Some(Facts { process: ProcessRef::of(pid)?, cgroup, command, handler })
 }

@@ -50,7 +50,7 @@ pub trait Runtime: Send + 'static {
 
 /// The cgroup of a container that one of its processes is in or below: a container may make cgroups
 /// of its own, and systemd in one does. Runtimes name a container's by its id.
-fn container_cgroup(cgroup: &Path, id: &str) -> PathBuf {
+pub fn container_cgroup(cgroup: &Path, id: &str) -> PathBuf {
     let names = |path: &&Path| {
         path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.contains(id))
     };

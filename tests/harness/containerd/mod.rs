@@ -427,13 +427,8 @@ pub(crate) fn remove_stale(directory: &Path) {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        if thread::panicking()
-            && let Some(running) = &self.running
-        {
-            let said = running.stderr();
-            let last: Vec<_> = said.lines().rev().take(40).collect();
-            eprintln!("containerd said at last:");
-            last.iter().rev().for_each(|line| eprintln!("  {line}"));
+        if let Some(running) = &self.running {
+            running.show_if_panicking("containerd");
         }
         if self.running.is_some() {
             self.cri.remove_all();
