@@ -21,6 +21,9 @@ use crate::{
 /// The package whose tests these are.
 pub(crate) const PACKAGE: &str = "agentguard-tests";
 
+/// What this kernel is promised to give, if nothing else is said: what every supported one has.
+pub(crate) const THIS_KERNEL: &[Promise] = &[Promise::Portable, Promise::Containers];
+
 /// A test program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Suite {
@@ -91,6 +94,10 @@ impl Suite {
     /// Whether `is_it` holds for one of its tests.
     pub(crate) fn has(&self, is_it: impl Fn(&str) -> bool) -> bool {
         self.tests.iter().any(|test| is_it(test))
+    }
+
+    pub(crate) fn tests(&self) -> impl Iterator<Item = &str> {
+        self.tests.iter().map(String::as_str)
     }
 
     /// Sorts its tests by what is promised, of those that `wanted` holds for.

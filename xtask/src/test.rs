@@ -25,9 +25,6 @@ use crate::{
     vm,
 };
 
-/// What this kernel is promised to give, if nothing else is said: what every supported one has.
-const THIS_KERNEL: &[Promise] = &[Promise::Portable, Promise::Containers];
-
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -86,7 +83,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     let mut matrix = None;
     if !arguments.without_kernel {
         let suites = suites::build()?;
-        let promises = [THIS_KERNEL, &arguments.this_kernel_gives].concat();
+        let promises = [suites::THIS_KERNEL, &arguments.this_kernel_gives].concat();
         total += on_this_kernel(&suites, &promises, filter, &daemon, &next)?;
         if !arguments.without_vms {
             matrix = Some(vm::matrix(

@@ -117,7 +117,7 @@ pub(super) fn is_of(test: &str, attack: &str) -> bool {
 /// `--all`.
 ///
 /// The row of the threat model, the suite, and the test or the module of its three runs.
-pub(super) const ATTACKS: [(&str, &str, &str); 34] = [
+pub(super) const ATTACKS: [(&str, &str, &str); 36] = [
     ("N1", "network", "tcp_connect_to_a_forbidden_v4_address"),
     ("N2", "network", "tcp_to_the_v4_mapped_form"),
     ("N3", "network", "sendto"),
@@ -155,14 +155,17 @@ pub(super) const ATTACKS: [(&str, &str, &str); 34] = [
         "datapath",
         "leaving::whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted",
     ),
+    ("G6", "restart", "whatever_was_given_or_taken_stays_so_over_many_restarts"),
+    ("G6", "upgrade", "a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap"),
     ("G8", "guard", "an_invalid_manifest_changes_nothing_that_is_enforced_and_is_shown"),
 ];
 
 /// Rows of the threat model that every kernel meets.
 #[cfg(test)]
-const MET: [&str; 31] = [
+const MET: [&str; 32] = [
     "N1", "N2", "N3", "N4", "N5", "N6", "N7", "N8", "N9", "N10", "N11", "N12", "N13", "N14", "N16",
-    "E1", "E2", "E4", "E5", "E7", "E8", "T1", "T2", "T3", "T4", "T5", "G1", "G3", "G4", "G5", "G8",
+    "E1", "E2", "E4", "E5", "E7", "E8", "T1", "T2", "T3", "T4", "T5", "G1", "G3", "G4", "G5", "G6",
+    "G8",
 ];
 
 const WITHOUT_LSM: &[Promise] = &[Promise::Portable];

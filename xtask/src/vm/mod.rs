@@ -37,7 +37,7 @@ use crate::{
     counting::{Reader, Total},
     dist::{daemon_binary, next_daemon_binary},
     interrupt,
-    promise::VARIABLE,
+    promise::{Promise, VARIABLE},
     run::{heading, root, target_dir},
     setup::Purpose,
     suites::{self, Selection, Suite},
@@ -173,6 +173,12 @@ pub(crate) fn matrix(
             "{suite} has no {attack} any more, by which every kernel is to meet {row}; name another"
         );
     }
+    let nowhere = run_nowhere(suites);
+    ensure!(
+        nowhere.is_empty(),
+        "run nowhere: no row of the matrix runs these, and they need more than this kernel is promised to give: {}",
+        nowhere.join(", ")
+    );
     let host = Host::new(daemons, wanted)?;
     heading(&format!("kernel matrix, with {}", host.accelerator.as_str()));
     let rows: Vec<&Row> =
@@ -205,6 +211,21 @@ pub(crate) fn matrix(
         matrix.keep(&results::file())?;
     }
     Ok(matrix)
+}
+
+/// The tests that neither this kernel nor a row of the matrix runs where nothing else is asked for.
+fn run_nowhere(suites: &[Suite]) -> Vec<String> {
+    let is_run = |suite: &Suite, test: &str| {
+        let given =
+            |promises: &[Promise]| Promise::of_test(test).all(|needed| promises.contains(&needed));
+        given(suites::THIS_KERNEL)
+            || ROWS.iter().any(|row| given(row.promises) && row.tests.include(&suite.name, test))
+    };
+    let of = |suite: &Suite| {
+        let left_out = suite.tests().filter(|test| !is_run(suite, test));
+        left_out.map(|test| format!("{}: {test}", suite.name)).collect::<Vec<_>>()
+    };
+    suites.iter().flat_map(of).collect()
 }
 
 /// Boots the rows one after the other, each for one command of the caller's.
@@ -438,7 +459,6 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::promise::Promise;
 
     #[test]
     fn each_row_has_a_name_of_its_own_and_promises_the_portable_layer() {
