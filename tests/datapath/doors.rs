@@ -1,13 +1,16 @@
 //! Every door: allowed, attach, denied, detach, allowed.
 
 use std::{
+    fs,
     io::Read as _,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::unix::fs::symlink,
     path::Path,
     thread,
     time::Duration,
 };
 
+use agentguard::datapath::LoadError;
 use agentguard_common::{Mode, Protocol, event::Hook};
 
 use crate::fixture::{Fixture, in_boot_time, port, running, standing, to};
@@ -103,6 +106,47 @@ fn an_exec_is_refused_or_killed_before_its_first_instruction_while_attached() {
     let fixture = Fixture::new();
     let (refusal, hook) = fixture.refused_exec();
     is_denied_while(fixture, hook, &format!("run {TRUE}"), refusal);
+}
+
+/// Puts a whole build of somebody else's into a pin directory, as far as its paths tell.
+pub(crate) fn another_build(pins: &Path, has_exec_check: bool) {
+    let build = pins.join("build-other");
+    fs::create_dir_all(build.join("ready")).unwrap();
+    if has_exec_check {
+        fs::create_dir(build.join("bprm_check")).unwrap();
+    }
+}
+
+#[test]
+fn exec_stays_with_the_tracepoint_where_another_build_had_it_judge() {
+    let mut fixture = Fixture::prepared(|pins| another_build(pins, false)).unwrap();
+    let mut worker = fixture.worker();
+    assert!(!fixture.is_active("bprm_check"));
+    assert!(fixture.datapath.take_over().unwrap() > 0);
+    fixture.attach(Mode::Enforce, &[running(Path::new(TRUE))]);
+    for (program, answer) in [(TRUE, "ok"), ("/bin/false", "killed")] {
+        let before = fixture.counters();
+        assert_eq!(worker.told(&format!("run {program}")), answer, "{program}");
+        let decided = fixture.counters().decided() - before.decided();
+        assert_eq!(decided, 1, "{program} is judged once");
+    }
+    assert_eq!(denials(&fixture, Hook::Exec), 1);
+}
+
+/// Has the link of the LSM layer's check of exec find its place taken.
+pub(crate) fn no_place_for_exec_check(pins: &Path) {
+    fs::create_dir(pins.join("links")).unwrap();
+    symlink("nothing", pins.join("links/bprm_check")).unwrap();
+}
+
+#[test]
+fn a_build_that_can_not_have_the_lsm_judge_exec_does_not_begin_beside_one_that_does() {
+    let fixture = Fixture::prepared(|pins| {
+        another_build(pins, true);
+        no_place_for_exec_check(pins);
+    });
+    let Err(error) = fixture else { panic!("what is being run would be judged twice") };
+    assert!(matches!(error, LoadError::ExecJudge { .. }), "{error}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use agentguard::allowlist::{
     Block, EgressPermit, Permit, PortRange,
     compile::{Rows, compile},
 };
-use agentguard::datapath::{Datapath, DoorState, Options, Sizes, uninstall};
+use agentguard::datapath::{Datapath, DoorState, LoadError, Options, Sizes, uninstall};
 use agentguard_common::{
     AllowlistId, FileId, GrantId, IdentityId, Layer as DoorLayer, Mode, Protocol, RuleSetId,
     ScopeId, Tag, WorkloadId, abi::Settings, allowlist::NEVER, event::Hook, stats::Counters,
@@ -69,6 +69,21 @@ enum Pins {
     Shared,
 }
 
+fn unused_name() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("agentguard-datapath-{}-{number}", process::id())
+}
+
+fn pin_directory_of(name: &str) -> PathBuf {
+    Path::new("/sys/fs/bpf").join(name)
+}
+
+fn options(pin_directory: PathBuf, sizes: Sizes) -> Options {
+    let settings = Settings { aggregation_window: 1_000_000_000, diagnostics: 0, reserved: 0 };
+    Options { pin_directory, sizes, settings }
+}
+
 /// The directory that fixtures share, if they do.
 const SHARED_PINS: &str = "AGENTGUARD_TEST_DATAPATH_PINS";
 
@@ -79,19 +94,39 @@ impl Fixture {
 
     #[track_caller]
     pub(crate) fn with(sizes: Sizes) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         requires(Layer::Portable);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("agentguard-datapath-{}-{number}", process::id());
+        let name = unused_name();
         let (pins, pin_directory) = match env::var_os(SHARED_PINS) {
             Some(shared) if sizes == SMALL => (Pins::Shared, PathBuf::from(shared)),
             Some(_) | None => {
-                let own = Path::new("/sys/fs/bpf").join(&name);
+                let own = pin_directory_of(&name);
                 (Pins::Own(own.clone()), own)
             }
         };
-        let settings = Settings { aggregation_window: 1_000_000_000, diagnostics: 0, reserved: 0 };
-        let datapath = Datapath::open(&Options { pin_directory, sizes, settings }).unwrap();
+        let datapath = Datapath::open(&options(pin_directory, sizes)).unwrap();
+        Self::of(datapath, pins, name)
+    }
+
+    /// One that finds in its pin directory what `prepare` puts there.
+    #[track_caller]
+    pub(crate) fn prepared(prepare: impl FnOnce(&Path)) -> Result<Self, LoadError> {
+        // Mounts the BPF file system where nobody has yet.
+        drop(Self::new());
+        let name = unused_name();
+        let own = pin_directory_of(&name);
+        fs::create_dir_all(&own).unwrap();
+        prepare(&own);
+        match Datapath::open(&options(own.clone(), SMALL)) {
+            Ok(datapath) => Ok(Self::of(datapath, Pins::Own(own), name)),
+            Err(error) => {
+                uninstall(&own).unwrap();
+                Err(error)
+            }
+        }
+    }
+
+    #[track_caller]
+    fn of(datapath: Datapath, pins: Pins, name: String) -> Self {
         for (door, state) in datapath.states() {
             if door.layer == DoorLayer::Portable {
                 assert_eq!(*state, DoorState::Active, "{}", door.hook);

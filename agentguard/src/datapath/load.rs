@@ -31,8 +31,8 @@ use super::events::Diagnostics;
 use super::handover::{self, GlobalProgram};
 use super::kernel::{Kernel, KernelError};
 use super::object;
-use super::pins::{self, Pins};
-use super::protection::{self, Door, DoorState, Protection, doors};
+use super::pins::{self, ExecJudge, Pins};
+use super::protection::{self, Door, DoorState, EXEC_CHECK, Protection, doors};
 use super::tables::Tables;
 use crate::fault;
 
@@ -105,6 +105,10 @@ pub enum LoadError {
         "{path} is kept by a version of agentguard that this one can not go on from; end what it holds with that version's `agentguard uninstall`, or reboot"
     )]
     ForeignState { path: PathBuf },
+    #[error(
+        "in the version of agentguard that is in force the BPF LSM judges exec, and this one can not have it do so: {reason}; of what is being run at the change a part would be judged twice. Go on with that version, or end what it holds with its `agentguard uninstall`, or reboot"
+    )]
+    ExecJudge { reason: String },
     #[error("the kernel half's {name} can not be used: {reason}")]
     Part { name: String, reason: String },
 }
@@ -235,7 +239,6 @@ impl Datapath {
 
     fn set_up(pins: Pins, options: &Options, adopted: bool) -> Result<Self, LoadError> {
         let Fitted { mut ebpf, mut outcomes, btf } = fit(&pins, options)?;
-        fault::point("load.loaded");
         let mut states = Vec::new();
         for door in doors() {
             let outcome = outcomes
@@ -271,8 +274,8 @@ impl Datapath {
     fn adopt(pins: Pins, _options: &Options) -> Result<Self, LoadError> {
         let state = |door: &Door| {
             if !pins.program(door.program).exists() {
-                let reason =
-                    "this kernel did not take it when it was set up; see agentguard doctor";
+                let reason = "this build was set up without it: the kernel did not take it, or what \
+                              was in force then left it aside; see agentguard doctor";
                 DoorState::Unavailable(reason.to_owned())
             } else if door.gate.is_some() && !pins.global_link(door.program).exists() {
                 DoorState::Unavailable("its pinned link is gone".to_owned())
@@ -342,14 +345,40 @@ struct Asked {
     exec_by_lsm: Result<(), String>,
 }
 
+impl Asked {
+    /// Leaves exec to the tracepoint, unless a build is in force that does not.
+    ///
+    /// An exec comes to both hooks, and any time may pass between them. Were one of two builds to judge
+    /// it at the first and the other at the second, an exec under way at the change would be judged
+    /// twice; the other way round, by neither. No order of writing the gates helps against that, so what
+    /// judges exec stays the same for as long as anything is in force.
+    fn leave_exec(&mut self, in_force: Option<ExecJudge>, reason: String) -> Result<(), LoadError> {
+        match in_force {
+            Some(ExecJudge::Lsm) => Err(LoadError::ExecJudge { reason }),
+            Some(ExecJudge::Tracepoint) | None => {
+                self.exec_by_lsm = Err(reason);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Why exec is left to the tracepoint where this kernel would not ask for that.
+const EXEC_IS_LEFT: &str = "another version of agentguard was in force when this one began, and had the tracepoint judge exec; \
+     after a reboot, or `agentguard uninstall` and a start, the BPF LSM does";
+
 /// Loads all programs as this kernel takes them.
 fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
     let kernel = Kernel::running()?;
     let offsets = kernel.offsets()?;
+    let in_force = pins.exec_judge_of_others()?;
     let mut asked = Asked {
         ends_others: kernel.function("bpf_send_signal_task"),
         lsm: Ok(()),
-        exec_by_lsm: Ok(()),
+        exec_by_lsm: match in_force {
+            Some(ExecJudge::Tracepoint) => Err(EXEC_IS_LEFT.to_owned()),
+            Some(ExecJudge::Lsm) | None => Ok(()),
+        },
     };
     // aya's loader reads the kernel's types for itself, and lends them to nobody.
     let (btf, loader) = thread::scope(|scope| {
@@ -372,15 +401,28 @@ fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
         {
             tracing::info!(reason, "there is no LSM layer on this kernel");
             asked.lsm = Err(reason.clone());
-            asked.exec_by_lsm = Err(reason);
+            asked.leave_exec(in_force, reason)?;
             continue;
         }
-        let outcomes = load_programs(&mut ebpf, &btf, &asked.lsm);
+        let mut outcomes = load_programs(&mut ebpf, &btf, &asked.lsm);
         if asked.exec_by_lsm.is_ok()
-            && let Some(Err(reason)) = outcomes.get("bprm_check")
+            && let Some(Err(reason)) = outcomes.get(EXEC_CHECK)
         {
-            asked.exec_by_lsm = Err(reason.clone());
+            asked.leave_exec(in_force, reason.clone())?;
             continue;
+        }
+        fault::point("load.loaded");
+        match &asked.exec_by_lsm {
+            // The tracepoint's program leaves exec to the check, which must be called for that.
+            Ok(()) => {
+                if let Err(reason) = attach_exec_check(&mut ebpf, &btf, pins) {
+                    asked.leave_exec(in_force, reason)?;
+                    continue;
+                }
+            }
+            Err(reason) => {
+                outcomes.insert(EXEC_CHECK, Err(reason.clone()));
+            }
         }
         if asked.ends_others.is_some() {
             pins.mark_ends_others()?;
@@ -434,6 +476,15 @@ fn load<'a>(
         loader.map_pin_path(name, path);
     }
     loader.load(object).map_err(|source| LoadError::Load { source: Box::new(source) })
+}
+
+/// Attaches what calls the LSM layer's check of exec.
+fn attach_exec_check(ebpf: &mut Ebpf, btf: &Btf, pins: &Pins) -> Result<(), String> {
+    let is_check = |door: &&Door| door.program == EXEC_CHECK;
+    match doors().iter().find(is_check).and_then(|door| Some((door, door.gate?))) {
+        Some((door, gate)) => handover::attach_gate(ebpf, btf, door, gate, pins),
+        None => Err(format!("there is no gate for {EXEC_CHECK}")),
+    }
 }
 
 /// Whether the verifier lets the tracepoints call the kernel function they were bound to.

@@ -21,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::load::{LoadError, Sizes};
 use super::object;
+use super::protection::EXEC_CHECK;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
 const STATE: [&str; 14] = [
@@ -58,6 +59,15 @@ const TABLES: [&str; 10] = [
 const READY: &str = "ready";
 /// Present where the programs of a build can end a task that is not the caller.
 const ENDS_OTHERS: &str = "ends-others";
+
+/// What an exec is judged by. A build has the one program or the other judge it, and never both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ExecJudge {
+    /// [`EXEC_CHECK`], before the point of no return.
+    Lsm,
+    /// `process_exec`, where the new program is in place.
+    Tracepoint,
+}
 
 /// The pins of one build, among those of others in the same pin directory.
 #[derive(Clone, Debug)]
@@ -170,6 +180,19 @@ impl Pins {
         Ok(others)
     }
 
+    /// What other builds, of which one may be in force, have exec judged by; `None` without any.
+    pub(super) fn exec_judge_of_others(&self) -> Result<Option<ExecJudge>, LoadError> {
+        let mut builds = self.others()?;
+        builds.retain(|path| name_of(path).starts_with("build-") && path.join(READY).exists());
+        // They agree; of one that was being removed the program may be gone already.
+        let by_lsm = builds.iter().any(|build| build.join(EXEC_CHECK).exists());
+        Ok(match (builds.is_empty(), by_lsm) {
+            (true, _) => None,
+            (false, true) => Some(ExecJudge::Lsm),
+            (false, false) => Some(ExecJudge::Tracepoint),
+        })
+    }
+
     /// What is kept by builds of another version of the state, which this one can not read.
     pub(super) fn foreign_state(&self) -> Result<Option<PathBuf>, LoadError> {
         let mut entries = entries(&self.root)?;
@@ -257,4 +280,27 @@ fn digest(parts: &[&[u8]]) -> String {
         digest.update(part);
     }
     digest.finalize().iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_judges_exec_is_told_by_the_whole_builds_of_others() {
+        let root = tempfile::tempdir().unwrap();
+        let pins = Pins::new(root.path(), &Sizes::default());
+        let judge = || pins.exec_judge_of_others().unwrap();
+        let make = |path: &str| fs::create_dir_all(root.path().join(path)).unwrap();
+        pins.make_directories().unwrap();
+        pins.mark_ready().unwrap();
+        fs::create_dir(pins.program(EXEC_CHECK)).unwrap();
+        assert_eq!(judge(), None, "its own says nothing of others");
+        make("build-unfinished/bprm_check");
+        assert_eq!(judge(), None, "what was never whole was never in force");
+        make("build-first/ready");
+        assert_eq!(judge(), Some(ExecJudge::Tracepoint));
+        make("build-first/bprm_check");
+        assert_eq!(judge(), Some(ExecJudge::Lsm));
+    }
 }

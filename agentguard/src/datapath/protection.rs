@@ -53,6 +53,9 @@ const fn global(
     Door { program, hook, closes, layer, gate: Some(Gate { program: attached, slot }) }
 }
 
+/// The LSM layer's check of exec. Where it is in force, the tracepoint leaves exec to it.
+pub(super) const EXEC_CHECK: &str = "bprm_check";
+
 /// Every program of both layers. The LSM layer's check of exec comes before the tracepoint that
 /// leaves exec to it.
 const DOORS: [Door; 24] = [
@@ -66,7 +69,7 @@ const DOORS: [Door; 24] = [
     cgroup("egress", "cgroup_skb/egress", "flows that outlive their grant"),
     global(
         Layer::Lsm,
-        "bprm_check",
+        EXEC_CHECK,
         "lsm/bprm_check_security",
         "exec by the caller's own error, and scripts",
         ("gate_bprm_check", "GATE_BPRM_CHECK"),
