@@ -14,11 +14,17 @@ use std::{
 };
 
 use agentguard::allowlist::Permit;
-use agentguard_common::{Mode, Protocol, event::Hook};
+use agentguard::datapath::events::Rings;
+use agentguard_common::{
+    Mode, Protocol, Verdict,
+    event::{Hook, RequestKind},
+    stats::Counters,
+};
 use agentguard_tests::{Layer, requires};
 
-use crate::doors::{denials, is_denied_while_attached, tcp, udp};
+use crate::doors::{denials, is_denied_while_attached, no_place_for_exec_check, tcp, udp};
 use crate::fixture::{Fixture, port, running, standing, to};
+use crate::worker::Worker;
 
 /// A directory of one test's own.
 struct Directory(PathBuf);
@@ -186,25 +192,191 @@ fn receiving_a_connected_unix_socket_is_denied_while_attached() {
     assert_eq!(worker.told(&format!("take {} {}", process::id(), one.as_raw_fd())), "ok");
 }
 
-/// The workload's own sockets are judged once, by the portable layer, though both layers are active.
+/// What one command comes to in the kernel.
+struct Case {
+    command: String,
+    answer: &'static str,
+    /// The hooks that decide, once each, and what they are asked. Of several that ask for the same the
+    /// first has the record, and the others are folded into it.
+    decided: Vec<(Hook, RequestKind)>,
+    records: usize,
+}
+
+impl Case {
+    /// Of which each verdict has a record of its own.
+    fn new(
+        command: impl Into<String>,
+        answer: &'static str,
+        decided: &[(Hook, RequestKind)],
+    ) -> Self {
+        let (command, records) = (command.into(), decided.len());
+        Self { command, answer, decided: decided.to_vec(), records }
+    }
+
+    /// Of which the last verdict is folded into the record before.
+    fn folded(self) -> Self {
+        Self { records: self.records - 1, ..self }
+    }
+}
+
+/// Every record that is there.
+fn records(rings: &mut Rings) -> Vec<(Hook, RequestKind, bool)> {
+    let mut records = Vec::new();
+    while rings.drain(64, |record| {
+        let event = *record.expect("a record of this version").event();
+        let is_denied = Verdict::try_from(event.verdict).unwrap().reason().is_some();
+        let (hook, kind) = (Hook::try_from(event.hook), RequestKind::try_from(event.kind));
+        records.push((hook.unwrap(), kind.unwrap(), is_denied));
+    }) > 0
+    {}
+    records
+}
+
+/// Does what each case says, and looks at all that the kernel counted and wrote of it.
+#[track_caller]
+fn assert_each_once(fixture: &Fixture, rings: &mut Rings, worker: &mut Worker, cases: &[Case]) {
+    for Case { command, answer, decided, records: logged } in cases {
+        assert_eq!(records(rings), [], "before {command}");
+        let before = fixture.counters();
+        assert_eq!(worker.told(command), *answer, "{command}");
+        let after = fixture.counters();
+        let is_denied = *answer != "ok";
+        let mut counted = Vec::new();
+        for hook in Hook::ALL {
+            let of = |counters: &Counters| -> [u64; 2] {
+                let cells = counters.iter().filter(|cell| cell.0 == hook);
+                cells.fold([0; 2], |[allowed, denied], (_, _, verdict, count)| {
+                    match verdict.reason() {
+                        Some(_) => [allowed, denied + count],
+                        None => [allowed + count, denied],
+                    }
+                })
+            };
+            let ([allowed, denied], [allowed_before, denied_before]) = (of(&after), of(&before));
+            counted.extend((allowed_before..allowed).map(|_| (hook, false)));
+            counted.extend((denied_before..denied).map(|_| (hook, true)));
+        }
+        // Of what is asked in turn only the last is refused.
+        let verdict_of = |place: usize| is_denied && place + 1 == decided.len();
+        let mut expected: Vec<_> =
+            decided.iter().enumerate().map(|(at, (hook, _))| (*hook, verdict_of(at))).collect();
+        expected.sort();
+        assert_eq!(counted, expected, "{command} is decided and counted once");
+        let fates = |counters: &Counters| [counters.logged, counters.aggregated, counters.lost];
+        let [was, now] = [fates(&before), fates(&after)];
+        let fate: Vec<u64> = now.iter().zip(was).map(|(now, was)| now - was).collect();
+        let all = decided.len();
+        assert_eq!(fate, [*logged as u64, (all - logged) as u64, 0], "what became of {command}");
+        let mut told = records(rings);
+        let mut expected: Vec<_> = decided[..*logged]
+            .iter()
+            .enumerate()
+            .map(|(at, (hook, kind))| (*hook, *kind, verdict_of(at)))
+            .collect();
+        told.sort();
+        expected.sort();
+        assert_eq!(told, expected, "the records of {command}");
+    }
+}
+
+/// What the workload itself makes is judged once though both layers are active: what a portable hook
+/// judges the LSM passes unseen, and of an exec the tracepoint.
 #[test]
-fn a_request_has_one_verdict_where_both_layers_are_active() {
+fn a_request_has_one_verdict_one_count_and_one_record_where_both_layers_are_active() {
+    use {Hook::*, RequestKind::*};
     requires(Layer::Lsm);
-    let (_server, granted) = udp("127.0.0.1:0");
-    let (_other, other) = tcp("127.0.0.1:0");
+    let directory = Directory::new("once");
+    let name = format!("agentguard-lsm-once-{}", process::id());
+    let _streams =
+        UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let _datagrams = UnixDatagram::bind(directory.socket()).unwrap();
+    let (_udp, udp4) = udp("127.0.0.1:0");
+    let (_udp6, udp6) = udp("[::1]:0");
+    let (listener, tcp4) = tcp("127.0.0.1:0");
+    let (_tcp6, tcp6) = tcp("[::1]:0");
+    let free = ["127.0.0.1:0", "[::1]:0"].map(|any| tcp(any).1);
+    let [free4, free6] = free;
+
     let mut fixture = Fixture::new();
     let mut worker = fixture.worker();
-    fixture.attach(Mode::Enforce, &[to(Protocol::Udp, granted), running(Path::new("/bin/true"))]);
-    let before = fixture.counters().decided();
-    assert_eq!(worker.told(&format!("send {granted}")), "ok");
-    // The call and its packet: two requests, on one hook each.
-    assert_eq!(fixture.counters().decided() - before, 2);
-    let before = fixture.counters().decided();
-    assert_eq!(worker.told(&format!("connect tcp {other}")), "EPERM");
-    assert_eq!(fixture.counters().decided() - before, 1);
-    let before = fixture.counters().decided();
+    let mut rings = fixture.datapath.rings().unwrap();
+    let listening = free.map(|free| port(Protocol::Tcp, free.port())).to_vec();
+    fixture.attach(
+        Mode::Enforce,
+        &[
+            to(Protocol::Udp, udp4),
+            to(Protocol::Udp, udp6),
+            running(Path::new("/bin/true")),
+            Permit { listening, ..standing() },
+        ],
+    );
+    // What came before is not of this workload's.
+    records(&mut rings);
+    let granted = [
+        Case::new(format!("connect udp {udp4}"), "ok", &[(Connect4, Connect)]),
+        Case::new(format!("connect udp {udp6}"), "ok", &[(Connect6, Connect)]),
+        Case::new(format!("listen {free4}"), "ok", &[(Bind4, Bind), (SocketListen, Listen)]),
+        Case::new(format!("bind {free6}"), "ok", &[(Bind6, Bind)]),
+        Case::new("run /bin/true", "ok", &[(BprmCheck, RequestKind::Exec)]),
+        // NETLINK_ROUTE.
+        Case::new("socket 16 3 0", "ok", &[(SocketCreate, Socket)]),
+    ];
+    assert_each_once(&fixture, &mut rings, &mut worker, &granted);
+    let refused = [
+        Case::new(format!("connect tcp {tcp4}"), "EPERM", &[(Connect4, Connect)]),
+        Case::new(format!("connect tcp {tcp6}"), "EPERM", &[(Connect6, Connect)]),
+        Case::new(format!("send 127.0.0.1:{}", tcp4.port()), "EPERM", &[(Sendmsg4, Send)]),
+        Case::new(format!("send [::1]:{}", tcp6.port()), "EPERM", &[(Sendmsg6, Send)]),
+        Case::new("bind 127.0.0.1:9", "EPERM", &[(Bind4, Bind)]),
+        Case::new("bind [::1]:10", "EPERM", &[(Bind6, Bind)]),
+        Case::new("listen 127.0.0.1:0", "EPERM", &[(Bind4, Bind), (SocketListen, Listen)]),
+        Case::new("run /bin/false", "EPERM", &[(BprmCheck, RequestKind::Exec)]),
+        Case::new("raw", "EPERM", &[(SockCreate, RawSocket)]),
+        // AF_PACKET.
+        Case::new("socket 17 2 0", "EPERM", &[(SocketCreate, Socket)]),
+        Case::new(format!("unix-stream @{name}"), "EPERM", &[(UnixStreamConnect, UnixConnect)]),
+        Case::new(
+            format!("unix-datagram {}", directory.socket().display()),
+            "EPERM",
+            &[(UnixMaySend, UnixSend)],
+        ),
+    ];
+    assert_each_once(&fixture, &mut rings, &mut worker, &refused);
+
+    // In a generation of its own, so that nothing is folded into what was before: a call and its packet
+    // ask for one destination.
+    fixture.permit(Mode::Enforce, &[to(Protocol::Udp, udp4), to(Protocol::Udp, udp6)]);
+    let sends = [
+        Case::new(format!("send {udp4}"), "ok", &[(Sendmsg4, Send), (Egress, Packet)]).folded(),
+        Case::new(format!("send {udp6}"), "ok", &[(Sendmsg6, Send), (Egress, Packet)]).folded(),
+    ];
+    assert_each_once(&fixture, &mut rings, &mut worker, &sends);
+
+    // Sockets that another cgroup made, which the LSM judges alone.
+    let foreign = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let take = |socket: i32| format!("take {} {socket}", process::id());
+    fixture.permit(Mode::Enforce, &[]);
+    let received = [
+        Case::new(take(foreign.as_raw_fd()), "ok", &[]),
+        Case::new(format!("connect-flow {udp4}"), "EPERM", &[(SocketConnect, Connect)]),
+        Case::new(take(listener.as_raw_fd()), "EPERM", &[(FileReceive, Accept)]),
+    ];
+    assert_each_once(&fixture, &mut rings, &mut worker, &received);
+    foreign.connect(udp4).unwrap();
+    let flow = [Case::new("flow", "EPERM", &[(SocketSendmsg, Send)]).folded()];
+    assert_each_once(&fixture, &mut rings, &mut worker, &flow);
+}
+
+#[test]
+fn exec_is_left_to_the_tracepoint_where_the_check_can_not_be_attached() {
+    requires(Layer::Lsm);
+    let mut fixture = Fixture::prepared(no_place_for_exec_check).unwrap();
+    let mut worker = fixture.worker();
+    assert!(!fixture.is_active("bprm_check"));
+    fixture.attach(Mode::Enforce, &[running(Path::new("/bin/true"))]);
     assert_eq!(worker.told("run /bin/true"), "ok");
-    assert_eq!(fixture.counters().decided() - before, 1);
+    assert_eq!(worker.told("run /bin/false"), "killed");
+    assert_eq!(denials(&fixture, Hook::Exec), 1);
 }
 
 #[test]
