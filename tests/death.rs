@@ -185,9 +185,9 @@ impl Scene {
 
 fn print_totals(targets: &[Target], reports: &[Report]) {
     for (target, report) in targets.iter().zip(reports) {
-        let Report { attempts, sends, passed, refused, wrong, told: _ } = report;
+        let Report { attempts, sends, passed, refused, known, wrong, told: _ } = report;
         tell!(
-            "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused, {wrong} wrong"
+            "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused; {known} with a known outcome, {wrong} wrong"
         );
     }
 }

@@ -150,9 +150,9 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
     let all = requests(&one) + requests(&two);
     tell!("{all} requests in {took:?} under {done:?}");
     for (target, report) in of_datagrams.iter().zip(&one).chain(of_streams.iter().zip(&two)) {
-        let Report { attempts, sends, passed, refused, wrong, told: _ } = report;
+        let Report { attempts, sends, passed, refused, known, wrong, told: _ } = report;
         tell!(
-            "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused, {wrong} wrong"
+            "{target}: {attempts} attempts, {sends} sends on them: {passed} passed, {refused} refused; {known} with a known outcome, {wrong} wrong"
         );
     }
     assert!(all >= REQUESTS, "{all} requests in {took:?}");

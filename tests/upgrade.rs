@@ -4,7 +4,11 @@
 
 use std::{
     fs,
-    os::unix::process::ExitStatusExt as _,
+    net::Ipv6Addr,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{net::SocketAddr, process::ExitStatusExt as _},
+    },
     path::Path,
     process::Stdio,
     time::{Duration, Instant},
@@ -12,7 +16,7 @@ use std::{
 
 use agentguard::fault;
 use agentguard_tests::{
-    Sink, World,
+    Sink, UnixSink, World,
     daemon::{Daemon, grant, identity, next_program, program, scope_of},
     run, tell,
     traffic::{Expected, Kind, Target, Traffic, assert_reconciles, assert_right},
@@ -23,84 +27,205 @@ use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn scope_to(name: &str, sink: &Sink) -> Value {
-    let port = sink.address().port();
-    scope_of(
-        name,
-        json!({"egress": [{
-            "to": [{"ipBlock": {"cidr": "127.0.0.1/32"}}],
-            "ports": [{"protocol": "TCP", "port": port}, {"protocol": "UDP", "port": port}],
-        }]}),
-    )
+/// What is granted to listen on, and what is not: below the ports that the kernel gives to clients.
+const GRANTED_PORT: u16 = 8080;
+const OTHER_PORT: u16 = 8081;
+/// Granted too: one that is bound at the same time as the other.
+const LISTENING_PORT: u16 = 8082;
+
+/// Which kinds of requests are under way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kinds {
+    /// Connects and sends over IPv4.
+    Few,
+    /// All that the portable layer decides.
+    Portable,
+    /// And all that the LSM layer decides.
+    Both,
 }
 
-/// A daemon, and two workloads under traffic whose every outcome is known: one of datagrams, each of
-/// which is counted, and one of streams.
+fn scope_to(name: &str, sink: &Sink) -> Value {
+    scope_of(name, json!({"egress": [egress_to(sink)]}))
+}
+
+fn egress_to(sink: &Sink) -> Value {
+    let (address, port) = (sink.address().ip(), sink.address().port());
+    let cidr = format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 });
+    json!({
+        "to": [{"ipBlock": {"cidr": cidr}}],
+        "ports": [{"protocol": "TCP", "port": port}, {"protocol": "UDP", "port": port}],
+    })
+}
+
+/// A workload under traffic whose every outcome is known.
+struct Busy {
+    identity: String,
+    targets: Vec<Target>,
+    traffic: Traffic,
+    /// How often each target is tried before it is said that the workload goes on.
+    rounds: u64,
+}
+
+impl Busy {
+    /// One that never rests for longer than `pause`.
+    fn start(
+        daemon: &Daemon,
+        world: &World,
+        name: &str,
+        pause: Duration,
+        targets: Vec<Target>,
+    ) -> Self {
+        let identity = identity(name);
+        let mut exec = daemon.command(["exec", "--identity", &identity, "--"]);
+        exec.stderr(Stdio::inherit());
+        let traffic = Traffic::start(world.inside(&exec), pause, &targets);
+        // Where a program is run in each round, one takes longer than many sends.
+        let rounds = match targets.iter().any(|target| target.kind == Kind::Exec) {
+            true => 5,
+            false if targets.iter().any(|target| target.kind == Kind::Tcp) => 10,
+            false => 50,
+        };
+        Self { identity, targets, traffic, rounds }
+    }
+}
+
+/// What the workload of many kinds meets.
+struct Others {
+    granted: Sink,
+    forbidden: Sink,
+    unix: Option<[UnixSink; 2]>,
+    /// Of the granted and of the forbidden unix sockets: a path for streams, a name for datagrams.
+    unix_places: [[String; 2]; 2],
+}
+
+impl Others {
+    fn open(world: &World, kinds: Kinds) -> Self {
+        let sink = || Sink::open_on(world.network(), Ipv6Addr::LOCALHOST.into());
+        let unix_places = ["granted", "forbidden"].map(|name| {
+            let path = world.directory().join(format!("{name}.sock"));
+            [path.display().to_string(), format!("{}-{name}", world.name())]
+        });
+        let unix = (kinds == Kinds::Both).then(|| {
+            unix_places.each_ref().map(|[path, name]| {
+                let path = SocketAddr::from_pathname(path).expect("a path that fits");
+                let name = SocketAddr::from_abstract_name(name).expect("a name that fits");
+                UnixSink::open(world.network(), path, name)
+            })
+        });
+        Self { granted: sink(), forbidden: sink(), unix, unix_places }
+    }
+
+    fn scope(&self, name: &str) -> Value {
+        let mut spec = json!({
+            "egress": [egress_to(&self.granted)],
+            "exec": [{"path": "/bin/true"}],
+            "listen": [
+                {"protocol": "TCP", "port": GRANTED_PORT},
+                {"protocol": "TCP", "port": LISTENING_PORT},
+            ],
+        });
+        if self.unix.is_some() {
+            let [[path, name], _] = &self.unix_places;
+            spec["unixSockets"] = json!([{"path": path}, {"abstract": name}]);
+        }
+        scope_of(name, spec)
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        use {Expected::*, Kind::*};
+        let mut targets = Vec::new();
+        let mut add = |kind, expected, place: &dyn std::fmt::Display| {
+            targets.push(Target::new(kind, expected, place));
+        };
+        for (expected, sink) in [(Passed, &self.granted), (Refused, &self.forbidden)] {
+            for kind in [Tcp, Udp, SendTo] {
+                add(kind, expected, &sink.address());
+            }
+        }
+        for host in ["127.0.0.1", "[::1]"] {
+            add(Bind, Passed, &format!("{host}:{GRANTED_PORT}"));
+            add(Bind, Refused, &format!("{host}:{OTHER_PORT}"));
+        }
+        add(Exec, Passed, &"/bin/true");
+        add(Exec, Refused, &"/bin/false");
+        add(Raw, Refused, &libc::IPPROTO_ICMP);
+        if self.unix.is_some() {
+            add(Listen, Passed, &format!("127.0.0.1:{LISTENING_PORT}"));
+            add(ListenUnbound, Refused, &"127.0.0.1:0");
+            for (expected, [path, name]) in [Passed, Refused].into_iter().zip(&self.unix_places) {
+                add(UnixStream, expected, path);
+                add(UnixDatagram, expected, &format!("@{name}"));
+            }
+            add(Family, Refused, &libc::AF_PACKET);
+        }
+        targets
+    }
+}
+
+/// A daemon, and workloads under traffic whose every outcome is known: one of datagrams, each of
+/// which is counted, one of streams, and maybe one of all other kinds.
 struct Scene {
+    // Dropped in this order: what runs ends before its daemon is uninstalled.
+    workloads: Vec<Busy>,
     daemon: Daemon,
-    datagrams: Traffic,
-    streams: Traffic,
-    targets: [Vec<Target>; 2],
-    identities: [String; 2],
+    _others: Others,
     _sinks: [Sink; 2],
     _world: World,
 }
 
 impl Scene {
-    fn new() -> Self {
+    fn new(kinds: Kinds) -> Self {
         let mut daemon = Daemon::installed();
         let world = World::new();
         let sinks = [(); 2].map(|()| Sink::open(world.network()));
         let [always, never] = &sinks;
-        let identities = [identity("datagrams"), identity("streams")];
+        let others = Others::open(&world, kinds);
         daemon.write("scope", &[scope_to("test:always", always)]);
         daemon.write(
             "always",
-            &[
-                grant("datagrams", &identities[0], "test:always"),
-                grant("streams", &identities[1], "test:always"),
-            ],
+            &["datagrams", "streams"].map(|name| grant(name, &identity(name), "test:always")),
         );
+        if kinds != Kinds::Few {
+            let grant = grant("others", &identity("others"), "test:others");
+            daemon.write("others", &[others.scope("test:others"), grant]);
+        }
         daemon.start();
         let target = |kind, expected, sink: &Sink| Target::new(kind, expected, sink.address());
-        let targets = [
-            vec![
-                target(Kind::Udp, Expected::Passed, always),
-                target(Kind::SendTo, Expected::Passed, always),
-                target(Kind::Udp, Expected::Refused, never),
-                target(Kind::SendTo, Expected::Refused, never),
-            ],
-            vec![
-                target(Kind::Tcp, Expected::Passed, always),
-                target(Kind::Tcp, Expected::Refused, never),
-            ],
+        let datagrams = vec![
+            target(Kind::Udp, Expected::Passed, always),
+            target(Kind::SendTo, Expected::Passed, always),
+            target(Kind::Udp, Expected::Refused, never),
+            target(Kind::SendTo, Expected::Refused, never),
         ];
-        let start = |index: usize, pause| {
-            let mut exec = daemon.command(["exec", "--identity", &identities[index], "--"]);
-            exec.stderr(Stdio::inherit());
-            Traffic::start(world.inside(&exec), pause, &targets[index])
+        let streams = vec![
+            target(Kind::Tcp, Expected::Passed, always),
+            target(Kind::Tcp, Expected::Refused, never),
+        ];
+        let start = |name, pause, targets| {
+            Busy::start(&daemon, &world, name, Duration::from_micros(pause), targets)
         };
-        let datagrams = start(0, Duration::from_micros(20));
-        let streams = start(1, Duration::from_micros(200));
-        Self { daemon, datagrams, streams, targets, identities, _sinks: sinks, _world: world }
+        let mut workloads = vec![start("datagrams", 20, datagrams), start("streams", 200, streams)];
+        if kinds != Kinds::Few {
+            workloads.push(start("others", 200, others.targets()));
+        }
+        Self { workloads, daemon, _others: others, _sinks: sinks, _world: world }
     }
 
     fn goes_on(&mut self) {
-        self.datagrams.goes_on(50);
-        self.streams.goes_on(10);
+        for busy in &mut self.workloads {
+            busy.traffic.goes_on(busy.rounds);
+        }
     }
 
     /// Ends the traffic, and compares what it saw with what was counted.
     fn ends_well(self) {
-        let Self { daemon, datagrams, streams, targets, identities, .. } = self;
-        for ((traffic, targets), identity) in
-            [datagrams, streams].into_iter().zip(&targets).zip(&identities)
-        {
+        let Self { daemon, workloads, .. } = self;
+        for Busy { identity, targets, traffic, rounds: _ } in workloads {
             let reports = traffic.stop();
-            assert_right(targets, &reports);
+            assert_right(&targets, &reports);
             let all: u64 = reports.iter().map(|report| report.attempts + report.sends).sum();
-            tell!("{identity}: {all} requests, none decided wrongly");
-            assert_reconciles(&daemon, identity, targets, &reports);
+            tell!("{identity}: {all} requests of {} kinds, none decided wrongly", targets.len());
+            assert_reconciles(&daemon, &identity, &targets, &reports);
         }
         let events = daemon.status().expect("it answers")["totals"]["events"].clone();
         let number = |name: &str| events[name].as_u64().unwrap();
@@ -128,7 +253,10 @@ fn pinned(daemon: &Daemon) -> Vec<String> {
 
 #[test]
 fn a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap() {
-    let mut scene = Scene::new();
+    takes_over_and_gives_back(Scene::new(Kinds::Portable));
+}
+
+fn takes_over_and_gives_back(mut scene: Scene) {
     let first = pinned(&scene.daemon);
     assert_eq!(first.len(), 2, "one build, one set of tables: {first:?}");
     for (round, program) in
@@ -157,7 +285,10 @@ fn a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap() {
 
 #[test]
 fn tables_of_another_size_take_over_without_a_gap() {
-    let mut scene = Scene::new();
+    tables_of_another_size(Scene::new(Kinds::Portable));
+}
+
+fn tables_of_another_size(mut scene: Scene) {
     for destinations in [1000, 2000] {
         scene.daemon.kill();
         scene.daemon.configure(|config| {
@@ -171,8 +302,25 @@ fn tables_of_another_size_take_over_without_a_gap() {
 }
 
 #[test]
+fn a_daemon_that_is_killed_and_started_leaves_no_gap() {
+    is_killed_and_started(Scene::new(Kinds::Portable));
+}
+
+fn is_killed_and_started(mut scene: Scene) {
+    let before = pinned(&scene.daemon);
+    for _ in 0..3 {
+        scene.daemon.kill();
+        scene.goes_on();
+        scene.daemon.start();
+        scene.goes_on();
+        assert_eq!(pinned(&scene.daemon), before, "it goes on with what is there");
+    }
+    scene.ends_well();
+}
+
+#[test]
 fn a_daemon_that_can_not_hold_everything_leaves_the_other_in_force() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::new(Kinds::Few);
     let before = pinned(&scene.daemon);
     scene.daemon.kill();
     // Room for one allow-list of the two.
@@ -192,7 +340,8 @@ fn a_daemon_that_can_not_hold_everything_leaves_the_other_in_force() {
 
 #[test]
 fn a_daemon_that_could_not_hold_everything_says_so_and_takes_over_once_it_can() {
-    let Scene { mut daemon, mut datagrams, streams, targets, _sinks, _world, .. } = Scene::new();
+    let Scene { mut daemon, workloads, _others, _sinks, _world } = Scene::new(Kinds::Few);
+    let [mut datagrams, streams] = <[Busy; 2]>::try_from(workloads).ok().expect("there are two");
     let before = pinned(&daemon);
     daemon.kill();
     daemon.configure(|config| config["datapath"] = json!({"maps": {"destinations": 1}}));
@@ -208,17 +357,20 @@ fn a_daemon_that_could_not_hold_everything_says_so_and_takes_over_once_it_can() 
     assert!(refused.stderr.contains("not in force yet"), "{refused:?}");
 
     // Room for the one that is left; what was revoked is so from then on.
-    assert_right(&targets[1], &streams.stop());
+    assert_right(&streams.targets, &streams.traffic.stop());
     wait_until("it takes over", || !waits(&daemon));
     let now = pinned(&daemon);
     assert!(now.len() == 2 && now != before, "{now:?} after {before:?}");
     let refused = |traffic: &mut Traffic| traffic.report()[0].refused;
-    wait_until("what was revoked is refused", || refused(&mut datagrams) > 0);
+    wait_until("what was revoked is refused", || refused(&mut datagrams.traffic) > 0);
 }
 
 #[test]
 fn a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request() {
-    let mut scene = Scene::new();
+    dies_while_it_takes_over(Scene::new(Kinds::Portable));
+}
+
+fn dies_while_it_takes_over(mut scene: Scene) {
     let points: Vec<&str> = fault::POINTS
         .iter()
         .copied()
@@ -261,4 +413,39 @@ fn a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request() {
         scene.daemon.start();
     }
     scene.ends_well();
+}
+
+/// The same with requests under way that only the LSM layer decides.
+mod lsm {
+    use agentguard_tests::{Layer, requires};
+
+    use super::{
+        Kinds, Scene, dies_while_it_takes_over, is_killed_and_started, tables_of_another_size,
+        takes_over_and_gives_back,
+    };
+
+    fn scene() -> Scene {
+        requires(Layer::Lsm);
+        Scene::new(Kinds::Both)
+    }
+
+    #[test]
+    fn a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap() {
+        takes_over_and_gives_back(scene());
+    }
+
+    #[test]
+    fn tables_of_another_size_take_over_without_a_gap() {
+        tables_of_another_size(scene());
+    }
+
+    #[test]
+    fn a_daemon_that_is_killed_and_started_leaves_no_gap() {
+        is_killed_and_started(scene());
+    }
+
+    #[test]
+    fn a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request() {
+        dies_while_it_takes_over(scene());
+    }
 }

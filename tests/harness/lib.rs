@@ -58,7 +58,7 @@ pub use layer::{Layer, requires};
 pub use process::{Finished, Running, attack_binary, child_of, run};
 pub use program::Programs;
 pub use server::{Protocol, Reach, Servers};
-pub use sink::Sink;
+pub use sink::{Sink, UnixSink};
 pub use small_disk::SmallDisk;
 pub use way_out::{
     Proof, Recorded, WayOut, is_recorded_in_audit_mode, is_refused_in_enforce_mode,

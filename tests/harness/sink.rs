@@ -1,9 +1,12 @@
-//! A server that takes everything and answers nothing, for as much traffic as there is.
+//! Servers that take everything and answer nothing, for as much traffic as there is.
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    os::fd::AsFd as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    os::{
+        fd::AsFd,
+        unix::net::{SocketAddr as UnixAddress, UnixDatagram, UnixListener},
+    },
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -24,8 +27,7 @@ pub struct Sink {
     address: SocketAddr,
     // Nobody reads it: what does not fit is dropped, and the sender does not notice.
     _datagrams: UdpSocket,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _taker: Taker,
 }
 
 impl Sink {
@@ -36,19 +38,25 @@ impl Sink {
     /// When loopback is down there.
     #[must_use]
     pub fn open(network: &Network) -> Self {
-        let (listener, datagrams) = network.on_the_client_side(|| {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        Self::open_on(network, Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// Opens one on an address of the client side.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such address.
+    #[must_use]
+    pub fn open_on(network: &Network, address: IpAddr) -> Self {
+        let (listener, datagrams) = network.on_the_client_side(move || {
+            let listener = TcpListener::bind((address, 0))?;
             let datagrams = UdpSocket::bind(listener.local_addr()?)?;
             listener.set_nonblocking(true)?;
             Ok::<_, io::Error>((listener, datagrams))
         });
         let address = listener.local_addr().expect("it is bound");
-        let stop = Arc::new(AtomicBool::new(false));
-        let thread = {
-            let stop = Arc::clone(&stop);
-            thread::spawn(move || accept(&listener, &stop))
-        };
-        Self { address, _datagrams: datagrams, stop, thread: Some(thread) }
+        let taker = Taker::start(listener, |listener| listener.accept().is_ok());
+        Self { address, _datagrams: datagrams, _taker: taker }
     }
 
     #[must_use]
@@ -57,15 +65,61 @@ impl Sink {
     }
 }
 
-fn accept(listener: &TcpListener, stop: &AtomicBool) {
-    while !stop.load(Ordering::Acquire) {
-        let mut watched = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        let _ready = poll(&mut watched, PollTimeout::from(TICK));
-        while listener.accept().is_ok() {}
+/// A stream socket and a datagram socket of the client side that are no network's.
+#[derive(Debug)]
+pub struct UnixSink {
+    _streams: Taker,
+    _datagrams: Taker,
+}
+
+impl UnixSink {
+    /// Opens one; abstract names are those of the client side.
+    ///
+    /// # Panics
+    ///
+    /// When a name is taken.
+    #[must_use]
+    pub fn open(network: &Network, streams: UnixAddress, datagrams: UnixAddress) -> Self {
+        let (listener, socket) = network.on_the_client_side(move || {
+            let listener = UnixListener::bind_addr(&streams)?;
+            let socket = UnixDatagram::bind_addr(&datagrams)?;
+            listener.set_nonblocking(true)?;
+            socket.set_nonblocking(true)?;
+            Ok::<_, io::Error>((listener, socket))
+        });
+        Self {
+            _streams: Taker::start(listener, |listener| listener.accept().is_ok()),
+            _datagrams: Taker::start(socket, |socket| socket.recv(&mut [0; 64]).is_ok()),
+        }
     }
 }
 
-impl Drop for Sink {
+/// A thread that takes what comes to a socket; dropped, it ends.
+#[derive(Debug)]
+struct Taker {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Taker {
+    /// `take` takes one thing, and says whether there was one.
+    fn start<S: AsFd + Send + 'static>(socket: S, take: fn(&S) -> bool) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || {
+                while !stop.load(Ordering::Acquire) {
+                    let mut watched = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                    let _ready = poll(&mut watched, PollTimeout::from(TICK));
+                    while take(&socket) {}
+                }
+            })
+        };
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Taker {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
