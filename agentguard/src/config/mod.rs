@@ -27,7 +27,7 @@ use crate::identity::IdentityTemplate;
 use crate::{audit, logging};
 pub use default_file::{Key, default_file, describe};
 use value::{
-    AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval,
+    AbsolutePath, AuditOutput, Capacity, FileBytes, FileCount, IdentityCount, Interval, KindBytes,
     KubernetesAccess, Listen, NodeName, NriSocket, RelativePath, RingBytes, Template,
     TrustDomainName, ValueError,
 };
@@ -93,6 +93,11 @@ pub struct Kubernetes {
     /// Whether denials are told as events of their pods, each once in an hour and not more than
     /// somebody would read. The audit log has them all.
     pub events: bool,
+    /// How much memory may be taken by what is kept of each kind of objects (pods, services, endpoints,
+    /// namespaces, nodes, scopes, grants), in bytes: a pod takes about 1000. As much again is taken where it
+    /// comes into force, and while a new list is read. What finds no room is left out and said in the status:
+    /// no scope leads to it, and no block covers what is around its addresses.
+    pub max_kind_bytes: KindBytes,
 }
 
 /// The control API.
@@ -337,7 +342,7 @@ impl Default for Configuration {
 
 impl Default for Kubernetes {
     fn default() -> Self {
-        Self { access: KubernetesAccess::Off, events: true }
+        Self { access: KubernetesAccess::Off, events: true, max_kind_bytes: KindBytes::MIB_16 }
     }
 }
 

@@ -45,7 +45,7 @@ pin_directory: /sys/fs/bpf/other
 state_directory: /srv/agentguard
 runtime_directory: /run/other
 manifests_directory: /srv/manifests
-kubernetes: {access: in-cluster}
+kubernetes: {access: in-cluster, events: false, max_kind_bytes: 1048576}
 api: {socket: /run/other/api.sock}
 containers:
   runtimes: [/run/containerd/containerd.sock]

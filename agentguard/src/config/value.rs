@@ -571,6 +571,26 @@ impl FileBytes {
 
 counted!(FileBytes, u64, Self::MIN, Self::MAX);
 
+/// Memory for what is kept of a kind of the cluster's objects: 1 MiB to 1 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KindBytes(u32);
+
+impl KindBytes {
+    const MIN: u32 = 1 << 20;
+    const MAX: u32 = 1 << 30;
+
+    pub const MIB_16: Self = Self(16 << 20);
+
+    fn new(bytes: u32) -> Result<Self, ValueError> {
+        if (Self::MIN..=Self::MAX).contains(&bytes) {
+            return Ok(Self(bytes));
+        }
+        Err(ValueError::new(bytes, "is no room for objects; give 1048576 to 1073741824 bytes"))
+    }
+}
+
+counted!(KindBytes, u32, Self::MIN, Self::MAX);
+
 /// Files of the audit log that are kept: 2 to 10,000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileCount(u32);

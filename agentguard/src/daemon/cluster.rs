@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, watch as latest};
@@ -31,6 +32,7 @@ use crate::kubernetes::manifests::{self, Here, ObjectKind, Objects};
 use crate::kubernetes::pods::{self, NodePods, PodFeed};
 use crate::kubernetes::services::{self, Feed};
 use crate::kubernetes::status;
+use crate::kubernetes::watch::Bound;
 use crate::kubernetes::{AccessError, connect};
 use crate::scope::cluster::{
     Cluster, ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, Service,
@@ -99,9 +101,10 @@ pub async fn begin(configuration: &Configuration, node: String) -> Option<Watche
         watches.denials = Some(tell);
     }
     let access = configuration.kubernetes.access.clone();
+    let bound = Bound::new(configuration.kubernetes.max_kind_bytes.get() as usize);
     let (feed, objects, pods) =
         (Arc::clone(&watches.feed), Arc::clone(&watches.objects), Arc::clone(&watches.pods));
-    watches.tasks.spawn(watch(access, node, feed, objects, pods, told));
+    watches.tasks.spawn(watch(access, node, bound, feed, objects, pods, told));
     if matches!(watches.known, Cluster::Unknown) {
         let answers =
             tokio::time::timeout(FIRST_ANSWER, watches.first_answers(configuration)).await;
@@ -133,7 +136,7 @@ impl Watches {
     /// Waits for the first answers, and keeps each that comes.
     async fn first_answers(&mut self, configuration: &Configuration) {
         let view = first(&self.feed).await;
-        self.objects.see_nodes(view.nodes.keys().cloned().collect());
+        self.objects.see_nodes(self.feed.nodes(&view));
         self.known = Cluster::Known(Arc::new(view));
         let pods = loop {
             if let Some(pods) = self.pods.take() {
@@ -183,7 +186,13 @@ pub struct Health {
 }
 
 impl Health {
-    /// What can not be watched at present, one sentence each.
+    /// How many objects found no room in what is kept of them.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.feed.left_out() + self.objects.left_out() + self.pods.left_out()
+    }
+
+    /// What can not be watched at present, and what found no room, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         [self.feed.problems(), self.objects.problems(), self.pods.problems()].concat()
@@ -202,6 +211,7 @@ async fn first(feed: &Feed) -> ClusterView {
 async fn watch(
     access: KubernetesAccess,
     node: String,
+    bound: Bound,
     feed: Arc<Feed>,
     objects: Arc<Objects>,
     pods: Arc<PodFeed>,
@@ -218,9 +228,9 @@ async fn watch(
         tokio::time::sleep(LOOK).await;
     };
     tokio::join!(
-        services::run(client.clone(), feed),
-        manifests::run(client.clone(), Arc::clone(&objects)),
-        pods::run(client.clone(), node.clone(), pods),
+        services::run(client.clone(), feed, bound),
+        manifests::run(client.clone(), Arc::clone(&objects), bound),
+        pods::run(client.clone(), node.clone(), pods, bound),
         status::run(client.clone(), node.clone(), objects),
         events::run(client, node, denials),
     );
@@ -339,7 +349,7 @@ pub async fn follow(shared: Arc<Shared>, mut watches: Watches) {
             }
         }
         let Some(view) = watches.feed.take() else { continue };
-        watches.objects.see_nodes(view.nodes.keys().cloned().collect());
+        watches.objects.see_nodes(watches.feed.nodes(&view));
         let view = Arc::new(view);
         views.send_replace(Some(Arc::clone(&view)));
         let shared = Arc::clone(&shared);
@@ -406,6 +416,9 @@ struct Saved {
     pods: Vec<(ObjectName, PodAddresses)>,
     namespaces: Vec<(String, Labels)>,
     nodes: Vec<(String, NodeAddresses)>,
+    /// Earlier versions knew no bound.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    left_out: BTreeSet<IpNet>,
 }
 
 /// Reads what an earlier daemon knew; nothing if it knew nothing.
@@ -416,7 +429,7 @@ fn load(directory: &Path) -> Result<Option<ClusterView>, ClusterFileError> {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(ClusterFileError::Read { path, source }),
     };
-    let Saved { version, services, endpoints, pods, namespaces, nodes } =
+    let Saved { version, services, endpoints, pods, namespaces, nodes, left_out } =
         match serde_json::from_slice(&text) {
             Ok(saved) => saved,
             Err(error) => return Err(ClusterFileError::Read { path, source: error.into() }),
@@ -433,6 +446,7 @@ fn load(directory: &Path) -> Result<Option<ClusterView>, ClusterFileError> {
         pods: pods.into_iter().collect(),
         namespaces: namespaces.into_iter().collect(),
         nodes: nodes.into_iter().collect(),
+        left_out,
     }))
 }
 
@@ -440,7 +454,7 @@ fn save(directory: &Path, view: &ClusterView) -> Result<(), ClusterFileError> {
     fn list<K: Clone, V: Clone>(map: &BTreeMap<K, V>) -> Vec<(K, V)> {
         map.iter().map(|(key, value)| (key.clone(), value.clone())).collect()
     }
-    let ClusterView { services, endpoints, pods, namespaces, nodes } = view;
+    let ClusterView { services, endpoints, pods, namespaces, nodes, left_out } = view;
     let endpoints = endpoints.iter().map(|(service, objects)| (service.clone(), list(objects)));
     let saved = Saved {
         version: VERSION,
@@ -449,6 +463,7 @@ fn save(directory: &Path, view: &ClusterView) -> Result<(), ClusterFileError> {
         pods: list(pods),
         namespaces: list(namespaces),
         nodes: list(nodes),
+        left_out: left_out.clone(),
     };
     let path = directory.join(FILE);
     serde_json::to_vec(&saved)
@@ -591,6 +606,7 @@ mod tests {
             pod_blocks: vec!["10.0.0.0/24".parse().unwrap()],
         };
         view.nodes.insert("n".to_owned(), node);
+        view.left_out.insert("10.1.0.0/16".parse().unwrap());
         save(directory.path(), &view).unwrap();
         assert_eq!(load(directory.path()).unwrap(), Some(view));
         for damaged in ["", "{", r#"{"version":2}"#] {

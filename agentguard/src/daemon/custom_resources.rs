@@ -114,7 +114,7 @@ mod tests {
     use super::*;
     use crate::grant::Expiry;
     use crate::kubernetes::manifests::Watched;
-    use crate::kubernetes::watch::Seen;
+    use crate::kubernetes::watch::{LeftOut, Seen};
     use crate::scope::cluster::ObjectName;
 
     const SCOPE: &str = r#"{"apiVersion": "agentguard.dev/v1alpha1", "kind": "Scope",
@@ -157,7 +157,7 @@ mod tests {
             .iter()
             .map(|(namespace, name, object)| (ObjectName::new(namespace, name), object.clone()));
         source.objects.concern(&BTreeSet::from(["agents".to_owned()]));
-        source.objects.see(&of(kind), Seen::Whole(all.collect()));
+        source.objects.see(&of(kind), Seen::Whole(all.collect(), LeftOut::default()));
     }
 
     fn exact(id: &str) -> String {

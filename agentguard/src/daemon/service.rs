@@ -529,6 +529,7 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
     metrics.set_allowlist(engine.generation(), engine.entries());
     metrics.set_nri_connected(matches!(shared.containers.nri.state(), nri::State::Connected(_)));
     metrics.set_manifest_errors(engine.manifests.errors.len() as u64);
+    metrics.set_cluster_left_out(shared.cluster.as_ref().map_or(0, Health::left_out));
     for fill in engine.datapath.fill(&super::sizes(&shared.configuration)) {
         metrics.set_map(fill.table, fill.entries as u64, fill.capacity as u64);
     }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::watch::{Lost, Seen};
+use super::watch::{LeftOut, Lost, Seen};
 use crate::scope::cluster::ObjectName;
 
 /// A kind of objects that one of the watches sees.
@@ -14,6 +14,9 @@ pub(super) trait Part: Copy + Ord + 'static {
 
     /// In the plural, as sentences have it.
     fn as_str(self) -> &'static str;
+
+    /// What becomes of those for which there is no room.
+    fn without_room(self) -> &'static str;
 }
 
 /// What is known, as it is being filled.
@@ -28,6 +31,7 @@ struct State<P, K> {
     known: K,
     listed: BTreeSet<P>,
     lost: Lost<P>,
+    left_out: BTreeMap<P, LeftOut>,
     /// Whether it has changed since it was last taken.
     fresh: bool,
 }
@@ -40,14 +44,19 @@ pub(super) enum Change<V> {
 }
 
 impl<P: Part, K: Clone> Filled<P, K> {
-    /// What is known, if every part has been listed and something has changed since this was last
-    /// asked.
-    pub(super) fn take(&self) -> Option<K> {
+    /// What is known and what was left out of it, if every part has been listed and something has
+    /// changed since this was last asked.
+    pub(super) fn take(&self) -> Option<(K, Vec<LeftOut>)> {
         let mut state = self.state();
         if state.listed.len() < P::ALL.len() || !std::mem::take(&mut state.fresh) {
             return None;
         }
-        Some(state.known.clone())
+        Some((state.known.clone(), state.left_out.values().cloned().collect()))
+    }
+
+    /// How many objects were left out.
+    pub(super) fn left_out(&self) -> u64 {
+        self.state().left_out.values().map(|left_out| left_out.count).sum()
     }
 
     /// Waits until [`Self::take`] may have something.
@@ -55,12 +64,21 @@ impl<P: Part, K: Clone> Filled<P, K> {
         self.changed.notified().await;
     }
 
-    /// What can not be watched at present, one sentence each.
+    /// Whether something of a part was left out.
+    pub(super) fn is_short_of(&self, part: P) -> bool {
+        self.state().left_out.contains_key(&part)
+    }
+
+    /// What can not be watched at present, and what there is no room for, one sentence each.
     pub(super) fn problems(&self) -> Vec<String> {
         let state = self.state();
         let lost = state.lost.iter();
-        lost.map(|(part, error)| format!("{} are as they were last known: {error}", part.as_str()))
-            .collect()
+        let lost = lost
+            .map(|(part, error)| format!("{} are as they were last known: {error}", part.as_str()));
+        let left_out = state.left_out.iter();
+        let left_out = left_out
+            .filter_map(|(part, left_out)| left_out.told(part.as_str(), part.without_room()));
+        lost.chain(left_out).collect()
     }
 
     /// Takes what was seen of a part. `change` says whether that changed anything: most changes of
@@ -72,7 +90,7 @@ impl<P: Part, K: Clone> Filled<P, K> {
         change: impl FnOnce(&mut K, Change<V>) -> bool,
     ) {
         let mut state = self.state();
-        let State { known, listed, lost, fresh } = &mut *state;
+        let State { known, listed, lost, left_out, fresh } = &mut *state;
         let has_changed = match seen {
             Seen::Lost(error) => {
                 if lost.note(part, error.clone()) {
@@ -84,9 +102,17 @@ impl<P: Part, K: Clone> Filled<P, K> {
                 }
                 return;
             }
-            Seen::Whole(all) => change(known, Change::All(all)) | listed.insert(part),
+            Seen::Whole(all, without) => {
+                change(known, Change::All(all))
+                    | listed.insert(part)
+                    | without.note(left_out, part, part.as_str(), part.without_room())
+            }
             Seen::Put(name, kept) => change(known, Change::Put(name, kept)),
             Seen::Gone(name) => change(known, Change::Gone(name)),
+            Seen::NoRoom(name, without) => {
+                change(known, Change::Gone(name))
+                    | without.note(left_out, part, part.as_str(), part.without_room())
+            }
         };
         if lost.answered(&part) {
             tracing::info!(what = part.as_str(), "the API server answers again");
@@ -109,6 +135,7 @@ impl<P: Ord, K: Default> Default for Filled<P, K> {
             known: K::default(),
             listed: BTreeSet::new(),
             lost: Lost::default(),
+            left_out: BTreeMap::new(),
             fresh: false,
         };
         Self { state: Mutex::new(state), changed: Notify::new() }
@@ -155,6 +182,10 @@ mod tests {
                 Self::Right => "the right ones",
             }
         }
+
+        fn without_room(self) -> &'static str {
+            "nothing is made of them"
+        }
     }
 
     type Sides = [BTreeMap<String, u8>; 2];
@@ -166,7 +197,8 @@ mod tests {
     }
 
     fn all(pairs: &[(&str, u8)]) -> Seen<u8> {
-        Seen::Whole(pairs.iter().map(|(name, value)| (ObjectName::new("", name), *value)).collect())
+        let all = pairs.iter().map(|(name, value)| (ObjectName::new("", name), *value));
+        Seen::Whole(all.collect(), LeftOut::default())
     }
 
     #[test]
@@ -175,7 +207,7 @@ mod tests {
         see(&filled, Side::Left, all(&[("a", 1)]));
         assert_eq!(filled.take(), None, "the other part is not known");
         see(&filled, Side::Right, all(&[]));
-        assert_eq!(filled.take().unwrap()[0].len(), 1);
+        assert_eq!(filled.take().unwrap().0[0].len(), 1);
         let name = |name| ObjectName::new("", name);
         for (seen, changes) in [
             (all(&[("a", 1)]), false),

@@ -19,13 +19,13 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::resources::group_and_version;
 use super::status::{Due, Nodes, ObjectStatus, Watchers, Word, shortened};
-use super::watch::{Lost, Seen, everything, follow};
+use super::watch::{Bound, Kept, LeftOut, Lost, Seen, bytes_of_texts, everything, follow};
 use crate::grant::store::Phase;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
 
-/// How many objects of each watch are held; what is above is refused and said.
-const MOST: usize = 10_000;
+/// What becomes of objects for which there is no room.
+const WITHOUT_ROOM: &str = "they say nothing";
 /// How long a namespace is watched after its last pod has left: the next one is not denied for as long as a
 /// list takes, and what this node said of the grants is taken back.
 const LINGER: Duration = Duration::from_secs(300);
@@ -89,6 +89,7 @@ struct State {
     /// The namespaces in which this node has pods, or had until then. `None` until that is known.
     namespaces: Option<BTreeMap<String, Option<Instant>>>,
     lost: Lost<Watched>,
+    left_out: BTreeMap<Watched, LeftOut>,
     statuses: BTreeMap<(ObjectKind, ObjectName), ObjectStatus>,
     /// What this node says of each, by what errors call it.
     words: BTreeMap<String, Word>,
@@ -264,6 +265,7 @@ impl Objects {
             state.objects.remove(watched);
             state.listed.remove(watched);
             state.lost.answered(watched);
+            state.left_out.remove(watched);
             state.statuses.retain(|(kind, name), _| !watched.has(*kind, name));
         }
         drop(state);
@@ -278,14 +280,23 @@ impl Objects {
         self.changed.notified().await;
     }
 
-    /// What can not be watched at present, one sentence each.
+    /// What can not be watched at present, and what found no room, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         let state = self.state();
         let lost = state.lost.iter().map(|(watched, error)| {
             format!("{} are as they were last known: {error}", watched.told())
         });
-        lost.collect()
+        let left_out = state.left_out.iter();
+        let left_out =
+            left_out.filter_map(|(watched, left_out)| left_out.told(&watched.told(), WITHOUT_ROOM));
+        lost.chain(left_out).collect()
+    }
+
+    /// How many objects found no room.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.state().left_out.values().map(|left_out| left_out.count).sum()
     }
 
     /// Says of every object that concerns this node, by what errors call it, what it comes to there.
@@ -314,10 +325,9 @@ impl Objects {
         }
     }
 
-    /// Takes the names of all nodes of the cluster.
-    pub fn see_nodes(&self, nodes: BTreeSet<String>) {
+    /// Takes the names of all nodes of the cluster; `None` where not all are known.
+    pub fn see_nodes(&self, nodes: Option<BTreeSet<String>>) {
         let mut state = self.state();
-        let nodes = Some(nodes);
         if state.nodes != nodes {
             state.nodes = nodes;
             drop(state);
@@ -367,13 +377,13 @@ impl Objects {
         }
         match seen {
             Seen::Lost(_) => return,
-            Seen::Whole(all) => {
+            Seen::Whole(all, _) => {
                 state.statuses.retain(|(kind, name), _| !watched.has(*kind, name));
-                let all = all.into_iter().take(MOST);
+                let all = all.into_iter();
                 state.statuses.extend(all.map(|(name, status)| ((kind, name), status)));
             }
             Seen::Put(name, status) => drop(state.statuses.insert((kind, name), status)),
-            Seen::Gone(name) => drop(state.statuses.remove(&(kind, name))),
+            Seen::Gone(name) | Seen::NoRoom(name, _) => drop(state.statuses.remove(&(kind, name))),
         }
         drop(state);
         self.reporting.notify_one();
@@ -389,7 +399,7 @@ impl Objects {
         if state.is_over(watched) {
             return;
         }
-        let State { objects, listed, lost, .. } = &mut *state;
+        let State { objects, listed, lost, left_out, .. } = &mut *state;
         let own = objects.entry(watched.clone()).or_default();
         // A status that somebody wrote changes nothing that is said.
         let is_same = match seen {
@@ -403,7 +413,8 @@ impl Objects {
                 }
                 return;
             }
-            Seen::Whole(all) => {
+            Seen::Whole(all, without) => {
+                without.note(left_out, watched.clone(), &watched.told(), WITHOUT_ROOM);
                 let is_same = !listed.insert(watched.clone()) && *own == all;
                 *own = all;
                 is_same
@@ -414,17 +425,11 @@ impl Objects {
                 is_same
             }
             Seen::Gone(name) => own.remove(&name).is_none(),
-        };
-        if own.len() > MOST {
-            tracing::error!(
-                objects = watched.told(),
-                most = MOST,
-                "there are more objects than are held; the last ones say nothing"
-            );
-            while own.len() > MOST {
-                own.pop_last();
+            Seen::NoRoom(name, without) => {
+                without.note(left_out, watched.clone(), &watched.told(), WITHOUT_ROOM);
+                own.remove(&name).is_none()
             }
-        }
+        };
         if lost.answered(watched) {
             tracing::info!(objects = watched.told(), "the API server answers again");
         }
@@ -436,7 +441,7 @@ impl Objects {
 }
 
 /// Fills `objects` for as long as the daemon runs.
-pub async fn run(client: Client, objects: Arc<Objects>) {
+pub async fn run(client: Client, objects: Arc<Objects>, bound: Bound) {
     let mut running: BTreeMap<Watched, AbortHandle> = BTreeMap::new();
     let mut watches = JoinSet::new();
     loop {
@@ -450,7 +455,7 @@ pub async fn run(client: Client, objects: Arc<Objects>) {
         });
         for watched in wanted {
             running.entry(watched.clone()).or_insert_with(|| {
-                watches.spawn(watch(client.clone(), watched, Arc::clone(&objects)))
+                watches.spawn(watch(client.clone(), watched, Arc::clone(&objects), bound))
             });
         }
         tokio::select! {
@@ -465,7 +470,7 @@ pub async fn run(client: Client, objects: Arc<Objects>) {
     }
 }
 
-async fn watch(client: Client, watched: Watched, objects: Arc<Objects>) {
+async fn watch(client: Client, watched: Watched, objects: Arc<Objects>, bound: Bound) {
     let api = watched.api(client);
     let kind = watched.kind();
     let sink = move |seen| {
@@ -473,7 +478,15 @@ async fn watch(client: Client, watched: Watched, objects: Arc<Objects>) {
         objects.see_status(&watched, status);
         objects.see(&watched, object);
     };
-    follow(api, everything(), move |object| Some((keep(kind, object), status(object))), sink).await;
+    let keep = move |object: &DynamicObject| Some((keep(kind, object), status(object)));
+    follow(api, everything(), bound, keep, sink).await;
+}
+
+impl Kept for (Object, ObjectStatus) {
+    fn bytes(&self) -> usize {
+        let (Object { text, created: _, namespace }, status) = self;
+        text.len() + bytes_of_texts(namespace) + status.bytes()
+    }
 }
 
 /// Objects and their statuses, each by itself.
@@ -484,13 +497,16 @@ fn parted(seen: Seen<(Object, ObjectStatus)>) -> (Seen<Object>, Seen<ObjectStatu
         Seen::Put(name, (object, status)) => {
             (Seen::Put(name.clone(), object), Seen::Put(name, status))
         }
-        Seen::Whole(all) => {
+        Seen::NoRoom(name, left_out) => {
+            (Seen::NoRoom(name.clone(), left_out.clone()), Seen::NoRoom(name, left_out))
+        }
+        Seen::Whole(all, left_out) => {
             let (mut objects, mut statuses) = (BTreeMap::new(), BTreeMap::new());
             for (name, (object, status)) in all {
                 objects.insert(name.clone(), object);
                 statuses.insert(name, status);
             }
-            (Seen::Whole(objects), Seen::Whole(statuses))
+            (Seen::Whole(objects, left_out.clone()), Seen::Whole(statuses, left_out))
         }
     }
 }
@@ -531,7 +547,7 @@ mod tests {
             namespace: Some(namespace.to_owned()),
         };
         let all = BTreeMap::from([(ObjectName::new(namespace, "g"), object)]);
-        (Watched::Grants(namespace.to_owned()), Seen::Whole(all))
+        (Watched::Grants(namespace.to_owned()), Seen::Whole(all, LeftOut::default()))
     }
 
     fn names(objects: &Objects) -> Option<Vec<String>> {
@@ -549,7 +565,7 @@ mod tests {
             objects.see(&watched, seen);
         };
         for watched in [Watched::Scopes, Watched::ClusterGrants] {
-            objects.see(&watched, Seen::Whole(BTreeMap::new()));
+            objects.see(&watched, Seen::Whole(BTreeMap::new(), LeftOut::default()));
         }
         // Where the pods are is not known yet.
         assert_eq!(names(&objects), None);

@@ -2,8 +2,8 @@
 //!
 //! The only module that knows `kube` and `k8s-openapi`: what comes out are plain values. Everything
 //! here goes on with what it last knew while the API server can not be reached, and asks again with
-//! growing pauses of random length. Memory is bounded by what is kept of each object, which is
-//! little, and not by the objects as they are sent.
+//! growing pauses of random length. What is kept of each object is little, and how much is kept of each
+//! kind of objects has a bound (`kubernetes.max_kind_bytes`).
 
 pub mod events;
 mod filled;

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::filled::{self, Change, Filled, change_map};
 use super::services::namespace;
-use super::watch::{Seen, everything, follow};
+use super::watch::{Bound, Kept, Seen, bytes_of_texts, everything, follow};
 use crate::identity::pod::{Labels, Pod, PodUid};
 use crate::scope::cluster::ObjectName;
 
@@ -50,12 +50,30 @@ impl filled::Part for Part {
             Self::Namespaces => "labels of namespaces",
         }
     }
+
+    fn without_room(self) -> &'static str {
+        match self {
+            Self::Pods => "those that are agents have no identity, and may do nothing",
+            Self::Namespaces => "their pods may do nothing, since it is not known which are agents",
+        }
+    }
+}
+
+impl Kept for Pod {
+    fn bytes(&self) -> usize {
+        let Self { uid, namespace, name, service_account, labels, host_network: _, runtime_class } =
+            self;
+        let optional = service_account.iter().chain(runtime_class);
+        uid.as_str().len()
+            + bytes_of_texts([namespace, name].into_iter().chain(optional))
+            + labels.bytes()
+    }
 }
 
 impl PodFeed {
     /// What is known, if both have been listed and something has changed since this was last asked.
     pub fn take(&self) -> Option<NodePods> {
-        self.0.take().map(|known| known.of_node)
+        self.0.take().map(|(known, _)| known.of_node)
     }
 
     /// Waits until [`Self::take`] may have something.
@@ -63,7 +81,13 @@ impl PodFeed {
         self.0.changed().await;
     }
 
-    /// What can not be watched at present, one sentence each.
+    /// How many objects found no room.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.0.left_out()
+    }
+
+    /// What can not be watched at present, and what found no room, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         self.0.problems()
@@ -108,12 +132,14 @@ impl PodFeed {
 }
 
 /// Fills `feed` with the pods of `node` for as long as the daemon runs.
-pub async fn run(client: Client, node: String, feed: Arc<PodFeed>) {
+pub async fn run(client: Client, node: String, feed: Arc<PodFeed>, bound: Bound) {
     let mut watches = JoinSet::new();
     let own = Arc::clone(&feed);
     let of_node = everything().fields(&format!("spec.nodeName={node}"));
-    watches.spawn(follow(Api::all(client.clone()), of_node, pod, move |seen| own.see_pod(seen)));
-    watches.spawn(follow(Api::all(client), everything(), namespace, move |seen| {
+    watches.spawn(follow(Api::all(client.clone()), of_node, bound, pod, move |seen| {
+        own.see_pod(seen);
+    }));
+    watches.spawn(follow(Api::all(client), everything(), bound, namespace, move |seen| {
         feed.see_namespace(seen);
     }));
     while let Some(ended) = watches.join_next().await {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{
     EndpointPort as LegacyPort, Endpoints as LegacyEndpoints, Namespace, Node, Pod,
     Service as ApiService,
@@ -18,7 +19,7 @@ use kube::{Client, ResourceExt as _};
 use tokio::task::JoinSet;
 
 use super::filled::{self, Change, Filled, change_map};
-use super::watch::{Retry, Seen, everything, follow};
+use super::watch::{Bound, Kept, Retry, Seen, bytes_of_texts, everything, follow};
 use crate::scope::cluster::{
     ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, PodNetwork, PortProtocol,
     Service, ServicePort, namespace_labels,
@@ -55,12 +56,98 @@ impl filled::Part for Part {
             Self::Nodes => "nodes of the cluster",
         }
     }
+
+    fn without_room(self) -> &'static str {
+        match self {
+            Self::Services | Self::Endpoints | Self::Pods => {
+                "no scope leads to them, and no block covers what is around their addresses"
+            }
+            Self::Namespaces => "no namespaceSelector selects them",
+            Self::Nodes => "no block covers what is around their addresses",
+        }
+    }
+}
+
+impl Kept for Service {
+    fn bytes(&self) -> usize {
+        let Self { cluster_addresses, external_addresses, ports } = self;
+        let addresses = cluster_addresses.len() + external_addresses.len();
+        addresses * size_of::<IpAddr>() + bytes_of_ports(ports)
+    }
+
+    fn reserved(&self) -> Vec<IpNet> {
+        let addresses = self.cluster_addresses.iter().chain(&self.external_addresses);
+        addresses.copied().map(IpNet::from).collect()
+    }
+}
+
+impl Kept for (ObjectName, Vec<Endpoints>) {
+    fn bytes(&self) -> usize {
+        let (ObjectName { namespace, name }, endpoints) = self;
+        let endpoints = endpoints.iter().map(|Endpoints { addresses, ports }| {
+            size_of::<Endpoints>() + addresses.len() * size_of::<IpAddr>() + bytes_of_ports(ports)
+        });
+        bytes_of_texts([namespace, name]) + endpoints.sum::<usize>()
+    }
+
+    /// Those of most services are addresses of pods; which service it is of is not asked.
+    fn reserved(&self) -> Vec<IpNet> {
+        let addresses = self.1.iter().flat_map(|endpoints| &endpoints.addresses);
+        addresses.copied().map(IpNet::from).collect()
+    }
+}
+
+impl Kept for PodAddresses {
+    fn bytes(&self) -> usize {
+        let Self { addresses, labels, network: _ } = self;
+        addresses.len() * size_of::<IpAddr>() + labels.bytes()
+    }
+
+    fn reserved(&self) -> Vec<IpNet> {
+        self.addresses.iter().copied().map(IpNet::from).collect()
+    }
+}
+
+impl Kept for Labels {
+    fn bytes(&self) -> usize {
+        bytes_of_texts(self.iter().flat_map(|(key, value)| [key, value]))
+    }
+}
+
+impl Kept for NodeAddresses {
+    fn bytes(&self) -> usize {
+        let Self { addresses, pod_blocks } = self;
+        addresses.len() * size_of::<IpAddr>() + pod_blocks.len() * size_of::<IpNet>()
+    }
+
+    fn reserved(&self) -> Vec<IpNet> {
+        let addresses = self.addresses.iter().copied().map(IpNet::from);
+        addresses.chain(self.pod_blocks.iter().copied()).collect()
+    }
+}
+
+fn bytes_of_ports(ports: &[ServicePort]) -> usize {
+    ports.iter().map(|port| size_of::<ServicePort>() + port.name.len()).sum()
 }
 
 impl Feed {
     /// The view, if it is whole and has changed since it was last taken.
     pub fn take(&self) -> Option<ClusterView> {
-        self.0.take()
+        let (mut view, left_out) = self.0.take()?;
+        view.left_out = left_out.into_iter().flat_map(|left_out| left_out.reserved).collect();
+        Some(view)
+    }
+
+    /// The nodes of the cluster, where there was room for all.
+    #[must_use]
+    pub fn nodes(&self, view: &ClusterView) -> Option<BTreeSet<String>> {
+        (!self.0.is_short_of(Part::Nodes)).then(|| view.nodes.keys().cloned().collect())
+    }
+
+    /// How many objects found no room.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.0.left_out()
     }
 
     /// Waits until [`Self::take`] may have something.
@@ -68,7 +155,7 @@ impl Feed {
         self.0.changed().await;
     }
 
-    /// What can not be watched at present, one sentence each.
+    /// What can not be watched at present, and what found no room, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         self.0.problems()
@@ -138,25 +225,25 @@ impl Feed {
 }
 
 /// Fills `feed` for as long as the daemon runs.
-pub async fn run(client: Client, feed: Arc<Feed>) {
+pub async fn run(client: Client, feed: Arc<Feed>, bound: Bound) {
     let mut watches = JoinSet::new();
     let own = Arc::clone(&feed);
-    watches.spawn(follow(Api::all(client.clone()), everything(), service, move |seen| {
+    watches.spawn(follow(Api::all(client.clone()), everything(), bound, service, move |seen| {
         own.see_service(seen);
     }));
     let own = Arc::clone(&feed);
-    watches.spawn(follow(Api::all(client.clone()), everything(), pod, move |seen| {
+    watches.spawn(follow(Api::all(client.clone()), everything(), bound, pod, move |seen| {
         own.see_pod(seen);
     }));
     let own = Arc::clone(&feed);
-    watches.spawn(follow(Api::all(client.clone()), everything(), namespace, move |seen| {
+    watches.spawn(follow(Api::all(client.clone()), everything(), bound, namespace, move |seen| {
         own.see_namespace(seen);
     }));
     let own = Arc::clone(&feed);
-    watches.spawn(follow(Api::all(client.clone()), everything(), node, move |seen| {
+    watches.spawn(follow(Api::all(client.clone()), everything(), bound, node, move |seen| {
         own.see_node(seen);
     }));
-    watches.spawn(follow_endpoints(client, feed));
+    watches.spawn(follow_endpoints(client, feed, bound));
     // None ends; one that breaks off is no reason to let go of the others.
     while let Some(ended) = watches.join_next().await {
         if let Err(error) = ended {
@@ -166,7 +253,7 @@ pub async fn run(client: Client, feed: Arc<Feed>) {
 }
 
 /// Endpoint slices where the API server has them, else the endpoints of old.
-async fn follow_endpoints(client: Client, feed: Arc<Feed>) {
+async fn follow_endpoints(client: Client, feed: Arc<Feed>, bound: Bound) {
     let mut pauses = Retry::default();
     let has_slices = loop {
         match has_endpoint_slices(&client).await {
@@ -177,10 +264,10 @@ async fn follow_endpoints(client: Client, feed: Arc<Feed>) {
     };
     if has_slices {
         let sink = move |seen| feed.see_endpoints(seen);
-        follow(Api::all(client), everything(), slice, sink).await;
+        follow(Api::all(client), everything(), bound, slice, sink).await;
     } else {
         let sink = move |seen| feed.see_endpoints(seen);
-        follow(Api::all(client), everything(), endpoints, sink).await;
+        follow(Api::all(client), everything(), bound, endpoints, sink).await;
     }
 }
 
@@ -276,7 +363,7 @@ fn node(node: &Node) -> Option<NodeAddresses> {
     let addresses = addresses(named.map(|address| &address.address));
     let spec = node.spec.as_ref();
     let blocks = spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
-    let mut pod_blocks: Vec<ipnet::IpNet> = blocks.filter_map(|block| block.parse().ok()).collect();
+    let mut pod_blocks: Vec<IpNet> = blocks.filter_map(|block| block.parse().ok()).collect();
     pod_blocks.sort_unstable();
     pod_blocks.dedup();
     Some(NodeAddresses { addresses, pod_blocks })

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::manifests::{ObjectKind, Objects};
-use super::watch::Retry;
+use super::watch::{Retry, bytes_of_texts};
 use crate::grant::store::Phase;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
@@ -75,6 +75,21 @@ struct Condition {
     reason: String,
     message: String,
     since: String,
+}
+
+impl ObjectStatus {
+    /// About how much memory it takes.
+    pub(super) fn bytes(&self) -> usize {
+        let Self { generation: _, nodes, summary: Summary { conditions, .. } } = self;
+        let words = nodes.iter().map(|(name, word)| {
+            size_of::<Word>() + name.len() + word.error.as_ref().map_or(0, String::len) + 64
+        });
+        let conditions = conditions.iter().map(|(name, condition)| {
+            let Condition { status, reason, message, since } = condition;
+            bytes_of_texts([name, status, reason, message, since])
+        });
+        words.sum::<usize>() + conditions.sum::<usize>()
+    }
 }
 
 /// Who is there to say something.

@@ -23,12 +23,15 @@ use super::events::{self, PodDenial};
 use super::manifests::{self, Objects};
 use super::pods::{self, PodFeed};
 use super::services::{self, Feed};
+use super::watch::Bound;
 use crate::identity::pod::PodUid;
 use crate::scope::cluster::{ClusterView, ObjectName, PodNetwork};
 
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/agents/events";
 const GRANTS: &str = "/apis/agentguard.dev/v1alpha1/namespaces/agents/grants";
 const OTHER_GRANTS: &str = "/apis/agentguard.dev/v1alpha1/namespaces/tools/grants";
+/// Room for all there is.
+const ROOMY: Bound = Bound::new(1 << 20);
 /// In force after a change, at the latest.
 const IN_FORCE: Duration = Duration::from_secs(1);
 /// Longer than any pause before the API server is asked again.
@@ -309,7 +312,7 @@ async fn the_view_follows_the_cluster_through_an_outage() {
                 "ports": [{"name": "http", "port": 8080}]}]}),
     );
     let feed = Arc::new(Feed::default());
-    let watching = tokio::spawn(services::run(server.client(), Arc::clone(&feed)));
+    let watching = tokio::spawn(services::run(server.client(), Arc::clone(&feed), ROOMY));
     let first = within(AT_LAST, "the first view", view(&feed, |_| true)).await;
     let git = ObjectName::new("tools", "git");
     assert_eq!(
@@ -369,7 +372,7 @@ async fn endpoint_slices_are_taken_where_there_are_any() {
     server.put(path, slice("git-a", "git", "10.244.1.5"));
     server.put(path, slice("git-b", "git", "10.244.2.5"));
     let feed = Arc::new(Feed::default());
-    let watching = tokio::spawn(services::run(server.client(), Arc::clone(&feed)));
+    let watching = tokio::spawn(services::run(server.client(), Arc::clone(&feed), ROOMY));
     let git = ObjectName::new("tools", "git");
     let count = |count: usize| {
         let git = git.clone();
@@ -381,6 +384,59 @@ async fn endpoint_slices_are_taken_where_there_are_any() {
     // One that is given to another service is not of the first any more.
     server.put(path, slice("git-b", "other", "10.244.2.5"));
     within(IN_FORCE, "no slice", view(&feed, count(0))).await;
+    watching.abort();
+}
+
+fn assert_reserved(view: &ClusterView, address: &str) {
+    let address: std::net::IpAddr = address.parse().unwrap();
+    let reserved = view.reserved();
+    assert!(reserved.iter().any(|block| block.contains(&address)), "{address}: {reserved:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_finds_no_room_is_said_and_stays_reserved_until_there_is_room() {
+    let server = Server::start(false).await;
+    fill(&server);
+    server.delete("/api/v1/pods", "tools/done");
+    let big = |name: &str, address: &str| {
+        let mut pod = pod(name, "two", address, "Running");
+        for label in 0..20 {
+            pod["metadata"]["labels"][format!("label-{label}")] = "x".repeat(60).into();
+        }
+        pod
+    };
+    server.put("/api/v1/pods", big("a", "10.244.2.5"));
+    server.put("/api/v1/pods", big("b", "10.244.2.6"));
+    server.put("/api/v1/pods", pod("c", "two", "10.244.2.7", "Running"));
+    let bound = Bound::new(4000).with_pause(Duration::from_millis(200));
+    let feed = Arc::new(Feed::default());
+    let watching = tokio::spawn(services::run(server.client(), Arc::clone(&feed), bound));
+    let names = |view: &ClusterView| {
+        view.pods.keys().map(|name| name.name.clone()).collect::<Vec<_>>().join(" ")
+    };
+    let is = |expected: &'static str| move |view: &ClusterView| names(view) == expected;
+    let first = within(AT_LAST, "what there is room for", view(&feed, is("a c git-1"))).await;
+    assert_reserved(&first, "10.244.2.6");
+    assert_eq!(feed.left_out(), 1);
+    let problems = feed.problems();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    for word in ["1 pods of the cluster", "kubernetes.max_kind_bytes (4000)", "raise it"] {
+        assert!(problems[0].contains(word), "{problems:?}");
+    }
+    // A new one takes the place of none, and one that has grown beyond the room is not what it was.
+    server.put("/api/v1/pods", big("d", "10.244.2.8"));
+    server.put("/api/v1/pods", big("git-1", "10.244.1.5"));
+    let grown = within(IN_FORCE, "what has grown", view(&feed, is("a c"))).await;
+    for address in ["10.244.2.6", "10.244.2.8", "10.244.1.5"] {
+        assert_reserved(&grown, address);
+    }
+    assert_eq!(feed.left_out(), 3);
+    // Once there is room, it is found without another word of the API server.
+    server.delete("/api/v1/pods", "tools/a");
+    server.delete("/api/v1/pods", "tools/d");
+    server.put("/api/v1/pods", pod("git-1", "one", "10.244.1.5", "Running"));
+    within(AT_LAST, "what was left out", view(&feed, is("b c git-1"))).await;
+    assert_eq!((feed.left_out(), feed.problems()), (0, Vec::new()));
     watching.abort();
 }
 
@@ -410,8 +466,9 @@ async fn objects_and_pods_follow_the_cluster() {
         objects.concern(&namespaces.iter().map(|name| (*name).to_owned()).collect());
     };
     let feed = Arc::new(PodFeed::default());
-    let watching = tokio::spawn(manifests::run(server.client(), Arc::clone(&objects)));
-    let of_node = tokio::spawn(pods::run(server.client(), "one".to_owned(), Arc::clone(&feed)));
+    let watching = tokio::spawn(manifests::run(server.client(), Arc::clone(&objects), ROOMY));
+    let of_node =
+        tokio::spawn(pods::run(server.client(), "one".to_owned(), Arc::clone(&feed), ROOMY));
     let told = |description: &'static str| {
         let objects = Arc::clone(&objects);
         async move {

@@ -171,6 +171,12 @@ const MANIFEST_ERRORS: MetricDoc = metric(
     &[],
     "Manifests that are refused at present; what is enforced does not follow them.",
 );
+const CLUSTER_LEFT_OUT: MetricDoc = metric(
+    "agentguard_cluster_left_out",
+    GaugeKind,
+    &[],
+    "Objects of the cluster that found no room in kubernetes.max_kind_bytes since they were last listed; no scope leads to them.",
+);
 const NRI_CONNECTED: MetricDoc = metric(
     "agentguard_nri_connected",
     GaugeKind,
@@ -231,7 +237,7 @@ const START_TIME: MetricDoc = metric(
 );
 
 /// Every metric, in the order of the reference.
-const ALL: [MetricDoc; 24] = [
+const ALL: [MetricDoc; 25] = [
     VERDICTS,
     EVENTS,
     IDENTITIES_OTHER,
@@ -245,6 +251,7 @@ const ALL: [MetricDoc; 24] = [
     RECONCILE_FAILURES,
     LOAD_DURATION,
     MANIFEST_ERRORS,
+    CLUSTER_LEFT_OUT,
     NRI_CONNECTED,
     MAP_ENTRIES,
     MAP_CAPACITY,
@@ -341,6 +348,7 @@ pub struct Metrics {
     reconcile_failures: IntCounter,
     load_duration: Histogram,
     manifest_errors: IntGauge,
+    cluster_left_out: IntGauge,
     nri_connected: IntGauge,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
@@ -404,6 +412,7 @@ impl Metrics {
             reconcile_failures: counter(&registry, &RECONCILE_FAILURES)?,
             load_duration: histogram(&registry, &LOAD_DURATION)?,
             manifest_errors: gauge(&registry, &MANIFEST_ERRORS)?,
+            cluster_left_out: gauge(&registry, &CLUSTER_LEFT_OUT)?,
             nri_connected: gauge(&registry, &NRI_CONNECTED)?,
             map_entries: gauges(&registry, &MAP_ENTRIES)?,
             map_capacity: gauges(&registry, &MAP_CAPACITY)?,
@@ -607,6 +616,11 @@ impl Metrics {
         self.manifest_errors.set(count as i64);
     }
 
+    /// How many objects of the cluster found no room.
+    pub fn set_cluster_left_out(&self, count: u64) {
+        self.cluster_left_out.set(count as i64);
+    }
+
     /// How full a kernel map is. Its name is one of the program's own.
     pub fn set_map(&self, map: &'static str, entries: u64, capacity: u64) {
         self.map_entries.with_label_values(&[map]).set(entries as i64);
@@ -777,6 +791,7 @@ mod tests {
         metrics.reconcile_failed();
         metrics.loaded(Duration::from_millis(400));
         metrics.set_manifest_errors(1);
+        metrics.set_cluster_left_out(2);
         metrics.set_nri_connected(true);
         metrics.set_map("DESTINATIONS", 10, 65_536);
         metrics.set_audit(AuditTotals { written: 5, bytes: 4000, ..AuditTotals::default() });

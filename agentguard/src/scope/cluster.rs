@@ -53,6 +53,8 @@ pub struct ClusterView {
     /// The labels of each namespace.
     pub namespaces: BTreeMap<String, Labels>,
     pub nodes: BTreeMap<String, NodeAddresses>,
+    /// Blocks around the addresses of what there was no room for.
+    pub left_out: BTreeSet<IpNet>,
 }
 
 /// The addresses by which a service is reached, and its ports.
@@ -145,10 +147,10 @@ pub fn namespace_labels(name: &str, mut labels: Labels) -> Labels {
 
 impl ClusterView {
     /// What no block covers that is wider than one address: nodes with all that listens on them,
-    /// the API server, pods, and what is translated to pods.
+    /// the API server, pods, and what is translated to pods; and whatever of them is not known.
     #[must_use]
     pub fn reserved(&self) -> Vec<IpNet> {
-        let mut blocks: BTreeSet<IpNet> = BTreeSet::new();
+        let mut blocks: BTreeSet<IpNet> = self.left_out.clone();
         for node in self.nodes.values() {
             blocks.extend(node.addresses.iter().copied().map(IpNet::from));
             blocks.extend(node.pod_blocks.iter().copied());
