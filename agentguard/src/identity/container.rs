@@ -140,6 +140,10 @@ impl Node {
     }
 }
 
+/// Why a static pod has no identity.
+const NO_ACCOUNT: &str = "a static pod has no service account, of which containers.identity makes identities; \
+                          run it as another kind of pod, or write {pod} or {label:KEY} there";
+
 /// The cgroup around those of pods (kubelet, `pkg/kubelet/cm/node_container_manager_linux.go`).
 const MADE_BY_KUBELET: &str = "kubepods";
 const MADE_BY_SYSTEMD: &str = "kubepods.slice";
@@ -335,9 +339,15 @@ impl Rules {
             container: container_name,
             labels: &pod.labels,
         });
+        // What the API server says of a static pod is all that there will be.
+        let has_no_account = pod.service_account.is_none()
+            && node.pods.contains_key(&pod.uid)
+            && self.template.names_service_account();
         Some(Placement {
             name,
-            identity: identity.map_err(|error| error.to_string()),
+            identity: identity.map_err(|error| {
+                if has_no_account { NO_ACCOUNT.to_owned() } else { error.to_string() }
+            }),
             mode,
             cgroup,
             pod: Some(PodName {
@@ -586,6 +596,22 @@ mod tests {
         let told: Vec<_> = placed.iter().map(|one| (one.name.as_str(), one.unseen)).collect();
         let unseen = Some(Unseen::Cgroup);
         assert_eq!(told, [("1d-name", unseen), ("2e-name", unseen)]);
+    }
+
+    #[test]
+    fn a_static_pod_is_denied_with_the_reason_unless_it_is_known_by_something_else() {
+        let agent = || Pod { service_account: None, ..pod("research", &[(AGENT, "true")]) };
+        let mut of_cluster = node(agent(), "");
+        of_cluster.pods.insert(agent().uid, agent());
+        let by_account = rules("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}");
+        let why = by_account.place(&of_cluster)[0].identity.clone().unwrap_err();
+        assert!(why.contains("static pod") && why.contains("containers.identity"), "{why}");
+        // Of one that only the runtime tells of it is not known yet.
+        let why = by_account.place(&node(agent(), ""))[0].identity.clone().unwrap_err();
+        assert!(why.contains("not known yet"), "{why}");
+        let by_name = rules("spiffe://{trust_domain}/ns/{namespace}/pod/{pod}");
+        let identity = by_name.place(&of_cluster)[0].identity.clone().unwrap();
+        assert_eq!(identity.as_str(), "spiffe://example.org/ns/research/pod/researcher-0");
     }
 
     #[test]

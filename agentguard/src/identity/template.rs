@@ -141,6 +141,12 @@ impl IdentityTemplate {
         self.parts.contains(&Part::Variable(Variable::Container))
     }
 
+    /// Whether an identity is a service account's.
+    #[must_use]
+    pub fn names_service_account(&self) -> bool {
+        self.parts.contains(&Part::Variable(Variable::ServiceAccount))
+    }
+
     /// Whether an identity is one pod's or container's alone, so that it is gone for good with it.
     #[must_use]
     pub fn is_of_one_pod(&self) -> bool {
