@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,6 +61,11 @@ pub(super) struct Arguments {
     /// Copy this program to a file first, in one step: out of a container to its node
     #[arg(long, value_name = "PATH")]
     copy_to: Option<PathBuf>,
+
+    /// Delete this file, in place of being the hook: one that --write-to or --copy-to wrote; may be
+    /// repeated, and is done in this order. What the runtime reads goes before the program that it runs
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["print", "copy_to"])]
+    remove: Vec<PathBuf>,
 
     /// Where the program is for the container runtime, if not where it is for this process
     #[arg(long, value_name = "PATH", requires = "print")]
@@ -134,7 +139,10 @@ pub(super) fn run(arguments: &Arguments, mut context: Context<'_, '_>) -> Result
     if let Some(print) = arguments.print {
         return write(print, arguments, &mut context);
     }
-    if arguments.copy_to.is_some() {
+    for path in &arguments.remove {
+        remove(path)?;
+    }
+    if arguments.copy_to.is_some() || !arguments.remove.is_empty() {
         return Ok(Exit::Done);
     }
     let mut text = String::new();
@@ -355,6 +363,17 @@ fn put(path: &Path, content: &[u8], mode: u32) -> std::result::Result<(), Failur
         })
 }
 
+/// Deletes a file; one that is not there is gone already.
+fn remove(path: &Path) -> std::result::Result<(), Failure> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Failure::new(
+            Exit::Failed,
+            format!("{} can not be removed: {error}", path.display()),
+        )),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// The hook, as both runtimes' files have it.
 fn hook(program: &Path, arguments: &Arguments, context: &Context<'_, '_>) -> Value {
     let mut words = vec!["agentguard".to_owned(), "oci-hook".to_owned()];
@@ -372,10 +391,22 @@ fn hook(program: &Path, arguments: &Arguments, context: &Context<'_, '_>) -> Val
     json!({"path": program, "args": words, "timeout": arguments.timeout + SLACK})
 }
 
+/// What `ctr oci spec` limits a process to.
+fn default_limits() -> Value {
+    json!([{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}])
+}
+
 /// Adds the hook to a configuration, in the place of one that was added before.
 fn add(mut spec: Value, hook: Value) -> std::result::Result<Value, String> {
     if !spec.get("process").is_some_and(Value::is_object) {
         return Err("it has no `process`".to_owned());
+    }
+    // containerd takes its default limits away, and keeps those of a configuration that it is given: every
+    // pod would have so few open files.
+    if spec["process"]["rlimits"] == default_limits()
+        && let Some(process) = spec["process"].as_object_mut()
+    {
+        process.remove("rlimits");
     }
     let hooks = &mut spec["hooks"];
     if hooks.is_null() {
@@ -503,6 +534,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_put_on_a_node_is_removed_and_what_can_not_be_is_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agentguard.json");
+        put(&path, b"{}", 0o644).unwrap();
+        remove(&path).unwrap();
+        assert!(!path.exists());
+        remove(&path).unwrap();
+        let failure = remove(directory.path()).unwrap_err();
+        assert!(
+            failure.error.contains(&directory.path().display().to_string()),
+            "{}",
+            failure.error
+        );
+        assert!(directory.path().is_dir());
+    }
+
+    #[test]
     fn the_hook_is_added_once_and_leaves_others() {
         let hook = |timeout: u64| json!({"path": "/a", "args": ["agentguard", "oci-hook"], "timeout": timeout});
         let other = json!({"path": "/other", "args": ["other", "x"]});
@@ -512,6 +560,13 @@ mod tests {
         assert_eq!(twice["hooks"]["createRuntime"], json!([other, hook(2)]));
         let added = add(json!({"process": {}}), hook(1)).unwrap();
         assert_eq!(added["hooks"]["createRuntime"], json!([hook(1)]));
+        let limited = |limits: Value| {
+            let spec = json!({"process": {"rlimits": limits, "cwd": "/"}});
+            add(spec, hook(1)).unwrap()["process"].clone()
+        };
+        assert_eq!(limited(default_limits()), json!({"cwd": "/"}));
+        let own = json!([{"type": "RLIMIT_NOFILE", "hard": 4096, "soft": 4096}]);
+        assert_eq!(limited(own.clone())["rlimits"], own);
         assert!(add(json!([]), hook(1)).is_err());
         assert!(add(json!({"process": {}, "hooks": []}), hook(1)).is_err());
     }

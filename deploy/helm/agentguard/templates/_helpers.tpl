@@ -89,3 +89,19 @@ seLinuxOptions: {{- toYaml . | nindent 2 }}
 - {name: runtime, mountPath: /run/agentguard}
 - {name: log, mountPath: /var/log/agentguard}
 {{- end }}
+
+{{/* What puts the runtime's hook on a node, and takes it away, may do. */}}
+{{- define "agentguard.installer" -}}
+runAsUser: 0
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Where it does so. */}}
+{{- define "agentguard.hook" -}}
+{{- if eq .Values.hook.runtime "cri-o" -}}
+- {name: hooks, mountPath: /host/hooks}
+{{ end -}}
+- {name: programs, mountPath: /host/bin}
+{{- end }}
