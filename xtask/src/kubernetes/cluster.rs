@@ -34,6 +34,9 @@ pub(super) const API: &str = "10.96.0.1/443";
 /// The node's name.
 pub(super) const NODE: &str = "node1";
 
+/// The name of what runs containers.
+const RUNTIME: &str = "containerd";
+
 /// Names of the control plane's programs.
 const API_SERVER: &str = "kube-apiserver";
 const CONTROLLER_MANAGER: &str = "kube-controller-manager";
@@ -238,22 +241,35 @@ impl<'a> Cluster<'a> {
         let networks = at("networks");
         fs::create_dir_all(&networks)?;
         fs::write(networks.join("pods.conflist"), network())?;
-        let config = at("containerd.toml");
-        fs::write(&config, runtime_config(&networks, &self.programs.network_plugins()))?;
         let pause = images::pause(&at("pause.tar"))?;
         let tools = images::tools(&at("tools.tar"))?;
-
-        let mut containerd = Command::new(self.programs.program("containerd"));
-        containerd.arg("--config").arg(config);
-        self.node.start("containerd", &containerd)?;
-        let ctr = self.programs.program("ctr");
-        let took = self.node.wait("containerd answers", self.pace.patience(READY), |node| {
-            Ok(output(&mut node.inside(Command::new(&ctr).arg("version"))).is_ok())
-        })?;
+        let took = self.start_runtime("")?;
         self.import(&pause)?;
         self.import(&tools)?;
         said("containerd", took);
         Ok(())
+    }
+
+    /// Starts containerd, with `more` said of the runtime that runs pods.
+    fn start_runtime(&mut self, more: &str) -> Result<Duration> {
+        let at = |name: &str| self.node.scratch().join(name);
+        let config = at("containerd.toml");
+        let own = runtime_config(&at("networks"), &self.programs.network_plugins());
+        fs::write(&config, own + more)?;
+        let mut containerd = Command::new(self.programs.program("containerd"));
+        containerd.arg("--config").arg(config);
+        self.node.start(RUNTIME, &containerd)?;
+        let ctr = self.programs.program("ctr");
+        self.node.wait("containerd answers", self.pace.patience(READY), |node| {
+            Ok(output(&mut node.inside(Command::new(&ctr).arg("version"))).is_ok())
+        })
+    }
+
+    /// Starts containerd anew, with `more` said of the runtime that runs pods: lines of its table. What
+    /// runs goes on meanwhile.
+    pub(super) fn restart_runtime(&mut self, more: &str) -> Result<Duration> {
+        self.node.stop(RUNTIME)?;
+        self.start_runtime(more)
     }
 
     /// etcd and the API server.
@@ -483,7 +499,8 @@ fn network() -> String {
     )
 }
 
-/// The paths are containerd's defaults; limits of memory stay as this machine set them.
+/// The paths are containerd's defaults; limits of memory stay as this machine set them. The table of the
+/// runtime that runs pods stands last.
 fn runtime_config(networks: &Path, plugins: &Path) -> String {
     format!(
         r#"version = 2

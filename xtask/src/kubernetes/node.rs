@@ -35,12 +35,12 @@ const GONE: Duration = Duration::from_secs(20);
 /// Makes the file system view and stays, so that there is one. In `sh`, with the scratch directory
 /// as the first argument.
 ///
-/// `/etc` and `/var` are laid over the machine's. What containers are made of must not be on such a
+/// `/etc`, `/opt` and `/var` are laid over the machine's. What containers are made of must not be on such a
 /// file system, and is bound over it. Mounts are shared inside, so that volumes may be propagated.
 const VIEW: &str = r#"
 set -e
 mount --make-rshared /
-for directory in etc var; do
+for directory in etc opt var; do
     mkdir -p "$1/$directory/upper" "$1/$directory/work"
     mount -t overlay -o "lowerdir=/$directory,upperdir=$1/$directory/upper,workdir=$1/$directory/work" \
         overlay "/$directory"

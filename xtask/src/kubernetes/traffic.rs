@@ -42,6 +42,8 @@ pub(super) struct Asked {
 pub(super) struct Traffic {
     name: String,
     directory: PathBuf,
+    /// The only one of its containers that is looked at; all, where there is none.
+    container: Option<&'static str>,
     patience: Duration,
 }
 
@@ -69,6 +71,7 @@ impl Traffic {
                     return Ok(Self {
                         name: format!("{namespace}/{pod}"),
                         directory: entry.path(),
+                        container: None,
                         patience,
                     });
                 }
@@ -78,11 +81,24 @@ impl Traffic {
         }
     }
 
+    /// That of one container of the pod.
+    pub(super) fn of_container(&self, container: &'static str) -> Self {
+        Self {
+            name: format!("{}/{container}", self.name),
+            directory: self.directory.clone(),
+            container: Some(container),
+            patience: self.patience,
+        }
+    }
+
     /// Everything that was asked, from the first request on.
     pub(super) fn all(&self) -> Result<Vec<Asked>> {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
             let container = entry?.path();
+            if self.container.is_some_and(|only| !container.ends_with(only)) {
+                continue;
+            }
             for entry in fs::read_dir(&container)? {
                 files.push(entry?.path());
             }

@@ -20,8 +20,8 @@ use crate::{
 };
 
 const MANIFESTS: &str = include_str!("../manifests/agents.yaml");
-const POD: &str = include_str!("../manifests/traffic.yaml");
-const IDLE: &str = include_str!("../manifests/idle.yaml");
+pub(super) const POD: &str = include_str!("../manifests/traffic.yaml");
+pub(super) const IDLE: &str = include_str!("../manifests/idle.yaml");
 pub(super) const GRANT: &str = include_str!("../manifests/grant.yaml");
 pub(super) const BRIEF: &str = include_str!("../manifests/brief.yaml");
 
@@ -33,6 +33,9 @@ const SOCKETS_ARE_FREE: &str = "unix sockets are not judged";
 
 /// The service that comes later.
 pub(super) const LATER: &str = "10.96.77.77/80";
+
+/// Labels of an agent that is held.
+pub(super) const ENFORCED: &str = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: enforce";
 
 /// An address outside of the cluster.
 const NOBODY: &str = "192.0.2.1/80";
@@ -79,9 +82,22 @@ impl Targets {
         })
     }
 
-    fn all(&self) -> String {
+    pub(super) fn all(&self) -> String {
         let Self { service, endpoint, granted, ungranted, more } = self;
         [service, endpoint, granted, ungranted, more, LATER].join(" ")
+    }
+
+    /// What the grant `researcher` comes to while there is nothing else.
+    pub(super) fn of_researcher_alone(&self) -> BTreeMap<String, Outcome> {
+        let mut all = self.of_researcher();
+        all.extend(expected(&[(&self.more, Outcome::Refused), (LATER, Outcome::Refused)]));
+        all
+    }
+
+    /// The same where nothing is refused.
+    pub(super) fn of_free(&self) -> BTreeMap<String, Outcome> {
+        let all = self.of_researcher_alone();
+        all.into_keys().map(|target| (target, Outcome::Passed)).collect()
     }
 
     /// What the grant `researcher` comes to, without what changes.
@@ -96,6 +112,24 @@ impl Targets {
     }
 }
 
+/// The variables of a pod that asks.
+pub(super) fn asking<'a>(
+    cluster: &Cluster<'_>,
+    name: &'a str,
+    account: &'a str,
+    labels: &'a str,
+    targets: &'a str,
+) -> [(&'static str, &'a str); 6] {
+    [
+        ("$NAME", name),
+        ("$ACCOUNT", account),
+        ("$LABELS", labels),
+        ("$TARGETS", targets),
+        ("$REST", cluster.pace().every("0.05", "0.5")),
+        ("$HOST_NETWORK", "false"),
+    ]
+}
+
 impl Agents {
     /// Starts them, and returns once all ask.
     pub(super) fn start(cluster: &mut Cluster<'_>) -> Result<Self> {
@@ -103,11 +137,10 @@ impl Agents {
         wait_for_account(cluster, "agents")?;
         let targets = Targets::of(cluster)?;
         let wide = format!("{API} {ADDRESS}/6443 {ADDRESS}/10250 {} {NOBODY}", targets.endpoint);
-        let enforced = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: enforce";
         let audited = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: audit";
         let pods = [
-            ("researcher", "researcher", enforced, targets.all()),
-            ("wide", "wide", enforced, wide),
+            ("researcher", "researcher", ENFORCED, targets.all()),
+            ("wide", "wide", ENFORCED, wide),
             ("audited", "default", audited, targets.all()),
             ("bystander", "researcher", "", targets.all()),
         ];
@@ -116,14 +149,7 @@ impl Agents {
         let stranger = [("$NAMESPACE", "strangers"), ("$NAME", "stranger"), ("$LABELS", "")];
         apply(cluster, IDLE, &stranger)?;
         for (name, account, labels, asks) in &pods {
-            let variables = [
-                ("$NAME", *name),
-                ("$ACCOUNT", *account),
-                ("$LABELS", *labels),
-                ("$TARGETS", asks),
-                ("$REST", cluster.pace().every("0.05", "0.5")),
-            ];
-            apply(cluster, POD, &variables)?;
+            apply(cluster, POD, &asking(cluster, name, account, labels, asks))?;
         }
         for (name, ..) in &pods {
             cluster.wait_for(
@@ -183,10 +209,7 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let since = Timestamp::now();
     interrupt::sleep(Duration::from_secs(3))?;
 
-    let mut of_researcher = targets.of_researcher();
-    of_researcher.insert(targets.more.clone(), Outcome::Refused);
-    of_researcher.insert(LATER.to_owned(), Outcome::Refused);
-    let count = researcher.judge(since, &of_researcher)?;
+    let count = researcher.judge(since, &targets.of_researcher_alone())?;
     println!(
         "seen      an agent reaches its service, the service's endpoint, and its port of a pod, runs its \
          program, and is refused the rest: {count} requests"
@@ -204,8 +227,7 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
         "seen      an agent that is granted 0.0.0.0/0 reaches neither the API server, nor the kubelet, nor \
          a pod: {count} requests"
     );
-    let free: BTreeMap<_, _> =
-        of_researcher.into_keys().map(|target| (target, Outcome::Passed)).collect();
+    let free = targets.of_free();
     let audited = audited.judge(since, &free)?;
     let bystanders = bystander.judge(since, &free)?;
     println!(
@@ -404,14 +426,7 @@ fn is_over_in_time(cluster: &mut Cluster<'_>) -> Result<()> {
 
 /// What an ordinary pod asked for from beginning to end, it got.
 pub(super) fn bystander_saw_nothing(_: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
-    let mut free = agents.targets.of_researcher();
-    for target in [agents.targets.more.as_str(), LATER] {
-        free.insert(target.to_owned(), Outcome::Passed);
-    }
-    for outcome in free.values_mut() {
-        *outcome = Outcome::Passed;
-    }
-    let count = agents.bystander.judge(Timestamp::UNIX_EPOCH, &free)?;
+    let count = agents.bystander.judge(Timestamp::UNIX_EPOCH, &agents.targets.of_free())?;
     println!("seen      none of {count} requests of an ordinary pod was refused");
     Ok(())
 }

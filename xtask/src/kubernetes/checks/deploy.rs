@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{filled, kubectl};
 use crate::{
@@ -17,6 +17,9 @@ use crate::{
 
 /// Values of the chart that fit this machine.
 const VALUES: &str = include_str!("../manifests/values.yaml");
+
+/// Kinds of the Prometheus operator, which is not in the cluster.
+const MONITORING: &str = include_str!("../manifests/monitoring.yaml");
 
 /// What is in no cluster's tongue: a configuration, and rules of a Prometheus that has no operator.
 const NO_MANIFESTS: &[&str] = &[
@@ -36,20 +39,21 @@ const ROLLED_OUT: Duration = Duration::from_secs(90);
 const ELSEWHERE: &[&str] = &["examples/", "helm/agentguard/templates/"];
 
 /// Asks the API server about every manifest without keeping it: the plain manifests, the definitions,
-/// and the chart with everything switched on. What belongs to another operator is left out, with a word
-/// for it. Fails on a YAML file that is neither asked about nor named above.
+/// and the chart with everything switched on, after what the Prometheus operator defines. Fails on a YAML
+/// file that is neither asked about nor named above.
 pub(super) fn everything_is_valid(cluster: &mut Cluster<'_>) -> Result<()> {
     let deploy = root().join("deploy");
-    let everything = chart::everything(VERSION)?;
-    let foreign = |document: &&str| document.contains("apiVersion: monitoring.coreos.com/");
-    let documents: Vec<&str> = everything.split("\n---\n").collect();
-    let left_out = documents.iter().filter(|document| foreign(document)).count();
-    let known: Vec<&str> = documents.into_iter().filter(|document| !foreign(document)).collect();
     let rendered = cluster.node().scratch().join("everything.yaml");
-    fs::write(&rendered, known.join("\n---\n"))?;
+    fs::write(&rendered, chart::everything(VERSION)?)?;
+    let monitoring = cluster.node().scratch().join("monitoring.yaml");
+    fs::write(&monitoring, MONITORING)?;
+    let monitoring = monitoring.display().to_string();
+    kubectl(cluster, &["apply", "--filename", &monitoring])?;
+    let established = ["wait", "--for=condition=Established", "--timeout=60s", "--filename"];
+    kubectl(cluster, &[&established[..], &[&monitoring]].concat())?;
     // The namespace first: without it nothing in it can be asked about.
     kubectl(cluster, &["create", "namespace", "agentguard"])?;
-    let mut files = vec![rendered];
+    let mut files = vec![rendered.clone()];
     for file in yaml_files(&deploy)? {
         let name = file.strip_prefix(&deploy)?.display().to_string();
         let is_elsewhere = ELSEWHERE.iter().any(|directory| name.starts_with(directory));
@@ -58,13 +62,41 @@ pub(super) fn everything_is_valid(cluster: &mut Cluster<'_>) -> Result<()> {
         }
     }
     for file in files {
-        let file = file.display().to_string();
-        let apply = ["apply", "--dry-run=server", "--validate=true", "--filename", &file];
-        let said = kubectl(cluster, &apply)?;
-        println!("seen      {} objects of {file} are valid", said.lines().count());
+        let said = asked_about(cluster, &file)?;
+        println!("seen      {} objects of {} are valid", said.lines().count(), file.display());
     }
-    println!("seen      {left_out} objects are of the Prometheus operator, which is not here");
+    monitors_are_looked_at(cluster, &rendered)?;
+    kubectl(cluster, &["delete", "--filename", &monitoring])?;
     kubectl(cluster, &["delete", "namespace", "agentguard"]).map(drop)
+}
+
+fn asked_about(cluster: &Cluster<'_>, file: &Path) -> Result<String> {
+    let file = file.display().to_string();
+    kubectl(cluster, &["apply", "--dry-run=server", "--validate=true", "--filename", &file])
+}
+
+/// Both monitors are among what was found valid, and are not when they say something that is not: the
+/// definitions count.
+fn monitors_are_looked_at(cluster: &Cluster<'_>, rendered: &Path) -> Result<()> {
+    let everything = fs::read_to_string(rendered)?;
+    let wrong = cluster.node().scratch().join("wrong.yaml");
+    for kind in ["PodMonitor", "ServiceMonitor"] {
+        let monitor = everything
+            .split("\n---\n")
+            .find(|document| document.lines().any(|line| line == format!("kind: {kind}")))
+            .with_context(|| format!("the chart with everything has no {kind}"))?;
+        ensure!(monitor.contains("interval: 30s"), "{kind} has another interval:\n{monitor}");
+        fs::write(&wrong, monitor.replace("interval: 30s", "interval: often"))?;
+        match asked_about(cluster, &wrong) {
+            Ok(said) => bail!("{kind} with a wrong interval is valid: {said}"),
+            Err(error) => ensure!(
+                format!("{error:#}").contains("interval"),
+                "{kind} with a wrong interval is refused for another reason: {error:#}"
+            ),
+        }
+    }
+    println!("seen      PodMonitor and ServiceMonitor are judged by what their operator defines");
+    Ok(())
 }
 
 /// Applies the plain manifests as they are, and then the chart with values for this machine: an upgrade.
@@ -76,10 +108,7 @@ pub(super) fn daemon_runs(cluster: &mut Cluster<'_>) -> Result<()> {
     println!("seen      the daemon of the plain manifests is ready ({})", seconds(begin.elapsed()));
 
     let begin = Instant::now();
-    let rendered = cluster.node().scratch().join("agentguard.yaml");
-    fs::write(&rendered, chart::with_values(VERSION, &values(cluster)?)?)?;
-    kubectl(cluster, &["apply", "--filename", &rendered.display().to_string()])?;
-    rolled_out(cluster).context("the chart")?;
+    upgraded(cluster, "")?;
     println!("seen      that of the chart with other values too ({})", seconds(begin.elapsed()));
 
     let status = in_daemon(cluster, &["status"])?;
@@ -88,7 +117,18 @@ pub(super) fn daemon_runs(cluster: &mut Cluster<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Writes the values that fit this machine.
+/// Applies the chart with the values that fit this machine, and with `more` of them.
+pub(super) fn upgraded(cluster: &Cluster<'_>, more: &str) -> Result<()> {
+    let values = values(cluster)?;
+    let known = fs::read_to_string(&values)?;
+    fs::write(&values, known + more)?;
+    let rendered = cluster.node().scratch().join("agentguard.yaml");
+    fs::write(&rendered, chart::with_values(VERSION, &values)?)?;
+    kubectl(cluster, &["apply", "--filename", &rendered.display().to_string()])?;
+    rolled_out(cluster).context("the chart")
+}
+
+/// Writes the values that fit this machine. Those of `config.containers` stand last.
 pub(super) fn values(cluster: &Cluster<'_>) -> Result<PathBuf> {
     let values = cluster.node().scratch().join("values.yaml");
     let runc = cluster.runtime_program().display().to_string();

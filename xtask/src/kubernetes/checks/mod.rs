@@ -7,6 +7,8 @@ mod agents;
 mod changes;
 mod dashboard;
 mod deploy;
+mod hook;
+mod kinds;
 mod metrics;
 mod newcomer;
 mod ordinary;
@@ -39,6 +41,10 @@ const CHECKS: &[(&str, Check)] = &[
     ("updates of the daemon", updates::leave_no_window),
     ("without an API server", outage::is_survived),
     ("what kubectl shows", agents::shown),
+    ("init containers", kinds::init_container_is_held),
+    ("the node's network", kinds::on_the_nodes_network),
+    ("static pods", kinds::static_pod_is_held),
+    ("the runtime's hook", hook::holds_and_goes),
     ("ordinary pods to the end", agents::bystander_saw_nothing),
 ];
 

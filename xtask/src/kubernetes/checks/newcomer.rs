@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 
-use super::{apply, deploy, expected, kubectl, traffic, wait_for_account};
+use super::{
+    agents::{IDLE, POD, asking},
+    apply, deploy, expected, kubectl, traffic, wait_for_account,
+};
 use crate::{
     chart, interrupt,
     kubernetes::{cluster::Cluster, seconds, traffic::Outcome},
@@ -17,8 +20,6 @@ use crate::{
 };
 
 const CLUSTER: &str = include_str!("../manifests/newcomer.yaml");
-const IDLE: &str = include_str!("../manifests/idle.yaml");
-const POD: &str = include_str!("../manifests/traffic.yaml");
 
 /// What the README gives as the trust domain.
 const TRUST_DOMAIN: &str = "example.org";
@@ -54,14 +55,7 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
     let (git, database, ungranted) =
         (format!("{git}/80"), format!("{database}/5432"), format!("{database}/5433"));
     let asks = [git.as_str(), &database, &ungranted].join(" ");
-    let pod = [
-        ("$NAME", "newcomer"),
-        ("$ACCOUNT", "researcher"),
-        ("$LABELS", ""),
-        ("$TARGETS", &asks),
-        ("$REST", cluster.pace().every("0.05", "0.5")),
-    ];
-    apply(cluster, POD, &pod)?;
+    apply(cluster, POD, &asking(cluster, "newcomer", "researcher", "", &asks))?;
     let question = ["--namespace", "agents", "get", "pod", "newcomer", "--output", runs];
     cluster.wait_for("the pod newcomer runs", &question, "Running")?;
 
@@ -120,10 +114,10 @@ pub(super) fn is_told_the_truth(cluster: &mut Cluster<'_>) -> Result<()> {
 }
 
 /// The README's blocks of commands.
-struct Blocks<'a>(Vec<&'a str>);
+pub(super) struct Blocks<'a>(Vec<&'a str>);
 
 impl<'a> Blocks<'a> {
-    fn of(readme: &'a str) -> Result<Self> {
+    pub(super) fn of(readme: &'a str) -> Result<Self> {
         let (_, part) = readme
             .split_once("\n## Kubernetes\n")
             .context("deploy/README.md has no part on Kubernetes")?;
@@ -135,7 +129,7 @@ impl<'a> Blocks<'a> {
     }
 
     /// Runs the block that begins so; what it said.
-    fn run(&self, cluster: &Cluster<'_>, begin: &str) -> Result<String> {
+    pub(super) fn run(&self, cluster: &Cluster<'_>, begin: &str) -> Result<String> {
         let block = self.0.iter().find(|block| block.starts_with(begin));
         let block = block.with_context(|| format!("deploy/README.md has no commands {begin:?}"))?;
         let values = deploy::values(cluster)?;
