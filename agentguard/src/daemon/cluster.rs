@@ -388,8 +388,8 @@ async fn write_down<T: Send + Sync + 'static>(
     }
 }
 
-fn of_node(NodePods { pods, namespaces }: NodePods) -> OfNode {
-    OfNode { pods, namespaces }
+fn of_node(NodePods { pods, namespaces, lacks_namespaces }: NodePods) -> OfNode {
+    OfNode { pods, namespaces, lacks_namespaces }
 }
 
 /// The file can not be used.
@@ -495,6 +495,9 @@ mod node_pods {
         version: u32,
         pods: Vec<SavedPod>,
         namespaces: Vec<(String, Labels)>,
+        /// Earlier versions knew no bound.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        lacks_namespaces: bool,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -542,10 +545,11 @@ mod node_pods {
             Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(ClusterFileError::Read { path, source }),
         };
-        let Saved { version, pods, namespaces } = match serde_json::from_slice(&text) {
-            Ok(saved) => saved,
-            Err(error) => return Err(ClusterFileError::Read { path, source: error.into() }),
-        };
+        let Saved { version, pods, namespaces, lacks_namespaces } =
+            match serde_json::from_slice(&text) {
+                Ok(saved) => saved,
+                Err(error) => return Err(ClusterFileError::Read { path, source: error.into() }),
+            };
         if version != VERSION {
             let other = format!("it has version {version}, and this agentguard reads {VERSION}");
             return Err(ClusterFileError::Read { path, source: io::Error::other(other) });
@@ -554,15 +558,17 @@ mod node_pods {
         Ok(Some(NodePods {
             pods: pods.map(|pod| (pod.uid.clone(), pod)).collect(),
             namespaces: namespaces.into_iter().collect(),
+            lacks_namespaces,
         }))
     }
 
     pub fn save(directory: &Path, known: &NodePods) -> Result<(), ClusterFileError> {
-        let NodePods { pods, namespaces } = known;
+        let NodePods { pods, namespaces, lacks_namespaces } = known;
         let saved = Saved {
             version: VERSION,
             pods: pods.values().map(SavedPod::from).collect(),
             namespaces: namespaces.iter().map(|(n, labels)| (n.clone(), labels.clone())).collect(),
+            lacks_namespaces: *lacks_namespaces,
         };
         let path = directory.join(FILE);
         serde_json::to_vec(&saved)
@@ -634,6 +640,7 @@ mod tests {
         let known = NodePods {
             pods: [(uid, pod)].into(),
             namespaces: [("agents".to_owned(), labels)].into(),
+            lacks_namespaces: true,
         };
         node_pods::save(directory.path(), &known).unwrap();
         assert_eq!(node_pods::load(directory.path()).unwrap(), Some(known));

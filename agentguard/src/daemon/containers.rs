@@ -129,6 +129,8 @@ enum Teller {
 pub struct Cluster {
     pub pods: BTreeMap<PodUid, Pod>,
     pub namespaces: BTreeMap<String, Labels>,
+    /// Whether there was no room for some of the namespaces.
+    pub lacks_namespaces: bool,
 }
 
 impl Containers {
@@ -370,9 +372,10 @@ impl Inputs {
                 node.containers.insert(id.clone(), container);
             }
         }
-        if let Some(Cluster { pods, namespaces }) = &self.cluster {
+        if let Some(Cluster { pods, namespaces, lacks_namespaces }) = &self.cluster {
             node.pods.clone_from(pods);
             node.namespaces.clone_from(namespaces);
+            node.lacks_namespaces = *lacks_namespaces;
         }
         node
     }

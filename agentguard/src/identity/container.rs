@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use agentguard_common::Mode;
 
-use super::pod::{Labels, Marked, Marking, Pod, PodUid};
+use super::pod::{AGENT, Labels, MODE, Marked, Marking, Pod, PodUid};
 use super::spiffe::SpiffeId;
 use super::template::{IdentityTemplate, Values};
 
@@ -106,6 +106,8 @@ pub struct Node {
     pub pods: BTreeMap<PodUid, Pod>,
     /// Labels of the namespaces, as the cluster says.
     pub namespaces: BTreeMap<String, Labels>,
+    /// Whether there was no room for some: one that is missing may have any labels.
+    pub lacks_namespaces: bool,
     /// What the runtimes say.
     pub sandboxes: BTreeMap<String, Sandbox>,
     pub containers: BTreeMap<String, Container>,
@@ -294,7 +296,12 @@ impl Rules {
 
     fn judge(&self, node: &Node, pod: &Pod) -> Marked {
         let of_namespace = node.namespaces.get(&pod.namespace);
-        self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace)
+        // The strictest that it may say.
+        let strictest =
+            || [(AGENT, "true"), (MODE, "enforce")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let assumed =
+            (of_namespace.is_none() && node.lacks_namespaces).then(|| Labels::from(strictest()));
+        self.marking.judge(Some(&pod.namespace), &pod.labels, of_namespace.or(assumed.as_ref()))
     }
 
     fn place_in_pod(
@@ -418,7 +425,6 @@ pub fn cgroup_of(pid: u32) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::pod::{AGENT, MODE};
 
     const UID: &str = "5c1a6f0e-7e0e-4b5e-9a52-8a1f0f6f3b11";
 
@@ -596,6 +602,23 @@ mod tests {
         let told: Vec<_> = placed.iter().map(|one| (one.name.as_str(), one.unseen)).collect();
         let unseen = Some(Unseen::Cgroup);
         assert_eq!(told, [("1d-name", unseen), ("2e-name", unseen)]);
+    }
+
+    #[test]
+    fn a_pod_of_a_namespace_that_found_no_room_is_held_as_strictly_as_it_may_say() {
+        let rules = rules("spiffe://{trust_domain}/ns/{namespace}/pod/{pod}");
+        let placed = |lacks_namespaces, namespace: &str, labels: &[(&str, &str)]| {
+            let of_pod = Pod { namespace: namespace.to_owned(), ..pod(namespace, labels) };
+            let mut node = node(of_pod, "");
+            node.namespaces.remove(namespace);
+            node.lacks_namespaces = lacks_namespaces;
+            rules.place(&node).first().map(|placement| placement.mode)
+        };
+        assert_eq!(placed(false, "research", &[]), None);
+        assert_eq!(placed(true, "research", &[]), Some(Mode::Enforce));
+        assert_eq!(placed(true, "research", &[(MODE, "audit")]), Some(Mode::Audit));
+        assert_eq!(placed(true, "research", &[(AGENT, "false")]), None);
+        assert_eq!(placed(true, "kube-system", &[]), None);
     }
 
     #[test]

@@ -6,22 +6,24 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Pod as ApiPod;
+use k8s_openapi::api::core::v1::{Namespace, Pod as ApiPod};
 use kube::api::Api;
 use kube::{Client, ResourceExt as _};
 use tokio::task::JoinSet;
 
 use super::filled::{self, Change, Filled, change_map};
-use super::services::namespace;
 use super::watch::{Bound, Kept, Seen, bytes_of_texts, everything, follow};
-use crate::identity::pod::{Labels, Pod, PodUid};
+use crate::identity::pod::{AGENT, Labels, MODE, Pod, PodUid};
 use crate::scope::cluster::ObjectName;
 
 /// What the API server says of this node's pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodePods {
     pub pods: BTreeMap<PodUid, Pod>,
+    /// Those of their labels that can make an agent of a pod.
     pub namespaces: BTreeMap<String, Labels>,
+    /// Whether there was no room for some of the namespaces.
+    pub lacks_namespaces: bool,
 }
 
 /// The pods as they are known.
@@ -54,7 +56,7 @@ impl filled::Part for Part {
     fn without_room(self) -> &'static str {
         match self {
             Self::Pods => "those that are agents have no identity, and may do nothing",
-            Self::Namespaces => "their pods may do nothing, since it is not known which are agents",
+            Self::Namespaces => "their pods are held as agents in enforce mode",
         }
     }
 }
@@ -73,7 +75,9 @@ impl Kept for Pod {
 impl PodFeed {
     /// What is known, if both have been listed and something has changed since this was last asked.
     pub fn take(&self) -> Option<NodePods> {
-        self.0.take().map(|(known, _)| known.of_node)
+        let (mut known, _) = self.0.take()?;
+        known.of_node.lacks_namespaces = self.0.is_short_of(Part::Namespaces);
+        Some(known.of_node)
     }
 
     /// Waits until [`Self::take`] may have something.
@@ -139,7 +143,7 @@ pub async fn run(client: Client, node: String, feed: Arc<PodFeed>, bound: Bound)
     watches.spawn(follow(Api::all(client.clone()), of_node, bound, pod, move |seen| {
         own.see_pod(seen);
     }));
-    watches.spawn(follow(Api::all(client), everything(), bound, namespace, move |seen| {
+    watches.spawn(follow(Api::all(client), everything(), bound, marks, move |seen| {
         feed.see_namespace(seen);
     }));
     while let Some(ended) = watches.join_next().await {
@@ -147,6 +151,14 @@ pub async fn run(client: Client, node: String, feed: Arc<PodFeed>, bound: Bound)
             tracing::error!(%error, "a watch broke off; what it last said stays");
         }
     }
+}
+
+/// The labels of a namespace that say something of its pods.
+#[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]
+fn marks(namespace: &Namespace) -> Option<Labels> {
+    let all = namespace.metadata.labels.iter().flatten();
+    let marks = all.filter(|(key, _)| [AGENT, MODE].contains(&key.as_str()));
+    Some(marks.map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
 /// Also of one that has ended: its containers may not have, and who asks knows the runtime.

@@ -350,7 +350,7 @@ fn pod(pod: &Pod) -> Option<PodAddresses> {
 
 /// The labels of a namespace, of which its name is one.
 #[expect(clippy::unnecessary_wraps, reason = "kept of each object is an option")]
-pub(super) fn namespace(namespace: &Namespace) -> Option<Labels> {
+fn namespace(namespace: &Namespace) -> Option<Labels> {
     // Without any, the API leaves the field out.
     let labels = namespace.metadata.labels.clone().unwrap_or_default();
     Some(namespace_labels(&namespace.name_any(), labels))

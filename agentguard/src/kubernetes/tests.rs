@@ -288,7 +288,8 @@ fn fill(server: &Server) {
     server.put(
         "/api/v1/namespaces",
         json!({"apiVersion": "v1", "kind": "Namespace",
-            "metadata": {"name": "tools", "labels": {"team": "a"}}}),
+            "metadata": {"name": "tools",
+                "labels": {"team": "a", "agentguard.dev/mode": "audit"}}}),
     );
     server.put(
         "/api/v1/nodes",
@@ -520,7 +521,8 @@ async fn objects_and_pods_follow_the_cluster() {
     assert_eq!(uids, ["uid-done", "uid-git-1"]);
     let git = &pods.pods[&PodUid::new("uid-git-1").unwrap()];
     assert_eq!(git.service_account.as_deref(), Some("git"));
-    assert_eq!(pods.namespaces["tools"]["team"], "a");
+    let marks = [("agentguard.dev/mode".to_owned(), "audit".to_owned())];
+    assert_eq!(pods.namespaces["tools"], marks.into(), "what marks agents, and nothing else");
 
     server.go_away().await;
     let outage = async {

@@ -119,14 +119,16 @@ impl LeftOut {
         effect: &str,
     ) -> bool {
         let told = self.told(what, effect);
+        let is_left_out = told.is_some();
         let reserved = self.reserved.clone();
-        let before = if told.is_some() { all.insert(part, self) } else { all.remove(&part) };
+        let before = if is_left_out { all.insert(part, self) } else { all.remove(&part) };
         match (&before, told) {
             (None, Some(problem)) => tracing::error!("{problem}"),
             (Some(_), None) => tracing::info!("there is room for all {what} again"),
             (None, None) | (Some(_), Some(_)) => {}
         }
-        before.map(|before| before.reserved).unwrap_or_default() != reserved
+        let is_other = before.is_some() != is_left_out;
+        is_other || before.map(|before| before.reserved).unwrap_or_default() != reserved
     }
 
     /// One sentence, where there are any. `effect` says what becomes of them.
