@@ -11,6 +11,8 @@ mod counting;
 mod doors;
 #[path = "datapath/fixture.rs"]
 mod fixture;
+#[path = "datapath/full.rs"]
+mod full;
 #[path = "datapath/generations.rs"]
 mod generations;
 #[path = "datapath/leaving.rs"]

@@ -112,7 +112,9 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     }
     let task = Task(ctx.arg(2));
     let destination = maps::member(cgroup.id());
-    let origin = by_descent(task.address());
+    // One that found no room among the tasks may have found it here.
+    let by_move = || maps::moved(task.tgid()).map(|moved| moved.workload);
+    let origin = by_descent(task.address()).or_else(by_move);
     match (origin, destination) {
         // The daemon may be about to hear whose the cgroup is.
         (None, None) => entered(task),
@@ -157,8 +159,10 @@ fn hand_down_stage(parent: Task, child: Task) {
 /// Whether the calling process, which moves another or itself or makes a cgroup, is a workload's.
 #[inline(always)]
 fn mover() -> Mover {
-    let workload =
-        by_descent(kernel::current_task()).or_else(|| maps::member(kernel::current_cgroup()));
+    let by_move = || maps::moved(kernel::current_tgid()).map(|moved| moved.workload);
+    let workload = by_descent(kernel::current_task())
+        .or_else(|| maps::member(kernel::current_cgroup()))
+        .or_else(by_move);
     match workload {
         Some(_workload) => Mover::Workload,
         None => Mover::Host,

@@ -50,6 +50,19 @@ pub(crate) const SMALL: Sizes = Sizes {
     allowed_ring: 1 << 16,
 };
 
+/// Tables that are soon full.
+pub(crate) const SCARCE: Sizes = Sizes {
+    workloads: 2,
+    cgroups: 2,
+    destinations: 8,
+    rules: 8,
+    executables: 8,
+    unix_names: 2,
+    unix_sockets: 2,
+    tasks: 16,
+    ..SMALL
+};
+
 /// A datapath with a workload's cgroup; dropped, both go, with what runs there.
 pub(crate) struct Fixture {
     pub(crate) datapath: Datapath,
@@ -98,6 +111,10 @@ impl Fixture {
         let name = unused_name();
         let (pins, pin_directory) = match env::var_os(SHARED_PINS) {
             Some(shared) if sizes == SMALL => (Pins::Shared, PathBuf::from(shared)),
+            Some(mut shared) if sizes == SCARCE => {
+                shared.push("-scarce");
+                (Pins::Shared, PathBuf::from(shared))
+            }
             Some(_) | None => {
                 let own = pin_directory_of(&name);
                 (Pins::Own(own.clone()), own)

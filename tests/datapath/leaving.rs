@@ -4,7 +4,7 @@ use std::fs;
 
 use agentguard_common::Mode;
 
-use crate::fixture::{Fixture, SMALL, WORKLOAD, cgroup_id, move_to};
+use crate::fixture::{Fixture, SCARCE, WORKLOAD, cgroup_id, move_to};
 use crate::worker::Worker;
 
 const CONNECT: &str = "connect udp 127.0.0.1:9";
@@ -113,7 +113,7 @@ fn a_child_cgroup_is_born_with_its_parents_tag_and_forgotten_when_it_goes() {
 
 #[test]
 fn whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted() {
-    let mut fixture = Fixture::with(agentguard::datapath::Sizes { cgroups: 2, ..SMALL });
+    let mut fixture = Fixture::with(SCARCE);
     let mut worker = fixture.worker();
     fixture.attach(Mode::Enforce, &[]);
     let make = |name| format!("mkdir {}", fixture.cgroup.join(name).display());
@@ -146,7 +146,7 @@ fn a_moved_process_is_nobodys_when_its_workload_goes() {
 
 #[test]
 fn the_host_may_make_cgroups_when_the_table_is_full_and_what_comes_into_them_is_held() {
-    let mut fixture = Fixture::with(agentguard::datapath::Sizes { cgroups: 2, ..SMALL });
+    let mut fixture = Fixture::with(SCARCE);
     let mut worker = fixture.worker();
     fixture.attach(Mode::Enforce, &[]);
     for name in ["one", "two", "three"] {

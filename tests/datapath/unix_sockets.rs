@@ -50,7 +50,7 @@ impl Drop for Directory {
 }
 
 fn entries(fixture: &Fixture, table: &str) -> usize {
-    let fill = fixture.datapath.fill(&crate::fixture::SMALL);
+    let fill = fixture.datapath.fill();
     fill.iter().find(|fill| fill.table == table).unwrap().entries
 }
 
@@ -77,21 +77,6 @@ fn rows_and_names_come_and_go() {
     assert_eq!(fixture.datapath.unix_names(), []);
     let next = AllowlistId(second.allowlist.0 + 1);
     assert_eq!(fixture.datapath.sweep(next, RuleSetId(u32::MAX)).unwrap(), 1);
-    assert_eq!(entries(&fixture, "unix_sockets"), 0);
-}
-
-#[test]
-fn a_full_table_of_unix_sockets_takes_nothing_of_an_allow_list() {
-    let mut fixture =
-        Fixture::with(agentguard::datapath::Sizes { unix_sockets: 1, ..crate::fixture::SMALL });
-    let directory = Directory::new("full");
-    let two = [directory.permit(NAME), directory.permit(UnixNameId(2))];
-    let rows = agentguard::allowlist::compile::compile(&two)
-        .unwrap()
-        .rows(AllowlistId(1), RuleSetId(1))
-        .unwrap();
-    let error = fixture.datapath.load_allowlist(&rows).unwrap_err();
-    assert!(error.to_string().contains("UNIX_SOCKETS"), "{error}");
     assert_eq!(entries(&fixture, "unix_sockets"), 0);
 }
 

@@ -174,6 +174,13 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
         ["move", cgroup] => fs::write(format!("{cgroup}/cgroup.procs"), "0").map(ok),
         ["mkdir", cgroup] => fs::create_dir(cgroup).map(ok),
         ["end-leader"] => end_leader(),
+        ["threads", number] => {
+            for _ in 0..number.parse::<u32>().unwrap() {
+                thread::Builder::new().spawn(|| thread::park())?;
+            }
+            Ok("ok".to_owned())
+        }
+        ["children-leave", number, cgroup] => children_leave(number.parse().unwrap(), cgroup),
         ["clone-into", cgroup] => clone_into(cgroup),
         ["flood", kind, threads, each] => {
             Ok(flood(*kind == "distinct", threads.parse().unwrap(), each.parse().unwrap()))
@@ -254,6 +261,55 @@ fn end_leader() -> io::Result<String> {
         thread::sleep(Duration::from_millis(10));
     }
     Ok("lives".to_owned())
+}
+
+/// Children that live all at once, and then each move to another cgroup and connect to somewhere: how many
+/// were killed, refused the connect, and had it.
+fn children_leave(number: usize, cgroup: &str) -> io::Result<String> {
+    const REFUSED: i32 = 77;
+    let procs = std::ffi::CString::new(format!("{cgroup}/cgroup.procs"))?;
+    // SAFETY: zeroes are an address of no family.
+    let mut nowhere: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    nowhere.sin_family = libc::AF_INET as u16;
+    nowhere.sin_port = 9_u16.to_be();
+    nowhere.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+    let mut children = Vec::new();
+    for _ in 0..number {
+        // SAFETY: the child runs on a copy and makes async-signal-safe calls only, with pointers to
+        // what was made before it.
+        let child = unsafe { libc::fork() };
+        if child < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if child > 0 {
+            children.push(child);
+            continue;
+        }
+        // SAFETY: as above.
+        unsafe {
+            libc::usleep(300_000);
+            let file = libc::open(procs.as_ptr(), libc::O_WRONLY);
+            libc::write(file, c"0".as_ptr().cast(), 1);
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+            let size = size_of_val(&nowhere) as u32;
+            let connected = libc::connect(socket, (&raw const nowhere).cast(), size);
+            libc::_exit(if connected == 0 { 0 } else { REFUSED });
+        }
+    }
+    let (mut killed, mut refused, mut free) = (0, 0, 0);
+    for child in children {
+        let mut status = 0;
+        // SAFETY: a child of this process, and room for its status.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        if libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL {
+            killed += 1;
+        } else if libc::WEXITSTATUS(status) == REFUSED {
+            refused += 1;
+        } else {
+            free += 1;
+        }
+    }
+    Ok(format!("{killed} killed, {refused} refused, {free} free"))
 }
 
 /// A child that is born in another cgroup and waits there; how it ends, or that it lives.

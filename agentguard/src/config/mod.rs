@@ -208,7 +208,7 @@ pub struct Maps {
     pub unix_sockets: Capacity,
     /// Names of unix sockets that scopes mention.
     pub unix_names: Capacity,
-    /// Processes of workloads, by descent.
+    /// Processes of workloads, by descent, and as many again that were moved.
     pub tasks: Capacity,
     /// Verdicts that are remembered; the oldest make room.
     pub verdict_cache: Capacity,

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use agentguard_common::allowlist::{NEVER, UnixName};
 use agentguard_common::stats::{Counters, OTHER};
 use agentguard_common::{
-    AllowlistId, CgroupId, FileId, GrantId as GrantNumber, IdentityId, Mode, RuleSetId, ScopeId,
-    Tag, UnixNameId, UnixSocket, WorkloadId,
+    AllowlistId, CgroupId, FileId, GrantId as GrantNumber, IdentityId, Layer, Mode, RuleSetId,
+    ScopeId, Tag, UnixNameId, UnixSocket, WorkloadId,
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -39,7 +39,7 @@ use crate::audit::record::{
 };
 use crate::audit::text::Text;
 use crate::config::{Configuration, HostError};
-use crate::datapath::{Datapath, DatapathError, LoadError, Protection, cgroup_id};
+use crate::datapath::{Datapath, DatapathError, Door, DoorState, LoadError, Protection, cgroup_id};
 use crate::fault;
 use crate::grant::clock::{Clock, boot_ns};
 use crate::grant::store::{GrantStore, Phase, Revocation, Source, State, StoredGrant};
@@ -220,6 +220,14 @@ struct Installed {
     counters: u16,
 }
 
+/// How much of the promise is kept for a workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    pub all: Protection,
+    /// By each layer's hooks.
+    pub layers: [(Layer, Protection); 2],
+}
+
 /// A change was not made; what was in force is in force.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -292,6 +300,8 @@ pub struct Engine {
     unsettled: bool,
     /// Workloads that are not held whole, and why: each is denied everything, and tried again.
     unfit: BTreeMap<WorkloadId, String>,
+    /// Why not every program that runs containers is known to the kernel, if that is so.
+    runtimes_problem: Option<String>,
     /// Why another build is in force still, where one is.
     not_in_force: Option<String>,
     /// Workloads in the kernel of which an earlier daemon wrote down nothing.
@@ -350,6 +360,7 @@ impl Engine {
             next_change: None,
             unsettled: false,
             unfit: BTreeMap::new(),
+            runtimes_problem: None,
             not_in_force: None,
             orphans: BTreeSet::new(),
             ticks: 0,
@@ -410,9 +421,18 @@ impl Engine {
     /// Tells the kernel which programs run containers: what each has its child do in a workload's
     /// cgroup, before anything of the workload has run there, is not the workload's.
     pub fn set_runtimes(&mut self, programs: &BTreeSet<FileId>) {
-        if let Err(error) = self.datapath.set_runtimes(programs) {
-            tracing::error!(%error, "the steps of container runtimes are judged as the agents'");
-        }
+        let set = self.datapath.set_runtimes(programs);
+        self.runtimes_problem = set.err().map(|error| {
+            let why = format!("steps of container runtimes are judged as the agents': {error}");
+            tracing::error!("{why}");
+            why
+        });
+    }
+
+    /// Why not every program that runs containers is known to the kernel, if that is so.
+    #[must_use]
+    pub fn runtimes_problem(&self) -> Option<&str> {
+        self.runtimes_problem.as_deref()
     }
 
     /// Where the host's files are seen.
@@ -1122,6 +1142,10 @@ impl Engine {
                     (identity, mode, containers);
             }
             self.reconcile();
+            if let Err(error) = self.hold(id) {
+                tracing::error!(%error, "a workload is refused everything; trying again");
+                self.unfit.insert(id, error.to_string());
+            }
             return Err(error);
         }
         self.record_workload(id, WorkloadChange::Changed, &[]);
@@ -1182,17 +1206,39 @@ impl Engine {
     /// Puts tag and hooks on a workload whose allow-list is in force.
     fn hold(&mut self, id: WorkloadId) -> Result<(), EngineError> {
         let Some(workload) = self.workloads.get(&id) else { return Ok(()) };
-        let identity = workload.identity.as_ref();
-        let tag = workload.tag(identity.and_then(|identity| self.installed.get(identity)));
-        let switched = self.datapath.switch(id, tag);
+        let tag = workload.tag(self.installed_of(workload));
+        let nothing = self.tag_of_nothing(workload);
+        let is_unfit = self.unfit.contains_key(&id);
+        let switched = self.datapath.switch(id, if is_unfit { nothing } else { tag });
         fault::point("hold.tag");
         // Also without room for its tag: who belongs to a workload without one is denied everything.
         let captured = self.datapath.capture(&workload.cgroup, id);
         fault::point("hold.captured");
+        if captured.is_err() {
+            // What is held of it is held to nothing, since not all of it is. Where there is no row for
+            // its tag either, that is so already.
+            let _no_room = self.datapath.switch(id, nothing);
+        }
         switched?;
         captured?;
+        if is_unfit {
+            self.datapath.switch(id, tag)?;
+        }
         self.unfit.remove(&id);
         Ok(())
+    }
+
+    fn installed_of(&self, workload: &Workload) -> Option<&Installed> {
+        self.installed.get(workload.identity.as_ref()?)
+    }
+
+    /// The tag of a workload that is denied everything, the start of a container too, as the identity
+    /// that it has.
+    fn tag_of_nothing(&self, workload: &Workload) -> Tag {
+        let installed = self.installed_of(workload);
+        let (number, counters) = installed
+            .map_or((IdentityId::NONE, OTHER), |installed| (installed.number, installed.counters));
+        Tag::new(number, workload.mode, AllowlistId::NONE, RuleSetId::NONE, counters)
     }
 
     /// Puts this build in force in the place of another one, once it holds all that there is: at once
@@ -1242,6 +1288,47 @@ impl Engine {
         self.unfit.iter().filter_map(|(id, why)| {
             let workload = self.workloads.get(id)?;
             Some(format!("workload {} is refused everything: {why}", workload.name))
+        })
+    }
+
+    /// How much of the promise is kept for a workload. It may be less than this kernel gives: a hook may
+    /// be gone from its cgroup, or a table may have no room for it.
+    #[must_use]
+    pub fn kept_for(&self, workload: &Workload) -> Kept {
+        let states = self.states_of(workload);
+        let unfit = self.unfit.get(&workload.id);
+        let but_for = |protection: Protection| match unfit {
+            Some(why) => protection.without(format!("what its grants permit: {why}")),
+            None => protection,
+        };
+        Kept {
+            all: but_for(self.datapath.protection_by(&states)),
+            layers: Layer::ALL.map(|layer| (layer, but_for(Protection::of_layer(&states, layer)))),
+        }
+    }
+
+    fn states_of(&self, workload: &Workload) -> Vec<(Door, DoorState)> {
+        let states = self.datapath.states_of(workload.cgroup_id, workload.id);
+        // Where the cgroup is gone, there is nothing left to hold.
+        if states != self.datapath.states() && !workload.cgroup.exists() {
+            return self.datapath.states().to_vec();
+        }
+        states
+    }
+
+    /// What this kernel gives and a workload lacks, one sentence for each.
+    pub fn not_held(&self) -> impl Iterator<Item = String> {
+        self.workloads.values().flat_map(|workload| {
+            let states = self.states_of(workload);
+            let given = self.datapath.states().iter();
+            let lacks = given.zip(states).filter_map(|((_, given), (door, state))| match state {
+                DoorState::Unavailable(why) if *given == DoorState::Active => Some(format!(
+                    "workload {} is not held by {} ({}): {why}",
+                    workload.name, door.hook, door.closes
+                )),
+                DoorState::Unavailable(_) | DoorState::Active => None,
+            });
+            lacks.collect::<Vec<_>>()
         })
     }
 
@@ -1384,6 +1471,9 @@ impl Engine {
         }
         self.follow_moved();
         self.end_empty_workloads();
+        if let Err(error) = self.datapath.keep_reserve() {
+            tracing::error!(%error, "no places are kept free for the cgroups of workloads to come");
+        }
         // Before anything new is written: a full table may have room again.
         self.sweep();
         if self.have_directories_changed() || is_due || self.unsettled {
@@ -1540,7 +1630,7 @@ impl Engine {
     ) {
         let Some(workload) = self.workloads.get(&id) else { return };
         let name = self.names.workload(id);
-        let (protection, missing) = protection_of(&self.datapath.protection());
+        let (protection, missing) = protection_of(&self.kept_for(workload).all);
         self.audit.append(RecordBody::Workload(Box::new(WorkloadRecord {
             change,
             workload: NamedWorkload {
@@ -1834,14 +1924,16 @@ pub fn protection_of(protection: &Protection) -> (ProtectionWord, Vec<Missing>) 
         Protection::Full => (ProtectionWord::Full, Vec::new()),
         Protection::None => (ProtectionWord::None, Vec::new()),
         Protection::Partial(missing) => {
-            let missing = missing.iter().map(|what| {
-                let (what, why) =
-                    what.split_once(": ").unwrap_or((what, "not in the portable layer"));
-                Missing { what: Text::new(what), why: Text::new(why) }
-            });
-            (ProtectionWord::Partial, missing.collect())
+            (ProtectionWord::Partial, missing.iter().map(|what| missing_of(what)).collect())
         }
     }
+}
+
+/// What is missing and why, out of one sentence.
+#[must_use]
+pub fn missing_of(sentence: &str) -> Missing {
+    let (what, why) = sentence.split_once(": ").unwrap_or((sentence, "not in the portable layer"));
+    Missing { what: Text::new(what), why: Text::new(why) }
 }
 
 /// Whether a cgroup or one below it has processes; `None` if it is gone.

@@ -50,7 +50,7 @@ pub use self::standalone::{Ended, LAUNCH, exec_standalone, launch};
 pub use self::uninstall::uninstall;
 
 use self::containers::Containers;
-use self::engine::{Cgroups, Engine, protection_of};
+use self::engine::{Cgroups, Engine, missing_of, protection_of};
 use self::lock::Locks;
 use self::names::Names;
 use self::service::{Daemon, Shared};
@@ -269,7 +269,7 @@ fn set_up(
     if !locks.holds(pins) {
         locks.take(pins)?;
     }
-    check_required(configuration.require, &datapath)?;
+    let datapath = check_required(configuration.require, datapath)?;
     let audit = AuditLog::open(configuration.audit.options(), &node)?;
     let saved = state::load(configuration.state_directory.as_ref())?;
     let names = Arc::new(Names::restore(saved.names.clone()));
@@ -372,9 +372,9 @@ fn pump_diagnostics(engine: &mut Engine, stop: &Arc<AtomicBool>) {
     }
 }
 
-/// Whether the kernel gives what is required of it. What no kernel gives to this version is no reason:
-/// `status` says it.
-fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonError> {
+/// Whether the kernel gives what is required of it; where it does not, nothing of this start is left.
+/// What no kernel gives to this version is no reason: `status` says it.
+fn check_required(require: Require, datapath: Datapath) -> Result<Datapath, DaemonError> {
     let (require, layers): (_, &[Layer]) = match require {
         Require::Full => ("full", &[Layer::Portable, Layer::Lsm]),
         Require::Portable => ("portable", &[Layer::Portable]),
@@ -383,14 +383,19 @@ fn check_required(require: Require, datapath: &Datapath) -> Result<(), DaemonErr
     let missing = |layer: &Layer| Protection::missing_doors(datapath.states(), *layer);
     let missing: Vec<String> = layers.iter().flat_map(missing).collect();
     if missing.is_empty() {
-        return Ok(());
+        return Ok(datapath);
     }
+    datapath.abandon()?;
     Err(DaemonError::NotEnough { require, missing: missing.join("; ") })
 }
 
 fn record_start(audit: &AuditLog, datapath: &Datapath) {
     let layer = |layer: Layer, word: record::Layer| {
-        let (protection, missing) = protection_of(&Protection::of_layer(datapath.states(), layer));
+        let states = datapath.states();
+        let (protection, _) = protection_of(&Protection::of_layer(states, layer));
+        // Also of a layer that is missing whole: why, hook by hook.
+        let missing = Protection::missing_doors(states, layer);
+        let missing = missing.iter().map(|what| missing_of(what)).collect();
         LayerProtection { layer: word, protection, missing }
     };
     let mut lsm = layer(Layer::Lsm, record::Layer::Lsm);

@@ -1,6 +1,5 @@
 //! The daemon's verbs, as the control API calls them.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, ToSocketAddrs as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -22,7 +21,7 @@ use tokio::sync::broadcast;
 use super::cluster::Health;
 use super::confine::{Candidate, confine, launch_files};
 use super::containers::{self, Containers, Report};
-use super::engine::{Engine, Failed, Workload, WorkloadSource, now};
+use super::engine::{Engine, Failed, Kept, Workload, WorkloadSource, now};
 use super::host;
 use super::launch::file_id;
 use super::nri;
@@ -235,6 +234,9 @@ impl Service for Daemon {
         gaps.extend(self.0.cluster.iter().flat_map(Health::problems));
         gaps.extend(unwritten);
         gaps.extend(engine.unfit());
+        gaps.extend(engine.not_held());
+        gaps.extend(engine.datapath.full_tables());
+        gaps.extend(engine.runtimes_problem().map(str::to_owned));
         gaps.extend(engine.not_in_force().map(str::to_owned));
         let Report { unseen, problems } = shared.containers.report();
         gaps.extend(problems);
@@ -491,32 +493,27 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         .collect();
     let metrics = &shared.metrics;
     metrics.set_verdicts(&rows);
-    let protection = kept(&engine.datapath.protection());
     let states = engine.datapath.states();
     let layers = event::Layer::ALL.map(|layer| (layer, kept(&Protection::of_layer(states, layer))));
     for (layer, protection) in layers {
         metrics.set_protection(layer, protection);
     }
-    let mut identities: BTreeMap<&str, u64> = BTreeMap::new();
+    let unseen = shared.containers.report().unseen;
+    let mut by_layer = Vec::new();
+    let mut workloads = Vec::new();
     for workload in engine.workloads() {
         let identity = workload.identity.as_ref().map_or("", |identity| identity.as_str());
-        *identities.entry(identity).or_default() += 1;
+        let Kept { all, layers } = engine.kept_for(workload);
+        workloads.push((workload.mode, kept(&all), 1));
+        by_layer.extend(layers.iter().map(|(layer, held)| (*layer, kept(held), identity, 1)));
     }
-    let unseen = shared.containers.report().unseen;
-    let mut unseen_identities: BTreeMap<&str, u64> = BTreeMap::new();
     for placement in &unseen {
         let identity = placement.identity.as_ref().map_or("", |identity| identity.as_str());
-        *unseen_identities.entry(identity).or_default() += 1;
+        let none = metrics::Protection::None;
+        workloads.push((placement.mode, none, 1));
+        by_layer.extend(event::Layer::ALL.map(|layer| (layer, none, identity, 1)));
     }
-    metrics.set_workload_protection(&layers, &identities, &unseen_identities);
-    let workloads: Vec<_> = agentguard_common::Mode::ALL
-        .into_iter()
-        .flat_map(|mode| {
-            let held = engine.workloads().filter(|workload| workload.mode == mode).count();
-            let open = unseen.iter().filter(|placement| placement.mode == mode).count();
-            [(mode, protection, held as u64), (mode, metrics::Protection::None, open as u64)]
-        })
-        .collect();
+    metrics.set_workload_protection(&by_layer);
     metrics.set_workloads(&workloads);
     let counts = engine.store.counts(Timestamp::now());
     metrics.set_grants(metrics::GrantCounts {
@@ -530,7 +527,7 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
     metrics.set_nri_connected(matches!(shared.containers.nri.state(), nri::State::Connected(_)));
     metrics.set_manifest_errors(engine.manifests.errors.len() as u64);
     metrics.set_cluster_left_out(shared.cluster.as_ref().map_or(0, Health::left_out));
-    for fill in engine.datapath.fill(&super::sizes(&shared.configuration)) {
+    for fill in engine.datapath.fill() {
         metrics.set_map(fill.table, fill.entries as u64, fill.capacity as u64);
     }
     let counts = shared.audit.counts();
@@ -659,7 +656,7 @@ fn workload_view(engine: &Engine, workload: &Workload) -> WorkloadView {
         identity: workload.identity.as_ref().map(ToString::to_string),
         cgroup: format!("/{}", below.display()),
         mode: workload.mode.into(),
-        protection: level(&engine.datapath.protection()),
+        protection: level(&engine.kept_for(workload).all),
         source: workload.source.as_str().to_owned(),
         processes: processes(&workload.cgroup),
         generation: tag.map_or(0, |tag| u64::from(tag.allowlist.0)),

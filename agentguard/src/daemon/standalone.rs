@@ -89,7 +89,7 @@ async fn supervise(
         settings: settings(configuration),
     })
     .map_err(DaemonError::from)?;
-    super::check_required(configuration.require, &datapath)?;
+    let datapath = super::check_required(configuration.require, datapath)?;
     let cgroups = Cgroups::of(configuration).map_err(DaemonError::from)?;
     let node = configuration.node_name().map_err(DaemonError::from)?.to_string();
     let audit =

@@ -140,6 +140,8 @@ pub struct Datapath {
     pub(super) tables: Tables,
     states: Vec<(Door, DoorState)>,
     adopted: bool,
+    /// Whether this start loaded the programs, and did not find them in force.
+    loaded: bool,
     /// What the programs say of themselves, until somebody takes it to read.
     diagnostics: Option<Diagnostics>,
 }
@@ -194,10 +196,25 @@ impl Datapath {
             Self::set_up(pins, options, adopted)?
         };
         datapath.set(options.settings)?;
+        datapath.keep_reserve().map_err(|error| LoadError::part("CGROUPS", error))?;
         if datapath.pins.others()?.is_empty() {
             datapath.open_gates()?;
         }
         Ok(datapath)
+    }
+
+    /// Takes back what this start set up, where nothing of it holds anything yet: all of it or, beside
+    /// another build in force, the programs of this one. What an earlier start left is in force still.
+    ///
+    /// # Errors
+    ///
+    /// When a pin can not be removed.
+    pub fn abandon(self) -> Result<(), LoadError> {
+        match (self.loaded, self.has_others()?) {
+            (true, false) => pins::remove_all(self.pins.root()).map(drop),
+            (true, true) => self.pins.remove_unfinished(),
+            (false, _) => Ok(()),
+        }
     }
 
     /// Whether the kernel half was in force before.
@@ -234,7 +251,13 @@ impl Datapath {
     /// How much of the promise is kept.
     #[must_use]
     pub fn protection(&self) -> Protection {
-        Protection::of(&self.states, self.gaps())
+        self.protection_by(&self.states)
+    }
+
+    /// What doors in these states, such as those of one workload, add up to.
+    #[must_use]
+    pub fn protection_by(&self, states: &[(Door, DoorState)]) -> Protection {
+        Protection::of(states, protection::gaps(states, self.pins.ends_others()))
     }
 
     fn set_up(pins: Pins, options: &Options, adopted: bool) -> Result<Self, LoadError> {
@@ -264,14 +287,14 @@ impl Datapath {
             states.push((*door, state));
         }
         let (programs, globals) = open_programs(&pins, &states)?;
-        let tables = Tables::open(&pins)?;
+        let tables = Tables::open(&pins, &options.sizes)?;
         let diagnostics = Diagnostics::of(&mut ebpf);
         pins.mark_ready()?;
         fault::point("load.ready");
-        Ok(Self { programs, globals, pins, tables, states, adopted, diagnostics })
+        Ok(Self { programs, globals, pins, tables, states, adopted, loaded: true, diagnostics })
     }
 
-    fn adopt(pins: Pins, _options: &Options) -> Result<Self, LoadError> {
+    fn adopt(pins: Pins, options: &Options) -> Result<Self, LoadError> {
         let state = |door: &Door| {
             if !pins.program(door.program).exists() {
                 let reason = "this build was set up without it: the kernel did not take it, or what \
@@ -285,11 +308,20 @@ impl Datapath {
         };
         let states: Vec<_> = doors().iter().map(|door| (*door, state(door))).collect();
         let (programs, globals) = open_programs(&pins, &states)?;
-        let tables = Tables::open(&pins)?;
+        let tables = Tables::open(&pins, &options.sizes)?;
         let diagnostics =
             programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
         fault::point("load.adopted");
-        Ok(Self { programs, globals, pins, tables, states, adopted: true, diagnostics })
+        Ok(Self {
+            programs,
+            globals,
+            pins,
+            tables,
+            states,
+            adopted: true,
+            loaded: false,
+            diagnostics,
+        })
     }
 }
 
@@ -442,7 +474,7 @@ fn load<'a>(
 ) -> Result<Ebpf, LoadError> {
     let Sizes {
         workloads,
-        cgroups,
+        cgroups: _,
         destinations,
         rules,
         executables,
@@ -460,8 +492,9 @@ fn load<'a>(
         .override_global("OFFSETS", offsets, true)
         .override_global("ACHIEVED", achieved, true)
         .map_max_entries("WORKLOADS", workloads)
-        .map_max_entries("CGROUPS", cgroups)
-        .map_max_entries("MOVED", workloads)
+        .map_max_entries("CGROUPS", options.sizes.cgroup_rows())
+        // Whoever was moved is a task: there is room where there is for it.
+        .map_max_entries("MOVED", tasks)
         .map_max_entries("TASKS", tasks)
         .map_max_entries("DESTINATIONS", destinations)
         .map_max_entries("RULES", rules)

@@ -91,6 +91,11 @@ impl Pins {
         }
     }
 
+    /// Where everything of every build is pinned.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Every table with where it is pinned.
     pub(super) fn maps(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
         let state = STATE.iter().map(|name| (*name, self.state.join(name)));

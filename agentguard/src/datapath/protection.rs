@@ -301,6 +301,19 @@ impl Protection {
         Self::of(&states, Vec::new())
     }
 
+    /// As much as this, but for what is missing for another reason as well.
+    #[must_use]
+    pub fn without(self, missing: String) -> Self {
+        match self {
+            Self::Full => Self::Partial(vec![missing]),
+            Self::Partial(mut others) => {
+                others.insert(0, missing);
+                Self::Partial(others)
+            }
+            Self::None => Self::None,
+        }
+    }
+
     /// Doors of a layer that nothing closes, with the reasons.
     #[must_use]
     pub fn missing_doors(states: &[(Door, DoorState)], layer: Layer) -> Vec<String> {
@@ -381,5 +394,8 @@ mod tests {
         let lsm = states.iter_mut().find(|(door, _)| door.layer == Layer::Lsm).unwrap();
         lsm.1 = DoorState::Active;
         assert!(matches!(Protection::of_layer(&states, Layer::Lsm), Protection::Partial(_)));
+        let portable = Protection::of_layer(&states, Layer::Portable).without("why".to_owned());
+        assert_eq!(portable, Protection::Partial(vec!["why".to_owned()]));
+        assert_eq!(Protection::None.without("why".to_owned()), Protection::None);
     }
 }

@@ -28,16 +28,20 @@ use aya::programs::{
 #[expect(deprecated, reason = "aya calls it so for the newer one, which older kernels lack")]
 use aya::maps::CgroupStorage;
 
+use super::capacity::{Capacities, Fill, is_full};
 use super::events::Rings;
-use super::load::{CgroupProgram, Datapath, LoadError};
+use super::load::{CgroupProgram, Datapath, LoadError, Sizes};
 use super::pins::Pins;
+use super::protection::{Door, DoorState};
 use crate::allowlist::compile::Rows;
 
 /// The datapath did not take a change; nothing of it is in force.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
+    #[error("the kernel's table {table} is full: it has room for {capacity} rows; {remedy}")]
+    Full { table: &'static str, capacity: u32, remedy: &'static str },
     #[error(
-        "the kernel's table {table} did not take a row: {source}; raise its size in the configuration if it is full"
+        "the kernel's table {table} did not take a row: {source}; see the kernel's log (dmesg)"
     )]
     Table { table: &'static str, source: MapError },
     #[error("the cgroup {path} can not be opened: {source}")]
@@ -48,23 +52,16 @@ pub enum DatapathError {
     Unpin { path: PathBuf, source: io::Error },
 }
 
-fn row(table: &'static str) -> impl Fn(MapError) -> DatapathError {
-    move |source| DatapathError::Table { table, source }
-}
+/// Rows of CGROUPS that are kept for cgroups that user space brings: a workload that makes cgroups until
+/// the table is full takes no room of the next one's. Each is the row of a cgroup that can not be,
+/// given up for one that is.
+const RESERVE: u32 = 256;
 
 /// How often a row of counters is copied at most until every CPU's part is one that reconciles.
 const COPIES: u32 = 50;
 /// For how long what counts in it is left to end: some hundred nanoseconds, or its thread's turn when
 /// it was preempted.
 const BETWEEN_COPIES: Duration = Duration::from_micros(100);
-
-/// How full a table is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fill {
-    pub table: &'static str,
-    pub entries: usize,
-    pub capacity: usize,
-}
 
 /// The kernel's tables, by what they mean.
 #[expect(deprecated, reason = "see the import of CgroupStorage")]
@@ -84,13 +81,25 @@ pub(super) struct Tables {
     counters: PerCpuArray<MapData, Counters>,
     settings: Array<MapData, Settings>,
     attachments: CgroupStorage<MapData, Attachment>,
+    capacities: Capacities,
+    /// The rows of CGROUPS that are kept free.
+    reserve: BTreeSet<CgroupId>,
+    /// How many there are to be.
+    reserved: u32,
 }
 
 impl Tables {
-    pub(super) fn open(pins: &Pins) -> Result<Self, LoadError> {
+    pub(super) fn open(pins: &Pins, sizes: &Sizes) -> Result<Self, LoadError> {
+        let capacities = Capacities::read(pins)?;
+        // One of an earlier version has no room for them.
+        let room = capacities.of("CGROUPS").saturating_sub(sizes.cgroups);
+        let cgroups: HashMap<MapData, CgroupId, Membership> = open(pins, "CGROUPS")?;
         Ok(Self {
+            reserved: sizes.reserved_cgroups().min(room),
+            reserve: cgroups.keys().filter_map(Result::ok).filter(|id| is_reserve(*id)).collect(),
+            capacities,
             workloads: open(pins, "WORKLOADS")?,
-            cgroups: open(pins, "CGROUPS")?,
+            cgroups,
             moved: open(pins, "MOVED")?,
             followed: open(pins, "FOLLOWED")?,
             tasks: open(pins, "TASKS")?,
@@ -105,6 +114,24 @@ impl Tables {
             settings: open(pins, "SETTINGS")?,
             attachments: open(pins, "ATTACHMENTS")?,
         })
+    }
+}
+
+impl Tables {
+    /// Makes a cgroup a workload's, in a place that is kept free where there is no other.
+    fn enroll(&mut self, cgroup: CgroupId, membership: Membership) -> Result<(), DatapathError> {
+        loop {
+            match self.cgroups.insert(cgroup, membership, 0) {
+                Err(error) if is_full(&error) => {
+                    let error = self.capacities.row("CGROUPS")(error);
+                    // The kernel half may take the place in between; then there is another.
+                    let place = self.reserve.pop_last().ok_or(error)?;
+                    absent_is_fine(self.cgroups.remove(&place))
+                        .map_err(self.capacities.row("CGROUPS"))?;
+                }
+                done => return done.map_err(self.capacities.row("CGROUPS")),
+            }
+        }
     }
 }
 
@@ -127,6 +154,27 @@ impl Processes {
     pub fn get(&self, pid: u32) -> Option<Process> {
         self.0.get(&pid, 0).ok()
     }
+}
+
+impl Sizes {
+    /// The rows of CGROUPS that are kept free beside those that are asked for.
+    const fn reserved_cgroups(&self) -> u32 {
+        if self.workloads < RESERVE { self.workloads } else { RESERVE }
+    }
+
+    /// How many rows CGROUPS is made for.
+    pub(super) const fn cgroup_rows(&self) -> u32 {
+        self.cgroups.saturating_add(self.reserved_cgroups())
+    }
+}
+
+/// The cgroups that can not be: the kernel counts from one.
+fn reserve() -> impl Iterator<Item = CgroupId> {
+    (0..u64::from(RESERVE)).map(|number| CgroupId(u64::MAX - number))
+}
+
+fn is_reserve(cgroup: CgroupId) -> bool {
+    cgroup.0 > u64::MAX - u64::from(RESERVE)
 }
 
 impl Datapath {
@@ -165,16 +213,16 @@ impl Datapath {
     ///
     /// When the table does not take it.
     pub fn set_runtimes(&mut self, files: &BTreeSet<FileId>) -> Result<(), DatapathError> {
-        let table = &mut self.tables.runtimes;
+        let Tables { runtimes: table, capacities, .. } = &mut self.tables;
         let known: BTreeSet<FileId> = table.keys().flatten().collect();
         // The kernel half reads no generation of these.
         let wanted: BTreeSet<FileId> =
             files.iter().map(|file| FileId { generation: 0, ..*file }).collect();
         for file in known.difference(&wanted) {
-            absent_is_fine(table.remove(file)).map_err(row("RUNTIMES"))?;
+            absent_is_fine(table.remove(file)).map_err(capacities.row("RUNTIMES"))?;
         }
         for file in wanted.difference(&known) {
-            table.insert(file, 0, 0).map_err(row("RUNTIMES"))?;
+            table.insert(file, 0, 0).map_err(capacities.row("RUNTIMES"))?;
         }
         Ok(())
     }
@@ -196,19 +244,25 @@ impl Datapath {
     fn write_rows(&mut self, rows: &Rows) -> Result<(), DatapathError> {
         let tables = &mut self.tables;
         for (id, rules) in &rows.rules {
-            tables.rules.insert(id, rules, 0).map_err(row("RULES"))?;
+            tables.rules.insert(id, rules, 0).map_err(tables.capacities.row("RULES"))?;
         }
         for (prefix, key, entry) in &rows.destinations {
             tables
                 .destinations
                 .insert(&Key::new(*prefix, *key), entry, 0)
-                .map_err(row("DESTINATIONS"))?;
+                .map_err(tables.capacities.row("DESTINATIONS"))?;
         }
         for (key, entry) in &rows.executables {
-            tables.executables.insert(key, entry, 0).map_err(row("EXECUTABLES"))?;
+            tables
+                .executables
+                .insert(key, entry, 0)
+                .map_err(tables.capacities.row("EXECUTABLES"))?;
         }
         for (key, permission) in &rows.unix_sockets {
-            tables.unix_sockets.insert(key, permission, 0).map_err(row("UNIX_SOCKETS"))?;
+            tables
+                .unix_sockets
+                .insert(key, permission, 0)
+                .map_err(tables.capacities.row("UNIX_SOCKETS"))?;
         }
         Ok(())
     }
@@ -276,16 +330,16 @@ impl Datapath {
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
         let swept = destinations.len() + executables.len() + unix_sockets.len() + rules.len();
         for key in &destinations {
-            tables.destinations.remove(key).map_err(row("DESTINATIONS"))?;
+            tables.destinations.remove(key).map_err(tables.capacities.row("DESTINATIONS"))?;
         }
         for key in &executables {
-            tables.executables.remove(key).map_err(row("EXECUTABLES"))?;
+            tables.executables.remove(key).map_err(tables.capacities.row("EXECUTABLES"))?;
         }
         for key in &unix_sockets {
-            tables.unix_sockets.remove(key).map_err(row("UNIX_SOCKETS"))?;
+            tables.unix_sockets.remove(key).map_err(tables.capacities.row("UNIX_SOCKETS"))?;
         }
         for id in &rules {
-            tables.rules.remove(id).map_err(row("RULES"))?;
+            tables.rules.remove(id).map_err(tables.capacities.row("RULES"))?;
         }
         Ok(swept)
     }
@@ -324,7 +378,10 @@ impl Datapath {
         name: &UnixName,
         number: UnixNameId,
     ) -> Result<(), DatapathError> {
-        self.tables.unix_names.insert(name, number, 0).map_err(row("UNIX_NAMES"))
+        self.tables
+            .unix_names
+            .insert(name, number, 0)
+            .map_err(self.tables.capacities.row("UNIX_NAMES"))
     }
 
     /// Takes a name's number away. To be called when no allow-list uses it any more.
@@ -333,7 +390,8 @@ impl Datapath {
     ///
     /// When the row can not be removed.
     pub fn forget_unix_name(&mut self, name: &UnixName) -> Result<(), DatapathError> {
-        absent_is_fine(self.tables.unix_names.remove(name)).map_err(row("UNIX_NAMES"))
+        absent_is_fine(self.tables.unix_names.remove(name))
+            .map_err(self.tables.capacities.row("UNIX_NAMES"))
     }
 
     /// The names of unix sockets that have a number.
@@ -357,7 +415,10 @@ impl Datapath {
     ///
     /// When the table is full.
     pub fn switch(&mut self, workload: WorkloadId, tag: Tag) -> Result<(), DatapathError> {
-        self.tables.workloads.insert(workload, tag.of(workload), 0).map_err(row("WORKLOADS"))
+        self.tables
+            .workloads
+            .insert(workload, tag.of(workload), 0)
+            .map_err(self.tables.capacities.row("WORKLOADS"))
     }
 
     /// Forgets a workload; its cgroups must be gone or released.
@@ -366,7 +427,8 @@ impl Datapath {
     ///
     /// When the row can not be removed.
     pub fn forget(&mut self, workload: WorkloadId) -> Result<(), DatapathError> {
-        absent_is_fine(self.tables.workloads.remove(&workload)).map_err(row("WORKLOADS"))
+        absent_is_fine(self.tables.workloads.remove(&workload))
+            .map_err(self.tables.capacities.row("WORKLOADS"))
     }
 
     /// The workloads the kernel holds, with their tags.
@@ -379,7 +441,10 @@ impl Datapath {
     #[must_use]
     pub fn cgroups(&self) -> Vec<(CgroupId, WorkloadId)> {
         let cgroups = self.tables.cgroups.iter().filter_map(Result::ok);
-        cgroups.map(|(cgroup, membership)| (cgroup, membership.workload)).collect()
+        cgroups
+            .filter(|(cgroup, _)| !is_reserve(*cgroup))
+            .map(|(cgroup, membership)| (cgroup, membership.workload))
+            .collect()
     }
 
     /// The workload of a cgroup, as the kernel sees it.
@@ -411,7 +476,7 @@ impl Datapath {
     fn join(&mut self, path: &Path, workload: WorkloadId) -> Result<(), DatapathError> {
         let id = cgroup_id(path)?;
         let membership = Membership { workload };
-        self.tables.cgroups.insert(id, membership, 0).map_err(row("CGROUPS"))?;
+        self.tables.enroll(id, membership)?;
         tie_processes(path);
         let error = |source| DatapathError::Cgroup { path: path.to_owned(), source };
         for entry in fs::read_dir(path).map_err(error)? {
@@ -441,7 +506,10 @@ impl Datapath {
         }
         self.attach(path, Attachment { cgroup, workload: WorkloadId::NONE, reserved: 0 })?;
         // Until then the LSM layer, where there is one, judges all that comes from there.
-        self.tables.followed.insert(CgroupId(cgroup), 0, 0).map_err(row("FOLLOWED"))
+        self.tables
+            .followed
+            .insert(CgroupId(cgroup), 0, 0)
+            .map_err(self.tables.capacities.row("FOLLOWED"))
     }
 
     /// Whether a cgroup of the host has hooks for what was moved there.
@@ -457,6 +525,30 @@ impl Datapath {
         self.tables.moved.iter().filter_map(Result::ok).collect()
     }
 
+    /// Keeps places free for cgroups that are brought, as far as there is room. To be called now and
+    /// then: what makes room says nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the table takes no row for another reason.
+    pub fn keep_reserve(&mut self) -> Result<(), DatapathError> {
+        let Tables { cgroups, reserve: kept, reserved, capacities, .. } = &mut self.tables;
+        if kept.len() >= *reserved as usize {
+            return Ok(());
+        }
+        let mut taken = Vec::new();
+        for place in reserve().take(*reserved as usize).filter(|place| !kept.contains(place)) {
+            match cgroups.insert(place, Membership::default(), 0) {
+                Ok(()) => {}
+                Err(error) if is_full(&error) => break,
+                Err(error) => return Err(capacities.row("CGROUPS")(error)),
+            }
+            taken.push(place);
+        }
+        kept.extend(taken);
+        Ok(())
+    }
+
     /// Ends the hold on a cgroup: its processes and those below are nobody's from now on.
     ///
     /// # Errors
@@ -470,11 +562,13 @@ impl Datapath {
             .map(|(cgroup, _)| cgroup)
             .collect();
         for member in members {
-            absent_is_fine(self.tables.cgroups.remove(&member)).map_err(row("CGROUPS"))?;
+            absent_is_fine(self.tables.cgroups.remove(&member))
+                .map_err(self.tables.capacities.row("CGROUPS"))?;
         }
         for (pid, moved) in self.moved() {
             if moved.workload == workload {
-                absent_is_fine(self.tables.moved.remove(&pid)).map_err(row("MOVED"))?;
+                absent_is_fine(self.tables.moved.remove(&pid))
+                    .map_err(self.tables.capacities.row("MOVED"))?;
             }
         }
         for program in &self.programs {
@@ -482,7 +576,7 @@ impl Datapath {
             let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
             let nobody = Attachment { cgroup: cgroup.0, ..Attachment::default() };
             absent_is_fine(self.tables.attachments.insert(key, nobody, 0))
-                .map_err(row("ATTACHMENTS"))?;
+                .map_err(self.tables.capacities.row("ATTACHMENTS"))?;
             let path = self.link(cgroup, program.name);
             match fs::remove_file(&path) {
                 Ok(()) => {}
@@ -559,7 +653,12 @@ impl Datapath {
     ///
     /// When the kernel does not hand it out.
     pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
-        let copy = || self.tables.counters.get(&u32::from(row_number), 0).map_err(row("COUNTERS"));
+        let copy = || {
+            self.tables
+                .counters
+                .get(&u32::from(row_number), 0)
+                .map_err(self.tables.capacities.row("COUNTERS"))
+        };
         let mut values: Vec<Counters> = copy()?.to_vec();
         for _ in 1..COPIES {
             if values.iter().all(Counters::reconciles) {
@@ -591,11 +690,12 @@ impl Datapath {
     /// When the kernel does not say.
     pub fn kept_sizes(
         &self,
-        sizes: &super::Sizes,
+        sizes: &Sizes,
     ) -> Result<Vec<(&'static str, u32, u32)>, DatapathError> {
         let asked = [
-            ("datapath.maps.cgroups", "CGROUPS", sizes.cgroups),
+            ("datapath.maps.cgroups, datapath.maps.workloads", "CGROUPS", sizes.cgroup_rows()),
             ("datapath.maps.tasks", "TASKS", sizes.tasks),
+            ("datapath.maps.tasks", "MOVED", sizes.tasks),
             ("metrics.max_identities", "COUNTERS", sizes.counters),
             ("datapath.denied_ring_bytes", "DENIED", sizes.denied_ring),
             ("datapath.events_ring_bytes", "ALLOWED", sizes.allowed_ring),
@@ -604,7 +704,7 @@ impl Datapath {
         for (key, table, asked) in asked {
             let has = MapData::from_pin(self.pins.map(table))
                 .and_then(|map| map.info())
-                .map_err(row(table))?
+                .map_err(self.tables.capacities.row(table))?
                 .max_entries();
             if has != asked {
                 kept.push((key, has, asked));
@@ -615,20 +715,63 @@ impl Datapath {
 
     /// How full the tables are that can fill up.
     #[must_use]
-    pub fn fill(&self, sizes: &super::Sizes) -> Vec<Fill> {
+    pub fn fill(&self) -> Vec<Fill> {
+        let Tables { capacities, .. } = &self.tables;
         let tables = &self.tables;
-        let fill =
-            |table, entries, capacity: u32| Fill { table, entries, capacity: capacity as usize };
-        vec![
-            fill("workloads", tables.workloads.keys().count(), sizes.workloads),
-            fill("cgroups", tables.cgroups.keys().count(), sizes.cgroups),
-            fill("tasks", tables.tasks.keys().count(), sizes.tasks),
-            fill("destinations", tables.destinations.keys().count(), sizes.destinations),
-            fill("rules", tables.rules.keys().count(), sizes.rules),
-            fill("executables", tables.executables.keys().count(), sizes.executables),
-            fill("unix_sockets", tables.unix_sockets.keys().count(), sizes.unix_sockets),
-            fill("unix_names", tables.unix_names.keys().count(), sizes.unix_names),
+        let mut fill = self.kernels_fill().map(|(_, fill)| fill).to_vec();
+        fill.extend([
+            capacities.fill("WORKLOADS", tables.workloads.keys().count()),
+            capacities.fill("DESTINATIONS", tables.destinations.keys().count()),
+            capacities.fill("RULES", tables.rules.keys().count()),
+            capacities.fill("EXECUTABLES", tables.executables.keys().count()),
+            capacities.fill("UNIX_SOCKETS", tables.unix_sockets.keys().count()),
+            capacities.fill("UNIX_NAMES", tables.unix_names.keys().count()),
+            capacities.fill("RUNTIMES", tables.runtimes.keys().count()),
+        ]);
+        fill
+    }
+
+    /// How full the tables are that the kernel half fills by itself.
+    fn kernels_fill(&self) -> [(&'static str, Fill); 3] {
+        let tables = &self.tables;
+        let mut cgroups = tables.capacities.fill("CGROUPS", tables.cgroups.keys().count());
+        // Places that are kept free are neither rows nor room for what workloads make.
+        cgroups.entries = cgroups.entries.saturating_sub(tables.reserve.len());
+        cgroups.capacity = cgroups.capacity.saturating_sub(tables.reserve.len());
+        [
+            ("CGROUPS", cgroups),
+            ("TASKS", tables.capacities.fill("TASKS", tables.tasks.keys().count())),
+            ("MOVED", tables.capacities.fill("MOVED", tables.moved.keys().count())),
         ]
+    }
+
+    /// What the kernel half finds no room for at this moment, one sentence for each table. What user
+    /// space writes is told of where it is not taken.
+    #[must_use]
+    pub fn full_tables(&self) -> Vec<String> {
+        let full =
+            self.kernels_fill().into_iter().filter(|(_, fill)| fill.entries >= fill.capacity);
+        full.map(|(table, fill)| self.tables.capacities.says_full(table, &fill)).collect()
+    }
+
+    /// What each door comes to for a workload: a hook that this kernel gives may be missing from the
+    /// workload's cgroup, and what goes by the cgroup does not know one that has no row.
+    #[must_use]
+    pub fn states_of(&self, cgroup: CgroupId, workload: WorkloadId) -> Vec<(Door, DoorState)> {
+        let is_member = self.workload_of(cgroup) == Some(workload);
+        let of_workload = |(door, state): &(Door, DoorState)| {
+            let missing = match (state, door.gate_program()) {
+                (DoorState::Unavailable(_), _) => None,
+                (DoorState::Active, Some(_)) => (!is_member)
+                    .then_some("the kernel's table CGROUPS has no row for the workload's cgroup"),
+                (DoorState::Active, None) => (!self.link(cgroup, door.program).exists())
+                    .then_some("it is not attached to the workload's cgroup; restart the daemon"),
+            };
+            let state =
+                missing.map_or_else(|| state.clone(), |why| DoorState::Unavailable(why.to_owned()));
+            (*door, state)
+        };
+        self.states().iter().map(of_workload).collect()
     }
 }
 

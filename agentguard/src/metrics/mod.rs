@@ -118,7 +118,7 @@ const WORKLOAD_PROTECTION: MetricDoc = metric(
         label("protection", "`full`, `partial` or `none`"),
         label("identity", "the SPIFFE ID, or `other` beyond `metrics.max_identities`"),
     ],
-    "Workloads of an identity, at what the layer can enforce for them; 0 at the others.",
+    "Workloads of an identity, at what the layer enforces for each of them; 0 at the others.",
 );
 const WORKLOADS: MetricDoc = metric(
     "agentguard_workloads",
@@ -276,7 +276,7 @@ const SECONDS: [f64; 12] =
     [0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 /// How much of the promise is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protection {
     Full,
     Partial,
@@ -506,50 +506,33 @@ impl Metrics {
         }
     }
 
-    /// How many workloads each identity has, and what each layer can enforce for them. To be
-    /// called after [`Self::set_verdicts`], which says who has a label of its own. `unseen` are those
-    /// that no layer enforces anything for.
-    pub fn set_workload_protection(
-        &self,
-        layers: &[(Layer, Protection)],
-        identities: &BTreeMap<&str, u64>,
-        unseen: &BTreeMap<&str, u64>,
-    ) {
+    /// How many workloads of each identity a layer holds how far; what is not named counts zero. To be
+    /// called after [`Self::set_verdicts`], which says who has a label of its own.
+    pub fn set_workload_protection(&self, counts: &[(Layer, Protection, &str, u64)]) {
         let mut state = self.rows();
-        let mut counts: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-        for (identity, count) in identities {
-            counts.entry(state.labels.known(identity)).or_default().0 += count;
+        let mut held: BTreeMap<(&str, Layer, Protection), u64> = BTreeMap::new();
+        for (layer, protection, identity, count) in counts {
+            let label = state.labels.known(identity);
+            *held.entry((label, *layer, *protection)).or_default() += count;
         }
-        for (identity, count) in unseen {
-            counts.entry(state.labels.known(identity)).or_default().1 += count;
-        }
-        let series = |layer: Layer, protection: Protection, label: &str| {
-            self.workload_protection.with_label_values(&[
-                layer.as_str(),
-                protection.as_str(),
-                label,
-            ])
-        };
-        for (label, (seen, unseen)) in &counts {
-            for (layer, held) in layers {
-                for protection in Protection::ALL {
-                    let seen = if protection == *held { *seen } else { 0 };
-                    let unseen = if protection == Protection::None { *unseen } else { 0 };
-                    series(*layer, protection, label).set((seen + unseen) as i64);
-                }
+        let now: BTreeSet<String> = held.keys().map(|(label, ..)| (*label).to_owned()).collect();
+        let each = || Layer::ALL.into_iter().flat_map(|l| Protection::ALL.map(|p| (l, p)));
+        for label in &now {
+            for (layer, protection) in each() {
+                let count = held.get(&(label.as_str(), layer, protection)).copied();
+                self.workload_protection
+                    .with_label_values(&[layer.as_str(), protection.as_str(), label])
+                    .set(count.unwrap_or_default() as i64);
             }
         }
-        let now: BTreeSet<String> = counts.into_keys().map(str::to_owned).collect();
         for label in state.protected.difference(&now) {
-            for (layer, _) in layers {
-                for protection in Protection::ALL {
-                    // A series that is not there needs no removal.
-                    let _ = self.workload_protection.remove_label_values(&[
-                        layer.as_str(),
-                        protection.as_str(),
-                        label,
-                    ]);
-                }
+            for (layer, protection) in each() {
+                // A series that is not there needs no removal.
+                let _ = self.workload_protection.remove_label_values(&[
+                    layer.as_str(),
+                    protection.as_str(),
+                    label,
+                ]);
             }
         }
         state.protected = now;
@@ -779,11 +762,14 @@ mod tests {
         ]);
         metrics.set_protection(Layer::Portable, Protection::Full);
         metrics.set_protection(Layer::Lsm, Protection::None);
-        metrics.set_workload_protection(
-            &[(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::None)],
-            &BTreeMap::from([("spiffe://example.org/git", 2), ("spiffe://example.org/new", 3)]),
-            &BTreeMap::new(),
-        );
+        let (git, new) = ("spiffe://example.org/git", "spiffe://example.org/new");
+        metrics.set_workload_protection(&[
+            (Layer::Portable, Protection::Full, git, 1),
+            (Layer::Portable, Protection::Full, git, 1),
+            (Layer::Portable, Protection::Partial, git, 1),
+            (Layer::Lsm, Protection::None, git, 3),
+            (Layer::Portable, Protection::Full, new, 3),
+        ]);
         metrics.set_workloads(&[(Mode::Enforce, Protection::Partial, 4)]);
         metrics.set_grants(GrantCounts { active: 2, standing: 1, ..GrantCounts::default() });
         metrics.set_allowlist(9, 120);
@@ -840,8 +826,9 @@ mod tests {
             (vec!["agentguard_protection{", "lsm", "none"], 1.0),
             (vec!["agentguard_protection{", "lsm", "full"], 0.0),
             (vec!["workload_protection{", git, "portable", "full"], 2.0),
+            (vec!["workload_protection{", git, "portable", "partial"], 1.0),
             (vec!["workload_protection{", git, "portable", "none"], 0.0),
-            (vec!["workload_protection{", git, "lsm", "none"], 2.0),
+            (vec!["workload_protection{", git, "lsm", "none"], 3.0),
             (vec!["workload_protection{", "identity=\"other\"", "portable", "full"], 3.0),
             (vec!["agentguard_grants{", "standing"], 1.0),
         ] {
@@ -890,10 +877,10 @@ mod tests {
         let metrics = Metrics::new(1).unwrap();
         let counters = connects(1);
         metrics.set_verdicts(&[row("spiffe://t/a", &counters), row("spiffe://t/b", &counters)]);
-        let layers = [(Layer::Portable, Protection::Full), (Layer::Lsm, Protection::Partial)];
         let set = |identities: &[(&str, u64)]| {
-            let identities = identities.iter().copied().collect();
-            metrics.set_workload_protection(&layers, &identities, &BTreeMap::new());
+            let of_lsm =
+                |(identity, count): &(_, u64)| (Layer::Lsm, Protection::Partial, *identity, *count);
+            metrics.set_workload_protection(&identities.iter().map(of_lsm).collect::<Vec<_>>());
         };
         let value = |label| value(&metrics, &["workload_protection{", label, "lsm", "partial"]);
         set(&[("spiffe://t/a", 1), ("spiffe://t/b", 2), ("spiffe://t/c", 3)]);
