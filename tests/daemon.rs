@@ -15,7 +15,7 @@ use agentguard_tests::{
     daemon::{
         Daemon, Prober, Reachable, USER, grant, identity, program, scope, scope_of, workload,
     },
-    requires, run, wait_until,
+    requires, run, scrape, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -842,29 +842,207 @@ fn requiring_both_layers() -> Daemon {
     daemon
 }
 
-#[test]
-fn a_kernel_that_gives_less_than_is_required_is_refused_by_name() {
-    requires(Layer::Portable);
-    let mut other = Daemon::started();
-    let status = other.status().expect("it runs");
+/// The hooks that are not in force on this kernel, as a daemon that requires little tells them.
+fn missing_hooks() -> Vec<String> {
+    let daemon = Daemon::started();
+    let status = daemon.status().expect("it runs");
     let hooks = status["protection"]["layers"].as_array().expect("a list");
-    let missing: Vec<&str> = hooks
+    hooks
         .iter()
         .filter(|hook| hook["state"] != "active")
-        .filter_map(|hook| hook["hook"].as_str())
-        .collect();
-    let _ended = other.stop();
+        .filter_map(|hook| Some(hook["hook"].as_str()?.to_owned()))
+        .collect()
+}
+
+/// Names in the file system of pins that are this installation's, with those of runs of `exec` beside it.
+fn pins_left(daemon: &Daemon) -> Vec<String> {
+    let name = daemon.pins().file_name().unwrap().to_string_lossy().into_owned();
+    fs::read_dir("/sys/fs/bpf")
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|found| found.starts_with(&name))
+        .collect()
+}
+
+#[test]
+fn a_kernel_that_gives_less_than_is_required_is_refused_by_name_and_nothing_is_left() {
+    requires(Layer::Portable);
+    let missing = missing_hooks();
     let mut daemon = requiring_both_layers();
     if missing.is_empty() {
         wait_until("it runs", || daemon.status().is_some());
         return;
     }
-    let ended = daemon.ended(PATIENCE).expect("it does not run");
-    assert!(!ended.status.success(), "{ended:?}");
-    assert!(ended.stderr.contains("`require: full`"), "{ended:?}");
-    for hook in missing {
-        assert!(ended.stderr.contains(hook), "{hook} is not named: {ended:?}");
+    let by_file = daemon.ended(PATIENCE).expect("it does not run");
+    assert_eq!(pins_left(&daemon), [""; 0], "of what was loaded to find out");
+    daemon.configure(|_| {});
+    let by_flag = Running::start(&mut daemon.command(["run", "--require", "full"]))
+        .wait(PATIENCE)
+        .expect("it does not run");
+    // A run of `exec` without a daemon asks the same of the kernel.
+    daemon.configure(|config| config["require"] = json!("full"));
+    let by_exec = daemon.run(["exec", "--", "true"]);
+    for ended in [by_file, by_flag, by_exec] {
+        assert!(!ended.status.success(), "{ended:?}");
+        assert!(ended.stderr.contains("`require: full`"), "{ended:?}");
+        assert!(ended.stderr.contains("see agentguard doctor, or require less"), "{ended:?}");
+        for hook in &missing {
+            assert!(ended.stderr.contains(hook), "{hook} is not named: {ended:?}");
+        }
+        assert_eq!(pins_left(&daemon), [""; 0], "of what was loaded to find out");
     }
+    assert!(!daemon.audit_log().exists(), "a start that was none is in no record");
+
+    // Less is given, and the flag counts for more than the file.
+    for less in ["portable", "none"] {
+        let mut running = Running::start(&mut daemon.command(["run", "--require", less]));
+        wait_until("it runs", || {
+            assert!(running.wait(Duration::ZERO).is_none(), "{}", running.stderr());
+            daemon.status().is_some()
+        });
+        running.kill();
+    }
+}
+
+#[test]
+fn a_daemon_that_requires_more_leaves_what_an_earlier_one_put_in_force() {
+    requires(Layer::Portable);
+    let server = Reachable::start();
+    let mut daemon = Daemon::started();
+    let mut held = Prober::start_by(daemon.command(["exec", "--name", "held"]));
+    assert!(!held.reaches(server.port()));
+    let is_whole = daemon.status().expect("it runs")["protection"]["layers"]
+        .as_array()
+        .is_some_and(|hooks| hooks.iter().all(|hook| hook["state"] == "active"));
+    daemon.kill();
+    daemon.configure(|config| config["require"] = json!("full"));
+    daemon.launch(&[]);
+    if is_whole {
+        wait_until("it runs", || daemon.status().is_some());
+    } else {
+        let ended = daemon.ended(PATIENCE).expect("it does not run");
+        assert!(ended.stderr.contains("`require: full`"), "{ended:?}");
+        daemon.configure(|_| {});
+    }
+    assert!(!held.reaches(server.port()), "what is in force stays so");
+    assert!(daemon.pins().exists());
+    // The same where it would have loaded programs of its own beside those in force.
+    if !is_whole {
+        daemon.configure(|config| {
+            config["require"] = json!("full");
+            config["datapath"] = json!({"maps": {"destinations": 1000}});
+        });
+        let builds = || {
+            let names = fs::read_dir(daemon.pins()).unwrap().flatten();
+            let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            names.filter(|name| name.starts_with("build-")).collect::<Vec<_>>()
+        };
+        let before = builds();
+        let ended = Running::start(&mut daemon.command(["run"])).wait(PATIENCE);
+        assert!(ended.expect("it does not run").stderr.contains("`require: full`"));
+        assert_eq!(builds(), before);
+        assert!(!held.reaches(server.port()));
+        daemon.configure(|_| {});
+    }
+    daemon.kill();
+    daemon.start();
+    assert!(!held.reaches(server.port()));
+}
+
+/// A hook that is gone from a workload's cgroup is told of, of that workload and by every way; a restart
+/// puts it back.
+#[test]
+fn a_workload_that_a_hook_does_not_hold_is_not_told_as_held() {
+    let mut daemon = Daemon::started();
+    let (whole, lacking) = (identity("whole"), identity("lacking"));
+    let start = |name: &str, identity: &str| {
+        Prober::start_by(daemon.command(["exec", "--identity", identity, "--name", name]))
+    };
+    let _held = [start("whole", &whole), start("lacking", &lacking)];
+    let held = |daemon: &Daemon, identity: &str, protection: &str| {
+        let labels = [("layer", "portable"), ("protection", protection), ("identity", identity)];
+        scrape::row(daemon.metrics_address(), "agentguard_workload_protection", &labels) as u64
+    };
+    let of = |daemon: &Daemon| {
+        [&whole, &lacking]
+            .map(|identity| (held(daemon, identity, "full"), held(daemon, identity, "partial")))
+    };
+    assert_eq!(of(&daemon), [(1, 0), (1, 0)]);
+    let cgroup = daemon.exec_cgroups().join("lacking");
+    let number = std::os::unix::fs::MetadataExt::ino(&fs::metadata(cgroup).unwrap());
+    for hook in ["connect4", "egress"] {
+        fs::remove_file(daemon.pins().join(format!("links/{number}-{hook}"))).unwrap();
+    }
+    assert_eq!(of(&daemon), [(1, 0), (0, 1)]);
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    for hook in ["cgroup/connect4 (connect over IPv4)", "cgroup_skb/egress"] {
+        assert!(gaps.contains(&format!("workload lacking is not held by {hook}")), "{gaps}");
+    }
+    assert!(gaps.contains("restart the daemon") && !gaps.contains("workload whole"), "{gaps}");
+    daemon.kill();
+    daemon.start();
+    assert_eq!(of(&daemon), [(1, 0), (1, 0)], "a restart attaches it again");
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    assert!(!gaps.contains("is not held by"), "{gaps}");
+}
+
+/// What a table has room for is told as the kernel has it, also where the configuration says otherwise
+/// since.
+#[test]
+fn a_table_that_is_kept_is_told_with_the_size_that_it_has() {
+    let mut daemon = Daemon::installed();
+    let room = |daemon: &Daemon, table: &str| {
+        let labels = [("map", table)];
+        scrape::row(daemon.metrics_address(), "agentguard_map_capacity", &labels) as u64
+    };
+    let rooms = |daemon: &Daemon| ["tasks", "moved", "rules"].map(|table| room(daemon, table));
+    daemon.configure(|config| {
+        config["datapath"] = json!({"maps": {"tasks": 500, "rules": 600}});
+    });
+    daemon.start();
+    assert_eq!(rooms(&daemon), [500, 500, 600]);
+    daemon.kill();
+    daemon.configure(|config| {
+        config["datapath"] = json!({"maps": {"tasks": 700, "rules": 800}});
+    });
+    daemon.start();
+    assert_eq!(rooms(&daemon), [500, 500, 800], "what the kernel half fills is kept");
+    assert!(daemon.said().contains("keeps the size it was made with"), "{}", daemon.said());
+}
+
+/// On a machine with cgroups of version 1 alone, made of this one's by mounts of its own.
+#[test]
+fn a_machine_with_cgroups_of_version_1_alone_is_told_what_that_means() {
+    let daemon = Daemon::installed();
+    let inside = |arguments: &str| {
+        let script = format!(
+            "for path in $(awk '$3 ~ /^cgroup/ {{print $2}}' /proc/self/mounts | sort -r); do \
+             umount -l $path; done; \
+             mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/own && \
+             mount -t cgroup -o none,name=agentguard none /sys/fs/cgroup/own && \
+             exec {} {arguments}",
+            program().display()
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "bash", "-c", &script]);
+        run(command.env("AGENTGUARD_CONFIG", daemon.config()), PATIENCE)
+    };
+    let doctor = inside("doctor --output json");
+    let report: Value =
+        serde_json::from_str(&doctor.stdout).unwrap_or_else(|error| panic!("{error}: {doctor:?}"));
+    let checks = report["checks"].as_array().unwrap();
+    let check = checks.iter().find(|check| check["name"] == "cgroup v2").unwrap();
+    assert_eq!(check["state"], "failed", "{check}");
+    let (found, remedy) = (check["found"].to_string(), check["remedy"].to_string());
+    println!("{found}: {remedy}");
+    // The test's mounts are its own, as a container's are, and what is in their place is the machine's.
+    assert!(found.contains("the daemon does not start"), "{found}");
+    assert!(remedy.contains("/sys/fs/cgroup"), "{remedy}");
+    let refused = inside("run");
+    assert!(!refused.status.success(), "{refused:?}");
+    assert!(refused.stderr.contains("cgroup v2 is not mounted"), "{refused:?}");
+    assert_eq!(pins_left(&daemon), [""; 0]);
 }
 
 mod lsm {

@@ -23,11 +23,11 @@ const PORT: u16 = 4444;
 const FORBIDDEN: SocketAddr = SocketAddr::new(DATABASE, PORT);
 const FORBIDDEN6: SocketAddr = SocketAddr::new(DATABASE6, PORT);
 
-const SCTP: Facility = Facility::ip("sctp", libc::SOCK_STREAM, libc::IPPROTO_SCTP);
-const DCCP: Facility = Facility::ip("dccp", 6, libc::IPPROTO_DCCP);
-const MPTCP: Facility = Facility::ip("mptcp", libc::SOCK_STREAM, libc::IPPROTO_MPTCP);
-const UDP_LITE: Facility = Facility::ip("udp-lite", libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE);
-const SMC: Facility = Facility::ip("smc-over-ip", libc::SOCK_STREAM, 256);
+const SCTP: Facility = Facility::SCTP;
+const DCCP: Facility = Facility::DCCP;
+const MPTCP: Facility = Facility::MPTCP;
+const UDP_LITE: Facility = Facility::UDP_LITE;
+const SMC: Facility = Facility::SMC_OVER_IP;
 
 /// A server of the server side.
 fn server(world: &World, transport: &str, at: SocketAddr) -> Running {
@@ -213,21 +213,16 @@ fn netlink(protocol: i32, ask: u16) -> WayOut {
 const UDP: SocketAddr = SocketAddr::new(DATABASE, OTHER_PORT);
 const UDP6: SocketAddr = SocketAddr::new(DATABASE6, OTHER_PORT);
 
-const SEQPACKET: i32 = libc::SOCK_SEQPACKET;
-const STREAM: i32 = libc::SOCK_STREAM;
-const RAW: i32 = libc::SOCK_RAW;
-
-const ALG: Facility = Facility::family("alg", libc::AF_ALG, SEQPACKET, 0);
-const VSOCK: Facility = Facility::family("vsock", libc::AF_VSOCK, STREAM, 0);
-const VSOCK_PACKETS: Facility = Facility::family("vsock", libc::AF_VSOCK, SEQPACKET, 0);
-const XDP: Facility = Facility::family("xdp", libc::AF_XDP, RAW, 0);
-const KEY: Facility = Facility::family("key", libc::AF_KEY, RAW, 2);
-const TIPC: Facility = Facility::family("tipc", libc::AF_TIPC, SEQPACKET, 0);
-const RDS: Facility = Facility::family("rds", libc::AF_RDS, SEQPACKET, 0);
-const KCM: Facility = Facility::family("kcm", 41, SEQPACKET, 0);
-const SMC_FAMILY: Facility = Facility::family("smc", 43, STREAM, 0);
-const DIAG: Facility =
-    Facility::family("netlink-diag", libc::AF_NETLINK, RAW, libc::NETLINK_SOCK_DIAG);
+const ALG: Facility = Facility::ALG;
+const VSOCK: Facility = Facility::VSOCK;
+const VSOCK_PACKETS: Facility = Facility::VSOCK_PACKETS;
+const XDP: Facility = Facility::XDP;
+const KEY: Facility = Facility::KEY;
+const TIPC: Facility = Facility::TIPC;
+const RDS: Facility = Facility::RDS;
+const KCM: Facility = Facility::KCM;
+const SMC_FAMILY: Facility = Facility::SMC;
+const DIAG: Facility = Facility::NETLINK_DIAG;
 ways_out! {
     /// N7
     raw_socket: |world| raw(world, "raw", UDP);
@@ -272,9 +267,9 @@ fn ip() -> std::path::PathBuf {
     found.expect("`ip` is missing; install iproute2").canonicalize().expect("a file has a path")
 }
 
-const VETH: Facility = Facility::Device { kind: "veth" };
-const TUN: Facility = Facility::DeviceFile { word: "tun", path: "/dev/net/tun" };
-const IPIP: Facility = Facility::Device { kind: "ipip" };
+const VETH: Facility = Facility::VETH;
+const TUN: Facility = Facility::TUN;
+const IPIP: Facility = Facility::IPIP;
 
 ways_out! {
     /// N16

@@ -11,7 +11,9 @@ use std::{
 use agentguard_tests::{
     Attack, BASE_SCOPE, Guard, Layer, Mode, Outcome, Protocol, Report, Running, WayOut, World,
     address::{API, DATABASE, GRANTED_PORT, OTHER_PORT},
-    attack_binary, requires, wait_until, ways_out,
+    attack_binary, is_to_give,
+    promise::Promise,
+    requires, scrape, wait_until, ways_out,
 };
 use serde_json::{Value, json};
 
@@ -323,4 +325,98 @@ fn metric(address: &str, name: &str) -> f64 {
     stream.read_to_string(&mut text).unwrap();
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+}
+
+/// The word by which records and gauges tell how many of a layer's hooks are in force.
+fn word(hooks: &[&Value]) -> &'static str {
+    match hooks.iter().filter(|hook| hook["state"] == "active").count() {
+        0 => "none",
+        active if active == hooks.len() => "full",
+        _ => "partial",
+    }
+}
+
+/// In `status`, in the start record of the audit log, in the record and the row of a workload, and in both
+/// gauges, by layer: all tell the same, it is what this machine is promised to give, and what is missing is
+/// named with the reason.
+#[test]
+fn what_is_told_of_protection_is_what_this_machine_is_to_give() {
+    requires(Layer::Portable);
+    let world = World::new();
+    let metrics = scrape::unused_address();
+    let listens = json!({"metrics": {"listen": metrics.to_string()}});
+    let guard = Guard::start_with(&world, &[], &listens);
+    let identity = "spiffe://agentguard.test/told";
+    let line = guard.exec_line(identity, &[], Mode::Enforce);
+    let mut enter = world.enter();
+    let _held = Running::start(enter.arg("--").args(line).args(["/bin/sleep", "600"]));
+    let added = guard.recorded("the workload", |record| {
+        record["kind"] == "workload" && record["workload"]["identity"] == identity
+    });
+    let start = guard.recorded("the start", |record| record["kind"] == "start");
+    let status = guard.status();
+    let hooks = status["protection"]["layers"].as_array().expect("a list");
+    let gaps: Vec<&str> =
+        status["gaps"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+
+    for (promise, layer) in [(Promise::Portable, "portable"), (Promise::Lsm, "lsm")] {
+        let of_layer: Vec<&Value> = hooks.iter().filter(|hook| hook["layer"] == layer).collect();
+        assert!(!of_layer.is_empty(), "{status}");
+        let told = word(&of_layer);
+        if is_to_give(promise) {
+            assert_eq!(told, "full", "promised and missing: {layer}: {status}");
+        }
+        let recorded = start["protection"].as_array().into_iter().flatten();
+        let recorded = recorded.into_iter().find(|recorded| recorded["layer"] == layer);
+        let recorded = recorded.unwrap_or_else(|| panic!("no {layer} in {start}"));
+        assert_eq!(recorded["protection"], told, "{start}");
+        for hook in of_layer.iter().filter(|hook| hook["state"] != "active") {
+            let (name, why) = (hook["hook"].as_str().unwrap(), hook["reason"].as_str());
+            let why = why.unwrap_or_else(|| panic!("no reason for {name}: {status}"));
+            assert!(hook["remedy"].as_str().is_some_and(|remedy| !remedy.is_empty()), "{hook}");
+            let missing = recorded["missing"].as_array().into_iter().flatten();
+            let is_named = missing.into_iter().any(|missing| {
+                missing["what"].as_str().is_some_and(|what| what.starts_with(name))
+                    && missing["why"] == why
+            });
+            assert!(is_named, "{name} ({why}) is not in {recorded}");
+        }
+        for protection in ["full", "partial", "none"] {
+            let labels = [("layer", layer), ("protection", protection)];
+            let expected = if protection == told { 1.0 } else { 0.0 };
+            let row = scrape::row(metrics, "agentguard_protection", &labels);
+            assert!((row - expected).abs() < f64::EPSILON, "{labels:?}: {row}");
+            let labels = [labels[0], labels[1], ("identity", identity)];
+            let row = scrape::row(metrics, "agentguard_workload_protection", &labels);
+            assert!((row - expected).abs() < f64::EPSILON, "{labels:?}: {row}");
+        }
+        if layer == "lsm" && told != "none" {
+            let active = fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+            assert!(active.trim().split(',').any(|name| name == "bpf"), "{told} with {active:?}");
+        }
+    }
+
+    // What no hook closes is told alike, and nothing of it that a promised layer closes.
+    let open = &start["protection"][1]["missing"];
+    let open = open.as_array().into_iter().flatten().filter_map(|open| open["what"].as_str());
+    let open: Vec<&str> = open.filter(|open| !hooks.iter().any(|hook| is_of(open, hook))).collect();
+    assert!(!open.is_empty() && open.iter().all(|open| gaps.contains(open)), "{open:?}: {gaps:?}");
+    let says = |part: &str| gaps.iter().any(|gap| gap.contains(part));
+    if is_to_give(Promise::Lsm) {
+        for closed in ["(T4, T5)", "(N6, N7)", "(N8)", "(N14)", "(E5)"] {
+            assert!(!says(closed), "{closed} is closed here: {gaps:?}");
+        }
+    }
+    if is_to_give(Promise::EndOthers) {
+        assert!(!says("but not ended before it runs on"), "{gaps:?}");
+    }
+    let level = status["protection"]["level"].clone();
+    let listed = guard.json(&["workloads"]);
+    assert_eq!(listed[0]["protection"], level, "{listed}");
+    assert_eq!(added["protection"], level, "{added}");
+}
+
+/// Whether a missing part of the promise is a hook of a layer.
+fn is_of(missing: &str, hook: &Value) -> bool {
+    hook["hook"].as_str().is_some_and(|hook| missing.starts_with(hook))
 }

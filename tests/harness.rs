@@ -11,8 +11,18 @@ use std::{
 use agentguard_tests::{
     Attack, Layer, Outcome, Protocol, Running, World,
     address::{API, GRANTED_PORT},
-    attack_binary, requires,
+    attack_binary, compare_with_declared, requires, tell,
 };
+
+/// What the row of a matrix declares of its kernel is there: by it, attacks that need something can not be
+/// passed over as not to be made.
+#[test]
+fn this_kernel_has_what_is_declared_of_it() {
+    requires(Layer::Portable);
+    let (missing, more) = compare_with_declared();
+    tell!("there and not declared, so its row may declare it: {}", more.join(" "));
+    assert_eq!(missing, [""; 0], "declared of this kernel and missing");
+}
 
 /// What a world leaves traces in.
 fn traces(world: &World) -> [std::path::PathBuf; 4] {

@@ -161,8 +161,8 @@ ways_out! {
     fast_open_by_a_deferred_connect_over_v6: |_| fast_open("connect", FORBIDDEN6);
 }
 
-const RING_SOCKET: Facility = Facility::Ring { word: "io-uring-socket", operation: 45 };
-const RING_LISTEN: Facility = Facility::Ring { word: "io-uring-listen", operation: 57 };
+const RING_SOCKET: Facility = Facility::RING_SOCKET;
+const RING_LISTEN: Facility = Facility::RING_LISTEN;
 
 /// N5
 fn ring(how: &str, by: &str) -> WayOut {
@@ -674,7 +674,7 @@ fn listening_anywhere(world: &mut World, how: &str) -> WayOut {
     listening(world, how)
 }
 
-const MPTCP: Facility = Facility::ip("mptcp", libc::SOCK_STREAM, libc::IPPROTO_MPTCP);
+const MPTCP: Facility = Facility::MPTCP;
 
 ways_out! {
     /// N14

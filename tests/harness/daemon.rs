@@ -7,8 +7,8 @@
 use std::{
     ffi::OsStr,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    io::{BufRead as _, BufReader, Write as _},
+    net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use crate::{
     Cgroup, Layer, cgroup,
     process::{Finished, Running, binary, run},
-    requires, unique,
+    requires, scrape, unique,
 };
 
 /// How long any one command may take.
@@ -60,7 +60,7 @@ impl Daemon {
         // Users reach the control socket in it.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("ours");
         fs::create_dir(directory.path().join("manifests")).expect("a directory can be made");
-        let metrics = unused_address();
+        let metrics = scrape::unused_address();
         let daemon = Self { name, directory, metrics, running: None, program: program() };
         daemon.configure(|_| {});
         daemon
@@ -362,14 +362,7 @@ impl Daemon {
     #[track_caller]
     #[must_use]
     pub fn http(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.metrics).expect("the daemon listens");
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
-            .expect("it can be written to");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("it answers in text");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        (status.expect("a status"), body.to_owned())
+        scrape::http(self.metrics, path)
     }
 
     /// The value of a metric without labels.
@@ -383,14 +376,13 @@ impl Daemon {
     #[track_caller]
     #[must_use]
     pub fn metrics(&self, name: &str) -> Vec<(String, f64)> {
-        let (_, text) = self.http("/metrics");
-        let rows = text.lines().filter(|line| !line.starts_with('#'));
-        rows.filter_map(|line| {
-            let (labelled, value) = line.rsplit_once(' ')?;
-            let (metric, labels) = labelled.split_once('{').unwrap_or((labelled, ""));
-            (metric == name).then(|| (labels.to_owned(), value.parse().unwrap_or(f64::NAN)))
-        })
-        .collect()
+        scrape::metrics(self.metrics, name)
+    }
+
+    /// Where it tells its metrics.
+    #[must_use]
+    pub const fn metrics_address(&self) -> SocketAddr {
+        self.metrics
     }
 }
 
@@ -426,11 +418,6 @@ pub fn program() -> PathBuf {
 #[must_use]
 pub fn next_program() -> PathBuf {
     binary("../next-abi/agentguard", "AGENTGUARD_NEXT_BIN")
-}
-
-fn unused_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is up");
-    listener.local_addr().expect("it is bound")
 }
 
 /// A server on loopback that accepts and closes.

@@ -40,7 +40,61 @@ pub enum Facility {
     MultipathLimits,
 }
 
+/// Everything that a matrix can declare.
+pub const ALL: [Facility; 23] = [
+    Facility::SCTP,
+    Facility::DCCP,
+    Facility::MPTCP,
+    Facility::UDP_LITE,
+    Facility::SMC_OVER_IP,
+    Facility::ALG,
+    Facility::VSOCK,
+    Facility::VSOCK_PACKETS,
+    Facility::XDP,
+    Facility::KEY,
+    Facility::TIPC,
+    Facility::RDS,
+    Facility::KCM,
+    Facility::SMC,
+    Facility::NETLINK_DIAG,
+    Facility::VETH,
+    Facility::TUN,
+    Facility::IPIP,
+    Facility::RING_SEND,
+    Facility::RING_SOCKET,
+    Facility::RING_LISTEN,
+    Facility::OwnFormats,
+    Facility::MultipathLimits,
+];
+
+const STREAM: i32 = libc::SOCK_STREAM;
+const RAW: i32 = libc::SOCK_RAW;
+const SEQPACKET: i32 = libc::SOCK_SEQPACKET;
+
 impl Facility {
+    pub const SCTP: Self = Self::ip("sctp", STREAM, libc::IPPROTO_SCTP);
+    pub const DCCP: Self = Self::ip("dccp", 6, libc::IPPROTO_DCCP);
+    pub const MPTCP: Self = Self::ip("mptcp", STREAM, libc::IPPROTO_MPTCP);
+    pub const UDP_LITE: Self = Self::ip("udp-lite", libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE);
+    pub const SMC_OVER_IP: Self = Self::ip("smc-over-ip", STREAM, 256);
+    pub const ALG: Self = Self::family("alg", libc::AF_ALG, SEQPACKET, 0);
+    pub const VSOCK: Self = Self::family("vsock", libc::AF_VSOCK, STREAM, 0);
+    pub const VSOCK_PACKETS: Self = Self::family("vsock-packets", libc::AF_VSOCK, SEQPACKET, 0);
+    pub const XDP: Self = Self::family("xdp", libc::AF_XDP, RAW, 0);
+    pub const KEY: Self = Self::family("key", libc::AF_KEY, RAW, 2);
+    pub const TIPC: Self = Self::family("tipc", libc::AF_TIPC, SEQPACKET, 0);
+    pub const RDS: Self = Self::family("rds", libc::AF_RDS, SEQPACKET, 0);
+    pub const KCM: Self = Self::family("kcm", 41, SEQPACKET, 0);
+    pub const SMC: Self = Self::family("smc", 43, STREAM, 0);
+    pub const NETLINK_DIAG: Self =
+        Self::family("netlink-diag", libc::AF_NETLINK, RAW, libc::NETLINK_SOCK_DIAG);
+    pub const VETH: Self = Self::Device { kind: "veth" };
+    pub const TUN: Self = Self::DeviceFile { word: "tun", path: "/dev/net/tun" };
+    pub const IPIP: Self = Self::Device { kind: "ipip" };
+    pub const RING_SEND: Self = Self::Ring { word: "io-uring-send", operation: 26 };
+    pub const RING_SOCKET: Self = Self::Ring { word: "io-uring-socket", operation: 45 };
+    pub const RING_LISTEN: Self = Self::Ring { word: "io-uring-listen", operation: 57 };
+
     /// Sockets of an IP protocol.
     #[must_use]
     pub const fn ip(word: &'static str, kind: i32, protocol: i32) -> Self {
@@ -95,7 +149,7 @@ pub fn can_be_attacked_by(needs: &[Facility]) -> bool {
         return true;
     };
     let word = missing.word();
-    let declared = std::env::var(DECLARED).unwrap_or_default();
+    let declared = declared();
     assert!(
         !declared.split(' ').any(|declared| declared == word),
         "this kernel has no {word}, though {DECLARED} says that it has"
@@ -106,6 +160,30 @@ pub fn can_be_attacked_by(needs: &[Facility]) -> bool {
     let said = writeln!(io::stdout(), "not applicable: {name}: this kernel has no {word}");
     said.expect("standard output is open");
     false
+}
+
+/// Words that are declared of this kernel.
+fn declared() -> String {
+    std::env::var(DECLARED).unwrap_or_default()
+}
+
+/// What is declared of this kernel and missing from it, and words that nothing goes by, which would
+/// promise nothing; what is there and not declared.
+#[must_use]
+pub fn compare_with_declared() -> (Vec<String>, Vec<&'static str>) {
+    let declared = declared();
+    let declared: Vec<&str> = declared.split_whitespace().collect();
+    let missing = declared
+        .iter()
+        .filter(|word| !ALL.iter().any(|facility| facility.word() == **word && facility.is_there()))
+        .map(|word| (*word).to_owned())
+        .collect();
+    let more = ALL
+        .iter()
+        .filter(|facility| !declared.contains(&facility.word()) && facility.is_there())
+        .map(Facility::word)
+        .collect();
+    (missing, more)
 }
 
 fn has_operation(operation: u8) -> io::Result<bool> {

@@ -44,14 +44,24 @@ pub fn requires(layer: Layer) {
     }
 }
 
-/// Whoever runs a test by hand promises everything.
+/// Whether this is promised here. Whoever runs a test by hand promises everything.
+///
+/// # Panics
+///
+/// When the runner names a promise that is unknown.
 #[track_caller]
-pub(crate) fn is_promised(needed: Promise) {
-    let Ok(promises) = env::var(VARIABLE) else { return };
+#[must_use]
+pub fn is_to_give(promise: Promise) -> bool {
+    let Ok(promises) = env::var(VARIABLE) else { return true };
     let promises = Promise::list(&promises)
         .unwrap_or_else(|| panic!("{VARIABLE}={promises:?} names a promise that is unknown"));
+    promises.contains(&promise)
+}
+
+#[track_caller]
+pub(crate) fn is_promised(needed: Promise) {
     assert!(
-        promises.contains(&needed),
+        is_to_give(needed),
         "this row does not promise {needed:?}, and the test's name does not say that it needs it: \
          put it into a module `{}`",
         needed.as_str()

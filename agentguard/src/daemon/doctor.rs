@@ -77,18 +77,58 @@ fn btf() -> Check {
     }
 }
 
+/// Where cgroup v2 is, as the daemon finds it, and what there is in its place where it is nowhere.
 fn cgroup(configuration: &Configuration) -> Check {
     match configuration.find_cgroup_root() {
         Ok(path) => {
             check("cgroup v2", CheckState::Ok, format!("mounted at {}", path.display()), None)
         }
-        Err(error) => check(
-            "cgroup v2",
-            CheckState::Failed,
-            error.to_string(),
-            Some("mount -t cgroup2 none /sys/fs/cgroup"),
-        ),
+        Err(error) => {
+            let node = host::has_own_mounts().then(|| mounts_of("1"));
+            missing_cgroup2(&error.to_string(), &mounts_of("self"), node.as_deref())
+        }
     }
+}
+
+/// The mount table of a process; empty where it can not be read.
+fn mounts_of(process: &str) -> String {
+    fs::read_to_string(format!("/proc/{process}/mounts")).unwrap_or_default()
+}
+
+/// Where file systems of this type are mounted.
+fn mounted<'a>(mounts: &'a str, kind: &str) -> Vec<&'a str> {
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let of_kind = fields.filter(|fields| fields.get(2) == Some(&kind));
+    of_kind.filter_map(|fields| fields.get(1).copied()).collect()
+}
+
+/// What a machine, or a container on one, has in place of cgroup v2, what that means, and what to do.
+fn missing_cgroup2(error: &str, mounts: &str, node: Option<&str>) -> Check {
+    let means = "workloads are told by their cgroups of version 2, so the daemon does not start";
+    let of_node = node.map(|mounts| mounted(mounts, "cgroup2")).unwrap_or_default();
+    let v1 = mounted(mounts, "cgroup");
+    let (found, remedy) = if let Some(path) = of_node.first() {
+        (
+            format!("not mounted in this container, though the node has it at {path}; {means}"),
+            format!("give the container the node's {path} as a volume"),
+        )
+    } else if let Some(path) = v1.first() {
+        (
+            format!(
+                "not mounted: this machine has version 1 only, {} hierarchies of it ({path} is \
+                 one); {means}",
+                v1.len()
+            ),
+            "boot with systemd.unified_cgroup_hierarchy=1, and let container runtimes use version \
+             2; or mount it beside version 1 (mkdir -p /sys/fs/cgroup/unified; mount -t cgroup2 \
+             none /sys/fs/cgroup/unified), where containers that a runtime puts into version 1 \
+             alone are shown with protection none"
+                .to_owned(),
+        )
+    } else {
+        (format!("{error}; {means}"), "mount -t cgroup2 none /sys/fs/cgroup".to_owned())
+    };
+    check("cgroup v2", CheckState::Failed, found, Some(&remedy))
 }
 
 fn bpffs() -> Check {
@@ -105,23 +145,14 @@ fn bpffs() -> Check {
 /// How cgroups are laid out: which hierarchies there are, who makes those of containers, and what
 /// this process sees of them.
 fn layout(configuration: &Configuration) -> Vec<Check> {
-    let Ok(root) = configuration.find_cgroup_root() else { return Vec::new() };
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let has_v1 = mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup"));
-    let hierarchy = if has_v1 {
-        "version 2 beside version 1 (hybrid); agents are held by version 2"
-    } else {
-        "version 2 alone"
-    };
-    let driver = if root.join("kubepods.slice").exists() {
-        "; pods are made by systemd (kubepods.slice)"
-    } else if root.join("kubepods").exists() {
-        "; pods are made by kubelet itself (kubepods)"
-    } else {
-        ""
-    };
-    let mut checks =
-        vec![check("cgroup layout", CheckState::Ok, format!("{hierarchy}{driver}"), None)];
+    let root = configuration.find_cgroup_root().ok();
+    // In a container, its mounts say what it was given, and the node's how the node is laid out.
+    let mounts = mounts_of(if host::has_own_mounts() { "1" } else { "self" });
+    let mut checks = Vec::new();
+    if let Some(hierarchies) = hierarchies(&mounts) {
+        let driver = root.as_deref().map(driver).unwrap_or_default();
+        checks.push(check("cgroup layout", CheckState::Ok, format!("{hierarchies}{driver}"), None));
+    }
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/cgroup")).ok();
     if namespace("self") != namespace("1") {
         checks.push(check(
@@ -144,6 +175,26 @@ fn layout(configuration: &Configuration) -> Vec<Check> {
         ));
     }
     checks
+}
+
+/// Which hierarchies of cgroups there are; nothing without version 2, of which another check tells.
+fn hierarchies(mounts: &str) -> Option<&'static str> {
+    match (mounted(mounts, "cgroup2").is_empty(), mounted(mounts, "cgroup").is_empty()) {
+        (true, _) => None,
+        (false, true) => Some("version 2 alone"),
+        (false, false) => Some("version 2 beside version 1 (hybrid); agents are held by version 2"),
+    }
+}
+
+/// Who makes the cgroups of pods.
+fn driver(root: &Path) -> &'static str {
+    if root.join("kubepods.slice").exists() {
+        "; pods are made by systemd (kubepods.slice)"
+    } else if root.join("kubepods").exists() {
+        "; pods are made by kubelet itself (kubepods)"
+    } else {
+        ""
+    }
 }
 
 /// That the kernel's list names `bpf` does not mean that a program can be attached: what became of
@@ -204,4 +255,51 @@ fn try_programs(
         ));
     }
     protection
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
+        cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n\
+        proc /proc proc rw 0 0\n";
+    const V2: &str = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+
+    #[test]
+    fn a_machine_with_version_1_alone_is_told_what_that_means_and_what_to_do() {
+        let told = missing_cgroup2("no", V1, None);
+        assert_eq!(told.state, CheckState::Failed);
+        for part in ["version 1 only", "2 hierarchies", "/sys/fs/cgroup/cpu", "does not start"] {
+            assert!(told.found.contains(part), "{part}: {}", told.found);
+        }
+        let remedy = told.remedy.unwrap();
+        for part in ["systemd.unified_cgroup_hierarchy=1", "mount -t cgroup2", "protection none"] {
+            assert!(remedy.contains(part), "{part}: {remedy}");
+        }
+        assert_eq!(hierarchies(V1), None);
+    }
+
+    #[test]
+    fn a_container_without_the_nodes_cgroups_is_told_where_they_are() {
+        let told = missing_cgroup2("no", "proc /proc proc rw 0 0\n", Some(V2));
+        assert!(told.found.contains("the node has it at /sys/fs/cgroup"), "{}", told.found);
+        assert!(told.remedy.unwrap().contains("give the container the node's /sys/fs/cgroup"));
+        // A node that has none is no better.
+        let told = missing_cgroup2("no", V1, Some(V1));
+        assert!(told.found.contains("version 1 only"), "{}", told.found);
+    }
+
+    #[test]
+    fn a_machine_without_cgroups_is_told_to_mount_them() {
+        let told = missing_cgroup2("cgroup v2 is not mounted", "", None);
+        assert!(told.found.contains("cgroup v2 is not mounted; workloads are"), "{}", told.found);
+        assert_eq!(told.remedy.as_deref(), Some("mount -t cgroup2 none /sys/fs/cgroup"));
+    }
+
+    #[test]
+    fn layouts_are_told_apart() {
+        assert_eq!(hierarchies(V2), Some("version 2 alone"));
+        assert!(hierarchies(&format!("{V1}{V2}")).unwrap().contains("hybrid"));
+    }
 }
