@@ -24,6 +24,10 @@ pub(crate) const PACKAGE: &str = "agentguard-tests";
 /// What this kernel is promised to give, if nothing else is said: what every supported one has.
 pub(crate) const THIS_KERNEL: &[Promise] = &[Promise::Portable, Promise::Containers];
 
+/// By which the tests are told what a kernel has beyond what is promised of all, in words of the harness
+/// (`facility.rs`): an attack that needs it is then made, or fails.
+pub(crate) const FACILITIES: &str = "AGENTGUARD_KERNEL_HAS";
+
 /// A test program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Suite {
@@ -123,14 +127,15 @@ impl Selection<'_> {
         [program, "--test-threads=1", "--exact"].into_iter().chain(self.run.iter().copied())
     }
 
-    /// The command that runs it on this kernel.
-    pub(crate) fn command(&self, promises: &[Promise], daemon: &Path) -> Command {
+    /// The command that runs it on this kernel, which has `facilities` as well.
+    pub(crate) fn command(&self, promises: &[Promise], facilities: &str, daemon: &Path) -> Command {
         let mut arguments = self.arguments();
         let mut command = Command::new(arguments.next().unwrap_or_default());
         command
             .args(arguments)
             .current_dir(directory())
             .env(VARIABLE, names_of(promises))
+            .env(FACILITIES, facilities)
             .env("AGENTGUARD_BIN", daemon);
         command
     }

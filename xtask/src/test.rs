@@ -25,6 +25,9 @@ use crate::{
     vm,
 };
 
+/// What attacks are made by and every kernel has on which the tests run: without it they would prove less.
+const THIS_KERNEL_HAS: &str = "io-uring-send veth";
+
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -39,6 +42,9 @@ pub(crate) struct Arguments {
     /// What this kernel must give beyond the portable layer; what it then lacks fails the run
     #[arg(long, value_delimiter = ',', value_name = "PROMISE", value_parser = promise)]
     this_kernel_gives: Vec<Promise>,
+    /// What attacks are made by and this kernel has, as `sctp`; what it then lacks fails the run
+    #[arg(long, value_delimiter = ',', value_name = "FACILITY")]
+    this_kernel_has: Vec<String>,
 }
 
 fn promise(name: &str) -> Result<Promise> {
@@ -84,7 +90,8 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     if !arguments.without_kernel {
         let suites = suites::build()?;
         let promises = [suites::THIS_KERNEL, &arguments.this_kernel_gives].concat();
-        total += on_this_kernel(&suites, &promises, filter, &daemon, &next)?;
+        let has = [THIS_KERNEL_HAS, &arguments.this_kernel_has.join(" ")].join(" ");
+        total += on_this_kernel(&suites, &promises, &has, filter, &daemon, &next)?;
         if !arguments.without_vms {
             matrix = Some(vm::matrix(
                 &suites,
@@ -126,6 +133,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
 fn on_this_kernel(
     suites: &[Suite],
     promises: &[Promise],
+    facilities: &str,
     filter: Option<&str>,
     daemon: &Path,
     next: &Path,
@@ -141,7 +149,7 @@ fn on_this_kernel(
         }
         if !selection.run.is_empty() {
             println!("\n     Running {}", suite.name);
-            let mut command = selection.command(promises, daemon);
+            let mut command = selection.command(promises, facilities, daemon);
             total += counted(command.env("AGENTGUARD_NEXT_BIN", next))?;
         }
     }

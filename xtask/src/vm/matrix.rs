@@ -17,6 +17,9 @@ pub(super) struct Row {
     pub(super) manager: Manager,
     /// What fails the run when it is missing.
     pub(super) promises: &'static [Promise],
+    /// What attacks are made by that not every kernel has, in words of the harness (`facility.rs`): what
+    /// is missing of it fails the run.
+    pub(super) has: &'static str,
     pub(super) tests: Tests,
 }
 
@@ -85,6 +88,8 @@ impl Tests {
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
             (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
+            (Self::Kernel | Self::Hooks, "guard") if test == TELLS_WHAT_IT_GIVES => true,
+            (Self::Kernel | Self::Hooks, "harness") => test == HAS_WHAT_IT_DECLARES,
             (Self::Kernel | Self::Hooks, _) => is_attack(suite, test) && !is_other_run(test),
         }
     }
@@ -92,6 +97,10 @@ impl Tests {
 
 /// The test of `run --require full` where a kernel gives it.
 const BOTH_LAYERS_REQUIRED: &str = "lsm::both_layers_may_be_required";
+/// The test that what is told of protection is what the row promises.
+const TELLS_WHAT_IT_GIVES: &str = "what_is_told_of_protection_is_what_this_machine_is_to_give";
+/// The test that the kernel has the facilities of its row.
+const HAS_WHAT_IT_DECLARES: &str = "this_kernel_has_what_is_declared_of_it";
 
 /// Whether a test is among [`ATTACKS`].
 pub(super) fn is_attack(suite: &str, test: &str) -> bool {
@@ -181,6 +190,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::WithBpfLsm,
         manager: Manager::None,
         promises: BOTH_LAYERS,
+        has: "io-uring-send veth",
         tests: Tests::Hooks,
     },
     Row {
@@ -189,6 +199,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::WithoutBpfLsm,
         manager: Manager::None,
         promises: WITHOUT_LSM,
+        has: "io-uring-send veth",
         tests: Tests::Hooks,
     },
     Row {
@@ -197,6 +208,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::ByDefault,
         manager: Manager::None,
         promises: BOTH_LAYERS,
+        has: "io-uring-send io-uring-socket veth",
         tests: Tests::Hooks,
     },
     Row {
@@ -205,6 +217,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::ByDefault,
         manager: Manager::None,
         promises: BOTH_LAYERS,
+        has: "io-uring-send io-uring-socket io-uring-listen veth",
         tests: Tests::Hooks,
     },
     Row {
@@ -213,6 +226,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::ByDefault,
         manager: Manager::None,
         promises: END_OTHERS,
+        has: "io-uring-send io-uring-socket io-uring-listen veth",
         tests: Tests::Kernel,
     },
     Row {
@@ -221,6 +235,7 @@ pub(super) const ROWS: [Row; 6] = [
         boot: Boot::ByDefault,
         manager: Manager::Systemd,
         promises: SYSTEMD,
+        has: "",
         tests: Tests::Of("systemd"),
     },
 ];
@@ -251,6 +266,11 @@ mod tests {
         assert!(Tests::Kernel.include("daemon", BOTH_LAYERS_REQUIRED));
         assert!(!Tests::Kernel.include("daemon", "events_are_followed"));
         assert!(!Tests::Hooks.include("daemon", BOTH_LAYERS_REQUIRED));
+        for tests in [Tests::Hooks, Tests::Kernel] {
+            assert!(tests.include("guard", TELLS_WHAT_IT_GIVES));
+            assert!(tests.include("harness", HAS_WHAT_IT_DECLARES));
+            assert!(!tests.include("harness", "a_world_leaves_nothing_behind"));
+        }
         assert!(!Tests::Of("systemd").include("network", "sendto::is_refused_in_enforce_mode"));
     }
 }

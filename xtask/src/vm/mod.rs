@@ -40,7 +40,7 @@ use crate::{
     promise::{Promise, VARIABLE},
     run::{heading, root, target_dir},
     setup::Purpose,
-    suites::{self, Selection, Suite},
+    suites::{self, FACILITIES, Selection, Suite},
 };
 
 /// How many machines run at a time: a machine has two processors, and is idle half of the time.
@@ -422,6 +422,7 @@ impl<'a> Host<'a> {
             "cd {}\n\
              {}\
              export {}={}\n\
+             export {FACILITIES}={}\n\
              export AGENTGUARD_TEST_PINS=/sys/fs/bpf/agentguard-tests\n\
              export AGENTGUARD_TEST_DATAPATH_PINS=/sys/fs/bpf/agentguard-tests-datapath\n\
              broken=0\n\
@@ -430,6 +431,7 @@ impl<'a> Host<'a> {
             self.daemons.exports(),
             VARIABLE,
             suites::names_of(row.promises),
+            quoted(row.has),
         );
         for selection in selections {
             let arguments: Vec<_> = selection.arguments().map(quoted).collect();
