@@ -50,7 +50,7 @@ metadata:
 pub(crate) struct Arguments {
     /// Write nothing, and fail when the plain manifests are not those of the chart
     #[arg(long)]
-    check: bool,
+    pub(crate) check: bool,
 }
 
 /// Lints the chart and renders the plain manifests.

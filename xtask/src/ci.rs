@@ -1,14 +1,15 @@
 //! `cargo xtask ci`: the checks of form, all of them, whatever the first one says.
 //!
 //! Its one job is to run what `.ci/run` runs after the tests: formatting, lints for both
-//! targets, documentation, licences and advisories, and tidy. Each is a command a developer
-//! can run alone.
+//! targets, documentation, licences and advisories, tidy, and the chart. Each is a command a
+//! developer can run alone.
 
 use std::{ffi::OsStr, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    chart,
     run::{cargo, heading, output, root, run, target_dir},
     setup::{self, Purpose},
     tidy, toolchain,
@@ -24,13 +25,14 @@ type Check = (&'static str, fn() -> Result<()>);
 /// The set-up fails, or a check does.
 pub(crate) fn ci() -> Result<()> {
     setup::setup(Purpose::Ci)?;
-    let checks: [Check; 6] = [
+    let checks: [Check; 7] = [
         ("formatting", formatting),
         ("lints for the host", lints_for_the_host),
         ("lints for the kernel half", lints_for_the_kernel_half),
         ("documentation", documentation),
         ("licences and advisories", licences_and_advisories),
         ("tidy", tidy::tidy),
+        ("chart", || chart::chart(&chart::Arguments { check: true })),
     ];
     let mut failed = Vec::new();
     for (name, check) in checks {
