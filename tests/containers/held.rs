@@ -2,6 +2,7 @@
 
 mod docker;
 mod nri;
+mod v1alpha2;
 
 use std::{
     fs,
@@ -173,6 +174,11 @@ impl Hook {
 
     /// What containerd's configuration needs of it.
     fn configuration(&self) -> String {
+        self.configuration_with("")
+    }
+
+    /// The same, with more options of the runtime that it calls.
+    fn configuration_with(&self, options: &str) -> String {
         [DENYING, ALLOWING, "kata"]
             .map(|name| {
                 let handler =
@@ -185,7 +191,7 @@ impl Hook {
                 };
                 format!(
                     "{handler}]\nruntime_type = \"io.containerd.runc.v2\"\n{base}\
-                     {handler}.options]\nRoot = \"{{directory}}/runc\"\n"
+                     {handler}.options]\nRoot = \"{{directory}}/runc\"\n{options}\n"
                 )
             })
             .concat()
@@ -289,6 +295,15 @@ fn executables_are_granted_in_the_containers_own_mounts() {
     wait_until("the tool may run there too", || container.exec([TOOL, "end"]).exit_code == 0);
 }
 
+/// Waits until what the runtime started in a container may be run there again: where no hook told what
+/// that is, the runtime's list does.
+#[track_caller]
+fn may_run_its_own(container: &Container<'_>) {
+    wait_until("the container's own command may run", || {
+        container.exec([PROGRAM, "end"]).exit_code == 0
+    });
+}
+
 /// A directory of the node with the program of the tests in it, as `tool`.
 fn volume_with_tool(directory: &Path) -> PathBuf {
     fs::create_dir(directory).unwrap();
@@ -328,13 +343,22 @@ fn what_is_not_held_whole_is_said() {
 
 #[test]
 fn pods_stay_held_while_daemon_and_runtime_restart_and_end_with_their_cgroup() {
-    let (_hook, mut containerd) = hooked();
+    let (_hook, containerd) = hooked();
+    stay_held(containerd, DENYING);
+}
+
+/// The same of a runtime, whose `handler` runs the pod.
+#[track_caller]
+fn stay_held(mut containerd: Containerd, handler: &str) {
     let mut guard = guard(&containerd);
     grant(&guard, "base", "steady", BASE);
     let id = {
-        let pod = agent(&containerd, "steady-0", "steady").run();
+        let pod = agent_of(&containerd, "steady-0", "steady").runtime_handler(handler).run();
         is_held(&guard, "agents/steady-0");
         let container = pod.container("agent").start();
+        if handler.is_empty() {
+            may_run_its_own(&container);
+        }
         assert_held(&container.exec_attempts(5, &asks()), "before");
         container.id().to_owned()
     };

@@ -1,9 +1,9 @@
 //! Container runtimes that the tests start, beside the one that this machine installs.
 //!
 //! Its one job is to have them unpacked beside the build products: containerd of the releases that
-//! differ, since this machine's is whatever its Debian has, which may be older than NRI, and a Docker
-//! Engine, which would change the machine's network were it installed. Nothing of them is installed,
-//! and no service begins.
+//! differ, since this machine's is whatever its Debian has, which may be older than NRI and newer than
+//! those that speak nothing but the API's earlier version, and a Docker Engine, which would change the
+//! machine's network were it installed. Nothing of them is installed, and no service begins.
 
 use std::{fs, process::Command};
 
@@ -23,7 +23,14 @@ struct Runtime {
     program: &'static str,
 }
 
-const RUNTIMES: [Runtime; 3] = [
+const RUNTIMES: [Runtime; 4] = [
+    // 1.4, which speaks v1alpha2 of the runtimes' API and no other version of it.
+    Runtime {
+        directory: "containerd/1.4",
+        package: "containerd",
+        suite: "bullseye",
+        program: "usr/bin/containerd",
+    },
     // The last of version 1, which has NRI and leaves it off unless told otherwise.
     Runtime {
         directory: "containerd/1",

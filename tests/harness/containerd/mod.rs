@@ -25,7 +25,7 @@ use nix::{
 };
 use serde_json::json;
 
-use self::cri::Cri;
+use self::cri::{Cri, Version};
 pub use self::{
     image::{PROGRAM, TOOL},
     pod::{Container, ContainerPlan, Executed, Pod, PodPlan},
@@ -52,12 +52,36 @@ const PODS: &str = "10.244.0.0/24";
 /// The namespace in which containerd keeps what it runs for orchestrators.
 const NAMESPACE: &str = "k8s.io";
 
-/// A release of the runtime that offers NRI, which the runner keeps beside the build products: no
-/// supported Debian has all of them.
+/// A release of the runtime that the runner keeps beside the build products: no supported Debian has
+/// all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Release {
+    /// 1.4, which speaks no other version of the API than v1alpha2.
+    OneFour,
+    /// The last of version 1, which offers NRI.
     One,
+    /// Of version 2, which offers NRI and speaks no other version of the API than v1.
     Two,
+}
+
+/// Who makes the cgroups of containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Driver {
+    /// The runtime itself.
+    #[default]
+    Cgroupfs,
+    /// The machine's systemd, as units in slices.
+    Systemd,
+}
+
+/// What is to be different from the machine's own runtime.
+#[derive(Debug, Default)]
+struct Making {
+    release: Option<Release>,
+    driver: Driver,
+    /// More of its configuration; `{directory}` in it is where its files are.
+    more: String,
+    inside: Option<Inside>,
 }
 
 /// A node that is a container itself, as a runtime is started in it.
@@ -73,8 +97,9 @@ pub struct Inside {
 #[derive(Debug)]
 pub struct Containerd {
     cri: Cri,
-    /// Where its programs are looked for.
-    path: String,
+    /// `None`: the machine's own.
+    release: Option<Release>,
+    driver: Driver,
     /// The node that it runs in, where that is a container itself.
     inside: Option<Inside>,
     running: Option<Running>,
@@ -103,7 +128,7 @@ impl Containerd {
     #[track_caller]
     #[must_use]
     pub fn started_with(more: &str) -> Self {
-        Self::started_from(PATH.to_owned(), more, World::new(), None)
+        Self::made(World::new(), Making { more: more.to_owned(), ..Making::default() })
     }
 
     /// One in a node that is a container itself, which has to outlive it.
@@ -114,13 +139,39 @@ impl Containerd {
     #[track_caller]
     #[must_use]
     pub fn started_inside(world: World, node: Inside) -> Self {
-        Self::started_from(PATH.to_owned(), "", world, Some(node))
+        Self::made(world, Making { inside: Some(node), ..Making::default() })
     }
 
     /// The socket that a runtime on this node will answer on.
     #[must_use]
     pub fn socket_on(world: &World) -> PathBuf {
         world.directory().join(SOCKET)
+    }
+
+    /// One that has the machine's systemd make the cgroups of its containers, with more in its
+    /// configuration. Only for a machine of the tests' own: the slices are the system's.
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started_under_systemd(more: &str) -> Self {
+        is_promised(Promise::Systemd);
+        let making = Making { driver: Driver::Systemd, more: more.to_owned(), ..Making::default() };
+        Self::made(World::new(), making)
+    }
+
+    /// One of a release.
+    ///
+    /// # Panics
+    ///
+    /// When the runtime is missing or does not start.
+    #[track_caller]
+    #[must_use]
+    pub fn started_of(release: Release, more: &str) -> Self {
+        let making = Making { release: Some(release), more: more.to_owned(), ..Making::default() };
+        Self::made(World::new(), making)
     }
 
     /// One of a release that offers NRI at [`Self::nri`].
@@ -131,7 +182,6 @@ impl Containerd {
     #[track_caller]
     #[must_use]
     pub fn started_with_nri(release: Release) -> Self {
-        let programs = release.programs();
         let nri = format!(
             r#"[plugins."io.containerd.nri.v1.nri"]
   disable = false
@@ -140,19 +190,19 @@ impl Containerd {
   plugin_config_path = "{{directory}}/nri-configuration"
 "#
         );
-        let path = format!("{}:{PATH}", programs.display());
-        Self::started_from(path, &nri, World::new(), None)
+        Self::started_of(release, &nri)
     }
 
     #[track_caller]
-    fn started_from(path: String, more: &str, world: World, inside: Option<Inside>) -> Self {
+    fn made(world: World, making: Making) -> Self {
         requires(Layer::Portable);
         is_promised(Promise::Containers);
         world.network().lead_to_pods(PODS);
-        let cri = Cri::new(&Self::socket_on(&world));
+        let Making { release, driver, more, inside } = making;
+        let cri = Cri::new(&Self::socket_on(&world), spoken_by(release));
         let uids = AtomicU32::new(0);
-        let mut containerd = Self { cri, path, inside, running: None, uids, world };
-        containerd.configure(more).expect("the world's directory is ours");
+        let mut containerd = Self { cri, release, driver, inside, running: None, uids, world };
+        containerd.configure(&more).expect("the world's directory is ours");
         fs::create_dir(containerd.world.cgroup().path().join(NODE)).expect("the cgroup is ours");
         containerd.start();
         containerd.import_images();
@@ -189,15 +239,15 @@ impl Containerd {
     }
 
     /// Which versions of the API it says that it speaks: asked by the present one, and by the one
-    /// before.
+    /// before; `None` where it does not know the one that it is asked by.
     ///
     /// # Panics
     ///
     /// When it does not answer.
     #[track_caller]
     #[must_use]
-    pub fn api_versions(&self) -> [String; 2] {
-        self.cri.versions().map(|version| version.expect("it answers"))
+    pub fn api_versions(&self) -> [Option<String>; 2] {
+        self.cri.versions().expect("it answers")
     }
 
     /// Stops and removes every pod.
@@ -213,6 +263,19 @@ impl Containerd {
     #[track_caller]
     pub fn restart(&mut self) {
         self.stop();
+        self.start();
+    }
+
+    /// Ends it, and starts another release with all that it left; containers run on.
+    ///
+    /// # Panics
+    ///
+    /// When one does not end or the other does not start.
+    #[track_caller]
+    pub fn replace_by(&mut self, release: Release) {
+        self.stop();
+        self.release = Some(release);
+        self.cri = Cri::new(&self.socket(), spoken_by(self.release));
         self.start();
     }
 
@@ -248,7 +311,7 @@ impl Containerd {
             ]);
             command.arg("--");
         }
-        command.env("PATH", &self.path);
+        command.env("PATH", self.search_path());
         // The one of its own release, where that is not the machine's.
         command.args(["env", "containerd", "--config"]).arg(self.path(CONFIG));
         let running = self.running.insert(Running::start(&mut command));
@@ -275,9 +338,21 @@ impl Containerd {
         self.path("logs")
     }
 
-    /// The cgroup of all pods, as the runtime is told it.
-    fn pods_cgroup(&self) -> String {
-        format!("/{}/pods", self.world.name())
+    /// Where its programs are looked for: those of its own release first.
+    fn search_path(&self) -> String {
+        match self.release {
+            Some(release) => format!("{}:{PATH}", release.programs().display()),
+            None => PATH.to_owned(),
+        }
+    }
+
+    /// The cgroup of a pod, as kubelet tells the runtime: with the systemd driver, of the class to which
+    /// most pods belong.
+    fn pod_cgroup(&self, uid: &str) -> String {
+        match self.driver {
+            Driver::Cgroupfs => format!("/{}/pods/pod{uid}", self.world.name()),
+            Driver::Systemd => slice("kubepods", uid),
+        }
     }
 
     fn next_uid(&self) -> String {
@@ -347,9 +422,11 @@ disabled_plugins = [
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
         Root = "{directory}/runc"
+        SystemdCgroup = {by_systemd}
 {more}
 "#,
             pause = image::PAUSE,
+            by_systemd = self.driver == Driver::Systemd,
         );
         fs::write(self.path(CONFIG), config)
     }
@@ -360,7 +437,7 @@ disabled_plugins = [
         image::write(&agent_binary(), &archive).expect("an archive can be written");
         let mut import = Command::new("ctr");
         import
-            .env("PATH", &self.path)
+            .env("PATH", self.search_path())
             .arg("--address")
             .arg(self.socket())
             .args(["--namespace", NAMESPACE]);
@@ -385,6 +462,22 @@ disabled_plugins = [
         let _gone = kill(pid, Signal::SIGTERM);
         running.wait(PATIENCE).is_some()
     }
+}
+
+/// The version of the API by which a release is spoken to.
+const fn spoken_by(release: Option<Release>) -> Version {
+    match release {
+        Some(Release::OneFour) => Version::V1Alpha2,
+        Some(Release::One | Release::Two) | None => Version::V1,
+    }
+}
+
+/// The cgroup of a pod where kubelet has systemd make them (`pkg/kubelet/cm`): a slice lies in the one
+/// whose name is its own up to the last dash, so that a pod's number has none.
+fn slice(root: &str, uid: &str) -> String {
+    let name = format!("{root}-burstable-pod{}", uid.replace('-', "_"));
+    let ends = name.match_indices('-').map(|(end, _)| end).chain([name.len()]);
+    ends.map(|end| format!("/{}.slice", &name[..end])).collect()
 }
 
 /// Files of a runtime in `directory` that lie elsewhere, where no configuration moves them: the
@@ -442,6 +535,13 @@ impl Drop for Containerd {
             cgroup::remove(&self.world.cgroup().path().join(name));
         }
         cgroup::remove_from_all(self.world.name());
+        match self.driver {
+            Driver::Cgroupfs => {}
+            Driver::Systemd => {
+                let mut stop = Command::new("systemctl");
+                let _gone = stop.args(["stop", "kubepods.slice", "kubelet.slice"]).status();
+            }
+        }
         mounts::unmount_below(self.world.directory());
         for file in files {
             // What ended in order took its own away.
@@ -455,6 +555,7 @@ impl Release {
     #[track_caller]
     fn programs(self) -> PathBuf {
         let (name, variable) = match self {
+            Self::OneFour => ("../containerd/1.4/usr/bin/containerd", "AGENTGUARD_CONTAINERD_1_4"),
             Self::One => ("../containerd/1/usr/bin/containerd", "AGENTGUARD_CONTAINERD_1"),
             Self::Two => ("../containerd/2/usr/bin/containerd", "AGENTGUARD_CONTAINERD_2"),
         };

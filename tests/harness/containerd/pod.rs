@@ -12,7 +12,7 @@ use std::{
 use k8s_cri::v1;
 use serde_json::Value;
 
-use super::{Containerd, image};
+use super::{Containerd, image, slice};
 use crate::{
     attempt::{Ask, Report},
     cgroup,
@@ -86,7 +86,7 @@ impl<'a> PodPlan<'a> {
                 .map(|(key, value)| (format!("io.kubernetes.pod.{key}"), value.to_owned()))
                 .into(),
             linux: Some(v1::LinuxPodSandboxConfig {
-                cgroup_parent: format!("{}/pod{uid}", containerd.pods_cgroup()),
+                cgroup_parent: containerd.pod_cgroup(&uid),
                 security_context: Some(security),
                 ..Default::default()
             }),
@@ -111,6 +111,14 @@ impl<'a> PodPlan<'a> {
     pub fn namespace(mut self, name: &str) -> Self {
         self.config.metadata.get_or_insert_default().namespace = name.to_owned();
         self.label("io.kubernetes.pod.namespace", name)
+    }
+
+    /// Puts it below the slice of a kubelet that has one of its own, as Kubernetes in Docker does.
+    pub fn below_kubelets_slice(mut self) -> Self {
+        let uid = self.config.metadata.get_or_insert_default().uid.clone();
+        let linux = self.config.linux.get_or_insert_default();
+        linux.cgroup_parent = slice("kubelet-kubepods", &uid);
+        self
     }
 
     /// Puts it into the node's own network.
