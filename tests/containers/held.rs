@@ -2,6 +2,7 @@
 
 mod docker;
 mod nri;
+mod systemd;
 mod v1alpha2;
 
 use std::{

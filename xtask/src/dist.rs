@@ -131,8 +131,11 @@ pub(crate) fn next_daemon_binary() -> Result<PathBuf> {
 /// The build fails, or the binary cannot be put aside.
 pub(crate) fn static_agent_binary() -> Result<PathBuf> {
     let mut build = cargo(&["rustc", "--locked", "--package", "agentguard-tests"]);
-    // Only what is linked last has to be told.
-    run(build.args(["--bin", "agentguard-agent", "--", "-C", "target-feature=+crt-static"]))?;
+    // Only what is linked last has to be told. A runtime unpacks it into each image, for which an
+    // emulated machine would take minutes with its symbols.
+    run(build
+        .args(["--bin", "agentguard-agent", "--", "-C", "target-feature=+crt-static"])
+        .args(["-C", "strip=symbols"]))?;
     let binary = target_dir().join("static/agentguard-agent");
     copy(&target_dir().join("debug/agentguard-agent"), &binary)?;
     Ok(binary)

@@ -187,13 +187,15 @@ fn hierarchies(mounts: &str) -> Option<&'static str> {
 }
 
 /// Who makes the cgroups of pods.
-fn driver(root: &Path) -> &'static str {
-    if root.join("kubepods.slice").exists() {
-        "; pods are made by systemd (kubepods.slice)"
+fn driver(root: &Path) -> String {
+    // The second is that of a kubelet with a slice of its own, as in Kubernetes in Docker.
+    let slices = ["kubepods.slice", "kubelet.slice/kubelet-kubepods.slice"];
+    if let Some(slice) = slices.iter().find(|slice| root.join(slice).exists()) {
+        format!("; cgroups of pods are made by systemd ({slice})")
     } else if root.join("kubepods").exists() {
-        "; pods are made by kubelet itself (kubepods)"
+        "; cgroups of pods are made by kubelet itself (kubepods)".to_owned()
     } else {
-        ""
+        String::new()
     }
 }
 

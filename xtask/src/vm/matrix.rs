@@ -75,8 +75,8 @@ pub(super) enum Tests {
     Kernel,
     /// As `Kernel`, without those that load a kernel for long, or are the same everywhere.
     Hooks,
-    /// Those of one suite.
-    Of(&'static str),
+    /// Those that need this, which nothing else promises.
+    Of(Promise),
 }
 
 impl Tests {
@@ -84,7 +84,7 @@ impl Tests {
     pub(super) fn include(self, suite: &str, test: &str) -> bool {
         let loads = || test.starts_with("counting::") || test.starts_with("generations::");
         match (self, suite) {
-            (Self::Of(name), _) => suite == name,
+            (Self::Of(promise), _) => Promise::of_test(test).any(|needed| needed == promise),
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
             (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
@@ -180,7 +180,8 @@ const MET: [&str; 32] = [
 const WITHOUT_LSM: &[Promise] = &[Promise::Portable];
 const BOTH_LAYERS: &[Promise] = &[Promise::Portable, Promise::Lsm];
 const END_OTHERS: &[Promise] = &[Promise::Portable, Promise::Lsm, Promise::EndOthers];
-const SYSTEMD: &[Promise] = &[Promise::Portable, Promise::Lsm, Promise::Systemd];
+const SYSTEMD: &[Promise] =
+    &[Promise::Portable, Promise::Lsm, Promise::Systemd, Promise::Containers];
 
 /// The matrix, oldest first.
 pub(super) const ROWS: [Row; 6] = [
@@ -236,7 +237,7 @@ pub(super) const ROWS: [Row; 6] = [
         manager: Manager::Systemd,
         promises: SYSTEMD,
         has: "",
-        tests: Tests::Of("systemd"),
+        tests: Tests::Of(Promise::Systemd),
     },
 ];
 
@@ -271,6 +272,9 @@ mod tests {
             assert!(tests.include("harness", HAS_WHAT_IT_DECLARES));
             assert!(!tests.include("harness", "a_world_leaves_nothing_behind"));
         }
-        assert!(!Tests::Of("systemd").include("network", "sendto::is_refused_in_enforce_mode"));
+        let under_systemd = Tests::Of(Promise::Systemd);
+        assert!(under_systemd.include("systemd", "systemd::a_unit"));
+        assert!(under_systemd.include("containers", "containers::held::systemd::a_pod"));
+        assert!(!under_systemd.include("network", "sendto::is_refused_in_enforce_mode"));
     }
 }

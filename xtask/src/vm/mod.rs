@@ -35,7 +35,7 @@ use self::{
 pub(crate) use self::{results::Matrix, setup::prepare};
 use crate::{
     counting::{Reader, Total},
-    dist::{daemon_binary, next_daemon_binary},
+    dist::{daemon_binary, next_daemon_binary, static_agent_binary},
     interrupt,
     promise::{Promise, VARIABLE},
     run::{heading, root, target_dir},
@@ -134,6 +134,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     interrupt::defer()?;
     crate::setup::setup(Purpose::Vm)?;
     heading("build");
+    static_agent_binary()?;
     let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
     let daemons = Daemons { this: &daemon, next: &next };
