@@ -5,6 +5,8 @@
 //! machine of their own only: a row of the matrix promises one, this kernel's row does not.
 
 mod systemd {
+    mod package;
+
     use std::{
         fs,
         io::{self, Write as _},
@@ -50,14 +52,7 @@ mod systemd {
         /// As an administrator does it, with what is granted before the first start.
         #[track_caller]
         fn started() -> Self {
-            requires(Layer::Portable);
-            assert!(Path::new("/run/systemd/system").is_dir(), "systemd is not the first process");
-            let installed = Self { granted: Reachable::start(), denied: Reachable::start() };
-            for unit in [AGENT, SERVICE] {
-                let _not_there_yet = Command::new("systemctl").args(["stop", unit]).status();
-            }
-            fs::create_dir_all("/etc/agentguard/manifests").unwrap();
-            installed.write_manifests();
+            let installed = Self::with_nothing_started();
             if !Path::new(PROGRAM).exists() {
                 fs::copy(program(), PROGRAM).unwrap();
             }
@@ -74,10 +69,25 @@ mod systemd {
                 format!("[Service]\nWatchdogSec={WATCHDOG}\nTimeoutStartSec=300\n"),
             )
             .unwrap();
+            systemctl(&["daemon-reload"]);
+            systemctl(&["start", SERVICE]);
+            installed
+        }
+
+        /// What an agent is and is granted, and no daemon.
+        #[track_caller]
+        fn with_nothing_started() -> Self {
+            requires(Layer::Portable);
+            assert!(Path::new("/run/systemd/system").is_dir(), "systemd is not the first process");
+            let installed = Self { granted: Reachable::start(), denied: Reachable::start() };
+            for unit in [AGENT, SERVICE] {
+                let _not_there_yet = Command::new("systemctl").args(["stop", unit]).status();
+            }
+            fs::create_dir_all("/etc/agentguard/manifests").unwrap();
+            installed.write_manifests();
             // With `Requires=` systemd would start the agent anew with each daemon that dies.
             installed.write_agent("Wants");
             systemctl(&["daemon-reload"]);
-            systemctl(&["start", SERVICE]);
             installed
         }
 

@@ -24,11 +24,19 @@ pub enum Promise {
     Systemd,
     /// A container runtime with its parts, which the runner installs.
     Containers,
+    /// Debian packages of this build, which the runner makes.
+    Package,
 }
 
 impl Promise {
-    pub const ALL: [Self; 5] =
-        [Self::Portable, Self::Lsm, Self::EndOthers, Self::Systemd, Self::Containers];
+    pub const ALL: [Self; 6] = [
+        Self::Portable,
+        Self::Lsm,
+        Self::EndOthers,
+        Self::Systemd,
+        Self::Containers,
+        Self::Package,
+    ];
 
     /// Its name in [`VARIABLE`], and the module of the tests that need it.
     #[must_use]
@@ -39,6 +47,16 @@ impl Promise {
             Self::EndOthers => "end_others",
             Self::Systemd => "systemd",
             Self::Containers => "containers",
+            Self::Package => "package",
+        }
+    }
+
+    /// Whether a kernel gives it, and not the machine around it.
+    #[must_use]
+    pub const fn is_of_the_kernel(self) -> bool {
+        match self {
+            Self::Portable | Self::Lsm | Self::EndOthers => true,
+            Self::Systemd | Self::Containers | Self::Package => false,
         }
     }
 

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     docs::{RELEASE_ONLY, files, generate},
     run::{cargo, heading, root, run, target_dir},
+    vm,
 };
 
 /// The version of cargo-deb that the package's description is written for.
@@ -57,27 +58,44 @@ pub(crate) fn dist() -> Result<()> {
     Ok(())
 }
 
-/// Builds a Debian package of the release, and gives its path.
+/// Arguments of `cargo xtask deb`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DebArguments {
+    /// Install, upgrade, remove and purge it in a virtual machine, under a real systemd
+    #[arg(long)]
+    verify: bool,
+}
+
+/// Builds a Debian package of the release.
 ///
 /// # Errors
 ///
-/// The build fails, or cargo-deb can be neither found nor installed.
-pub(crate) fn deb() -> Result<PathBuf> {
+/// The build fails, cargo-deb can be neither found nor installed, or the package is not as it is to be.
+pub(crate) fn deb(arguments: &DebArguments) -> Result<()> {
     crate::setup::cargo_tool("cargo-deb", CARGO_DEB)?;
     dist()?;
     heading("Debian package");
-    let directory = target_dir().join("debian");
-    fs::create_dir_all(&directory)?;
+    let package = package_of(&target_dir().join("debian"), &[])?;
+    if arguments.verify {
+        // What an upgrade needs: the same, of a version that comes after it.
+        let next = package_of(&target_dir().join("debian-next"), &["--deb-revision", "2"])?;
+        let daemon = target_dir().join("dist/bin/agentguard");
+        vm::verify_packages(&daemon.canonicalize()?, [&package, &next])?;
+    }
+    println!("{}", package.display());
+    Ok(())
+}
+
+/// Packs what [`dist`] has made into a directory, and gives the package.
+fn package_of(directory: &Path, more: &[&str]) -> Result<PathBuf> {
+    fs::create_dir_all(directory)?;
     let mut build = cargo(&["deb", "--package", "agentguard", "--no-build", "--no-strip"]);
-    run(build.arg("--output").arg(&directory))?;
-    let made = files(&directory)?;
-    let package = made
+    run(build.args(more).arg("--output").arg(directory))?;
+    files(directory)?
         .into_iter()
         .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
         .max_by_key(|path| path.metadata().and_then(|made| made.modified()).ok())
-        .context("cargo-deb made no package")?;
-    println!("{}", package.display());
-    Ok(package)
+        .context("cargo-deb made no package")
 }
 
 /// Builds the daemon as it is shipped, and gives the path of the binary.

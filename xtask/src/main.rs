@@ -69,7 +69,7 @@ enum Command {
     /// Build a release with completions and manual pages into `target/dist`
     Dist,
     /// Build a Debian package of the release into `target/debian`
-    Deb,
+    Deb(dist::DebArguments),
     /// Check the Helm chart, and render the plain manifests from it
     Chart(chart::Arguments),
     /// Build the container image into `target/image`, with its bill of materials
@@ -103,7 +103,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Docs(arguments) => docs::docs(&arguments),
         Command::Object => object::object().map(|path| println!("{}", path.display())),
         Command::Dist => dist::dist(),
-        Command::Deb => dist::deb().map(drop),
+        Command::Deb(arguments) => dist::deb(&arguments),
         Command::Chart(arguments) => chart::chart(&arguments),
         Command::Image(arguments) => image::image(&arguments),
         Command::BenchWorker(arguments) => bench::work(&arguments),

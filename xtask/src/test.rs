@@ -95,7 +95,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         if !arguments.without_vms {
             matrix = Some(vm::matrix(
                 &suites,
-                vm::Daemons { this: &daemon, next: &next },
+                vm::Daemons { this: &daemon, next: &next, packages: None },
                 &vm::Wanted::everywhere(filter),
             )?);
         }

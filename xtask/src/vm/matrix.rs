@@ -241,6 +241,16 @@ pub(super) const ROWS: [Row; 6] = [
     },
 ];
 
+/// The machine in which Debian packages are installed; no row of the matrix, whose runs need none.
+pub(super) const PACKAGES: Row = Row {
+    name: "packages",
+    suite: Suite::Bookworm,
+    boot: Boot::ByDefault,
+    manager: Manager::Systemd,
+    promises: &[Promise::Portable, Promise::Lsm, Promise::Systemd, Promise::Package],
+    tests: Tests::Of(Promise::Package),
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,7 +28,7 @@ use self::{
     image::Job,
     kernels::Kernel,
     machine::{Accelerator, Machine},
-    matrix::{ATTACKS, ROWS, Row, is_attack, is_of},
+    matrix::{ATTACKS, PACKAGES, ROWS, Row, is_attack, is_of},
     results::Outcome,
     verdict::Found,
 };
@@ -89,16 +89,21 @@ fn row(name: &str) -> Result<&'static Row> {
 pub(crate) struct Daemons<'a> {
     pub(crate) this: &'a Path,
     pub(crate) next: &'a Path,
+    /// Debian's package of it, and the one of a version after it, where these are tested.
+    pub(crate) packages: Option<[&'a Path; 2]>,
 }
 
 impl Daemons<'_> {
     /// Lines of a script by which tests find them.
     fn exports(self) -> String {
         let named = [("AGENTGUARD_BIN", self.this), ("AGENTGUARD_NEXT_BIN", self.next)];
+        let packages = self
+            .packages
+            .map(|[this, next]| [("AGENTGUARD_DEB", this), ("AGENTGUARD_NEXT_DEB", next)]);
         let line = |(name, path): (&str, &Path)| {
             format!("export {name}={}\n", quoted(&path.display().to_string()))
         };
-        named.map(line).concat()
+        named.into_iter().chain(packages.into_iter().flatten()).map(line).collect()
     }
 }
 
@@ -137,7 +142,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     static_agent_binary()?;
     let next = next_daemon_binary()?;
     let daemon = daemon_binary()?;
-    let daemons = Daemons { this: &daemon, next: &next };
+    let daemons = Daemons { this: &daemon, next: &next, packages: None };
     let wanted = Wanted {
         rows: &arguments.kernels,
         filter: arguments.filter.as_deref(),
@@ -153,6 +158,25 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     let matrix = matrix(&suites, daemons, &wanted)?;
     println!("\n{}", matrix.closing_line());
     ensure!(matrix.is_good(), "not every row is good");
+    Ok(())
+}
+
+/// Installs Debian packages of the daemon in a machine under a real systemd, and runs the tests there
+/// of what these do.
+///
+/// # Errors
+///
+/// The set-up or a build fails, or a test does.
+pub(crate) fn verify_packages(daemon: &Path, packages: [&Path; 2]) -> Result<()> {
+    interrupt::defer()?;
+    crate::setup::setup(Purpose::Vm)?;
+    heading("build");
+    let suites = suites::build()?;
+    let daemons = Daemons { this: daemon, next: daemon, packages: Some(packages) };
+    let wanted = Wanted { rows: &[&PACKAGES], ..Wanted::everywhere(None) };
+    let matrix = matrix(&suites, daemons, &wanted)?;
+    println!("\n{}", matrix.closing_line());
+    ensure!(matrix.is_good(), "the package is not as it is to be");
     Ok(())
 }
 
@@ -259,7 +283,8 @@ pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) 
     let wanted =
         Wanted { rows: &[row], filter: None, attacks: false, all: false, limit, refresh: false };
     let nothing = Path::new("");
-    let host = Host::new(Daemons { this: nothing, next: nothing }, &wanted)?;
+    let daemons = Daemons { this: nothing, next: nothing, packages: None };
+    let host = Host::new(daemons, &wanted)?;
     let machine = Machine { memory, ..host.machine(row, &wanted)? };
     println!("boots     {} by {}", host.kernel(row)?.release, host.accelerator.as_str());
     let job = Job { script, manager: row.manager, visible: &host.visible() };

@@ -67,7 +67,7 @@ impl Found {
                 let (active, all) = self.layer(promise.as_str());
                 active > 0 && active == all
             }
-            Promise::Systemd | Promise::Containers => true,
+            Promise::Systemd | Promise::Containers | Promise::Package => true,
             Promise::EndOthers => {
                 !self.hooks.is_empty() && !self.gaps.iter().any(|gap| gap.contains(OTHERS_LIVE))
             }
@@ -100,7 +100,7 @@ impl Found {
     pub(super) fn beyond(&self, promises: &[Promise]) -> Vec<Promise> {
         Promise::ALL
             .into_iter()
-            .filter(|promise| !matches!(promise, Promise::Systemd | Promise::Containers))
+            .filter(|promise| promise.is_of_the_kernel())
             .filter(|promise| !promises.contains(promise) && self.gives(*promise))
             .collect()
     }
@@ -133,7 +133,7 @@ mod tests {
     fn a_kernel_on_which_nothing_loads_gives_nothing() {
         let report = r#"{"kernel": "5.10", "protection": {"level": "none", "layers": []}}"#;
         let found = Found::read(report).unwrap();
-        assert_eq!(found.missing(&Promise::ALL).len(), Promise::ALL.len() - 2);
+        assert_eq!(found.missing(&Promise::ALL).len(), Promise::ALL.len() - 3);
         assert!(Found::read("").is_err(), "a doctor that died is no report");
     }
 
