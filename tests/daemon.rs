@@ -979,7 +979,10 @@ fn a_workload_that_a_hook_does_not_hold_is_not_told_as_held() {
     for hook in ["cgroup/connect4 (connect over IPv4)", "cgroup_skb/egress"] {
         assert!(gaps.contains(&format!("workload lacking is not held by {hook}")), "{gaps}");
     }
-    assert!(gaps.contains("restart the daemon") && !gaps.contains("workload whole"), "{gaps}");
+    assert!(
+        gaps.contains("restart the daemon") && !gaps.contains("workload whole is not held"),
+        "{gaps}"
+    );
     daemon.kill();
     daemon.start();
     assert_eq!(of(&daemon), [(1, 0), (1, 0)], "a restart attaches it again");
