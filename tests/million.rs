@@ -1,8 +1,10 @@
 //! Row G6 of the threat model: a million requests while the daemon is killed, started and replaced
 //! by one of another ABI version, manifests change and generations flip, and not one wrong decision.
 //!
-//! Workloads know what must come of each request; the kernel's counters must agree with what they
-//! saw, request for request: none decided by nobody, and none twice.
+//! Workloads know what must come of each request: of what is always granted, of what never is, and
+//! of what flips too, for each request that begins after one change was acknowledged and ends before the
+//! next one is begun. The kernel's counters must agree with what they saw, request for request: none
+//! decided by nobody, and none twice.
 
 use std::{
     process::Stdio,
@@ -42,6 +44,10 @@ fn requests(reports: &[Report]) -> u64 {
     reports.iter().map(|report| report.attempts + report.sends).sum()
 }
 
+/// Places among the targets of the datagrams, of what a manifest grants and of what the control API does.
+const BY_MANIFEST: [usize; 2] = [4, 5];
+const BY_API: [usize; 2] = [6, 7];
+
 /// What has been done to the daemon so far.
 #[derive(Debug, Default)]
 struct Done {
@@ -53,26 +59,63 @@ struct Done {
     revocations: u32,
 }
 
+/// Has what is right of some targets be known, or not for the time of a change.
+fn expect(traffic: &mut Traffic, targets: [usize; 2], expected: Expected) {
+    for target in targets {
+        traffic.expect(target, expected);
+    }
+}
+
 impl Done {
-    fn manifest(&mut self, daemon: &Daemon, agent: &str) {
+    /// Begins to change what a manifest grants.
+    fn manifest(&mut self, daemon: &Daemon, agent: &str, traffic: &mut Traffic) {
+        expect(traffic, BY_MANIFEST, Expected::Either);
         self.manifests += 1;
-        let documents = match self.manifests % 2 {
-            0 => vec![],
-            _ => vec![grant("flipping", agent, "test:flipping")],
+        let documents = match self.is_granted() {
+            false => vec![],
+            true => vec![grant("flipping", agent, "test:flipping")],
         };
         daemon.write("flipping", &documents);
     }
 
-    /// Two generations, each in force when it is answered.
-    fn give_and_take(&mut self, daemon: &Daemon, agent: &str) {
+    /// Whether the manifest grants, as it was written last.
+    const fn is_granted(&self) -> bool {
+        self.manifests % 2 == 1
+    }
+
+    /// From now on what the manifest says is in force, as the daemon shows it.
+    fn manifest_is_in_force(&self, daemon: &Daemon, traffic: &mut Traffic) {
+        let is_shown = || {
+            let grants = daemon.json(["grants"]);
+            grants.as_array().into_iter().flatten().any(|grant| grant["id"] == "flipping")
+        };
+        wait_until("the manifest is in force", || is_shown() == self.is_granted());
+        let expected = if self.is_granted() { Expected::Passed } else { Expected::Refused };
+        expect(traffic, BY_MANIFEST, expected);
+    }
+
+    /// A generation, in force when it is answered.
+    fn give(&mut self, daemon: &Daemon, agent: &str, traffic: &mut Traffic) {
+        expect(traffic, BY_API, Expected::Either);
         self.grants += 1;
-        let name = format!("flip-{}", self.grants);
         let arguments = ["grant", "--to", agent, "--scope", "test:other", "--ttl", "1h"];
         let mut command = daemon.command(arguments);
-        command.args(["--reason", "a test", "--name", &name]);
+        command.args(["--reason", "a test", "--name", &self.given()]);
         run(&mut command, PATIENCE).expect_success("grant");
-        daemon.run(["revoke", &name, "--reason", "a test"]).expect_success("revoke");
+        expect(traffic, BY_API, Expected::Passed);
+    }
+
+    /// The same the other way.
+    fn take(&mut self, daemon: &Daemon, traffic: &mut Traffic) {
+        expect(traffic, BY_API, Expected::Either);
+        daemon.run(["revoke", &self.given(), "--reason", "a test"]).expect_success("revoke");
         self.revocations += 1;
+        expect(traffic, BY_API, Expected::Refused);
+    }
+
+    /// The name of the last grant.
+    fn given(&self) -> String {
+        format!("flip-{}", self.grants)
     }
 }
 
@@ -102,10 +145,11 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
         target(Kind::SendTo, Expected::Passed, always),
         target(Kind::Udp, Expected::Refused, never),
         target(Kind::SendTo, Expected::Refused, never),
-        target(Kind::Udp, Expected::Either, flipping),
-        target(Kind::SendTo, Expected::Either, flipping),
-        target(Kind::Udp, Expected::Either, other),
-        target(Kind::SendTo, Expected::Either, other),
+        // These are told anew with every change: see `BY_MANIFEST` and `BY_API`.
+        target(Kind::Udp, Expected::Refused, flipping),
+        target(Kind::SendTo, Expected::Refused, flipping),
+        target(Kind::Udp, Expected::Refused, other),
+        target(Kind::SendTo, Expected::Refused, other),
     ];
     let of_streams =
         [target(Kind::Tcp, Expected::Passed, always), target(Kind::Tcp, Expected::Refused, never)];
@@ -120,14 +164,25 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
     let begin = Instant::now();
     let mut done = Done::default();
     loop {
-        done.manifest(&daemon, &datagrams);
-        done.give_and_take(&daemon, &datagrams);
-        // Killed at another moment each time, also in the middle of a change.
-        done.manifest(&daemon, &datagrams);
+        done.manifest(&daemon, &datagrams, &mut first);
+        done.manifest_is_in_force(&daemon, &mut first);
+        done.give(&daemon, &datagrams, &mut first);
+        // What was given stays so over every second kill, and what was taken over the others; and half of
+        // all kills come in the middle of a change of the manifest.
+        let (stays_given, is_changing) = (done.kills % 2 == 0, done.kills / 2 % 2 == 0);
+        if !stays_given {
+            done.take(&daemon, &mut first);
+        }
+        if is_changing {
+            done.manifest(&daemon, &datagrams, &mut first);
+        }
+        // At another moment each time.
         std::thread::sleep(Duration::from_millis(u64::from(done.kills * 7 % 40)));
         daemon.kill();
         done.kills += 1;
-        done.manifest(&daemon, &datagrams);
+        if is_changing {
+            done.manifest(&daemon, &datagrams, &mut first);
+        }
         if done.kills % 3 == 0 {
             done.upgrades += 1;
             let next = done.upgrades % 2 == 1;
@@ -135,6 +190,10 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
         }
         daemon.start();
         done.starts += 1;
+        done.manifest_is_in_force(&daemon, &mut first);
+        if stays_given {
+            done.take(&daemon, &mut first);
+        }
         let (one, two) = (first.report(), second.report());
         assert_right(&of_datagrams, &one);
         assert_right(&of_streams, &two);
@@ -157,8 +216,11 @@ fn a_million_requests_under_kills_upgrades_and_flips_and_none_is_decided_wrongly
     }
     assert!(all >= REQUESTS, "{all} requests in {took:?}");
     assert!(done.kills >= ROUNDS, "{done:?}");
-    let flipped = &one[4];
-    assert!(flipped.passed > 0 && flipped.refused > 0, "nothing flipped: {flipped:?}");
+    for flipped in BY_MANIFEST.into_iter().chain(BY_API).map(|target| &one[target]) {
+        assert!(flipped.passed > 0 && flipped.refused > 0, "nothing flipped: {flipped:?}");
+        let all = flipped.attempts + flipped.sends;
+        assert!(flipped.known > all / 3, "what is right was hardly ever known: {flipped:?}");
+    }
     assert_reconciles(&daemon, &datagrams, &of_datagrams, &one);
     assert_reconciles(&daemon, &streams, &of_streams, &two);
     let events = daemon.status().expect("it answers")["totals"]["events"].clone();
