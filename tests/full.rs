@@ -306,6 +306,29 @@ fn programs_that_run_containers_and_find_no_room_are_told_of() {
     assert_eq!(gauge(&daemon, "agentguard_map_entries", "runtimes"), 64);
 }
 
+#[test]
+fn identities_beyond_the_rows_of_counters_share_one_and_it_is_counted() {
+    let mut daemon = Daemon::installed();
+    let other = Reachable::start();
+    daemon.configure(|config| config["metrics"]["max_identities"] = json!(1));
+    daemon.start();
+    let identities = ["one", "two", "three"].map(identity);
+    let mut probers = identities
+        .each_ref()
+        .map(|agent| Prober::start_by(daemon.command(["exec", "--identity", agent])));
+    for prober in &mut probers {
+        assert!(!prober.reaches(other.port()));
+    }
+    assert_eq!(daemon.metric("agentguard_identities_unlabelled") as u64, 2);
+    let denied: f64 = daemon
+        .metrics("agentguard_verdicts_total")
+        .iter()
+        .filter(|(labels, _)| labels.contains("verdict=\"deny\""))
+        .map(|(_, count)| count)
+        .sum();
+    assert!(denied >= 3.0, "what shares a row is counted: {denied}");
+}
+
 mod lsm {
     use std::os::unix::net::UnixListener;
 

@@ -176,7 +176,7 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
         ["end-leader"] => end_leader(),
         ["threads", number] => {
             for _ in 0..number.parse::<u32>().unwrap() {
-                thread::Builder::new().spawn(|| thread::park())?;
+                thread::Builder::new().spawn(thread::park)?;
             }
             Ok("ok".to_owned())
         }

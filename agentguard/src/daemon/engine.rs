@@ -479,6 +479,12 @@ impl Engine {
         Ok(rows)
     }
 
+    /// How many identities share [`OTHER`], since there is no row left for them.
+    #[must_use]
+    pub fn identities_without_row(&self) -> usize {
+        self.counter_rows.values().filter(|row| **row == OTHER).count()
+    }
+
     // -- grants --------------------------------------------------------------------------------
 
     /// Takes the scopes and grants of the manifests.

@@ -493,6 +493,7 @@ fn refresh_metrics(shared: &Shared) -> Result<(), crate::datapath::DatapathError
         .collect();
     let metrics = &shared.metrics;
     metrics.set_verdicts(&rows);
+    metrics.set_without_row(engine.identities_without_row());
     let states = engine.datapath.states();
     let layers = event::Layer::ALL.map(|layer| (layer, kept(&Protection::of_layer(states, layer))));
     for (layer, protection) in layers {

@@ -494,7 +494,13 @@ impl Metrics {
                 *last = total;
             }
         }
-        self.identities_other.set(labels.unlabelled() as i64);
+    }
+
+    /// How many identities have no row of counters of their own in the kernel; to be called after
+    /// [`Self::set_verdicts`], which says of those that have one who has a label.
+    pub fn set_without_row(&self, identities: usize) {
+        let unlabelled = self.rows().labels.unlabelled();
+        self.identities_other.set((identities + unlabelled) as i64);
     }
 
     /// What a layer can enforce on this kernel.
@@ -864,8 +870,10 @@ mod tests {
         metrics.set_verdicts(&[row("spiffe://t/a", &a), row("spiffe://t/b", &b)]);
         assert_eq!(value(&metrics, &["spiffe://t/a"]), Some(5.0));
         assert_eq!(value(&metrics, &["identity=\"other\""]), Some(7.0));
-        assert_eq!(value(&metrics, &["identities_unlabelled"]), Some(1.0));
+        metrics.set_without_row(2);
+        assert_eq!(value(&metrics, &["identities_unlabelled"]), Some(3.0));
         metrics.set_verdicts(&[row("spiffe://t/b", &connects(8))]);
+        metrics.set_without_row(0);
         assert_eq!(value(&metrics, &["spiffe://t/a"]), None);
         assert_eq!(value(&metrics, &["identity=\"other\""]), Some(7.0));
         assert_eq!(value(&metrics, &["spiffe://t/b"]), Some(1.0));

@@ -248,6 +248,7 @@ pub(super) const PACKAGES: Row = Row {
     boot: Boot::ByDefault,
     manager: Manager::Systemd,
     promises: &[Promise::Portable, Promise::Lsm, Promise::Systemd, Promise::Package],
+    has: "",
     tests: Tests::Of(Promise::Package),
 };
 
