@@ -69,6 +69,8 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let child = Task(ctx.arg(1));
     let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
     let Some(workload) = workload else {
+        // Whatever was known of a task that had this address.
+        maps::untie(child.address());
         let cgroup = child.cgroup();
         if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
             entered(child);
@@ -131,7 +133,21 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
             leave(task, cgroup.id(), origin, mover());
         }
     }
+    // Also one that has ended is moved, as long as nobody has waited for it. Its exit may have been told of
+    // before, and nothing would take back what was noted of it here until its address is another's. The
+    // count is read last: who is counted still is told of later.
+    if !task.has_threads() {
+        forget(task);
+        maps::unfollow(task.tgid());
+    }
     0
+}
+
+/// Forgets what is known of a task by its address.
+#[inline(always)]
+fn forget(task: Task) {
+    maps::untie(task.address());
+    maps::settle(task.address());
 }
 
 /// A task from outside is in a workload's cgroup now. Where a container runtime made it, it is the
@@ -214,9 +230,10 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
 #[inline(always)]
 pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
-    maps::untie(task.address());
-    maps::settle(task.address());
-    if task.is_last_thread() {
+    forget(task);
+    if !task.has_threads() {
+        // Who moved the process after its first thread ended has the kernel speak of that one.
+        maps::untie(kernel::leader_of(task.address()));
         maps::unfollow(task.tgid());
     }
     0

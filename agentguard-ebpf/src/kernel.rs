@@ -210,15 +210,15 @@ impl Task {
         unsafe { field!(self.0, task_pid as u32) }
     }
 
-    /// Whether an exiting task is the last of its process: it is taken from the count before the
-    /// tracepoint (`do_exit`).
+    /// Whether any thread of its process is left; the last one is taken from the count before the
+    /// tracepoint of its exit (`do_exit`).
     #[inline(always)]
-    pub(crate) fn is_last_thread(self) -> bool {
-        // SAFETY: tasks come from tracepoint arguments only, and an exiting one has its signals
-        // still. The count is an `atomic_t`, which is an `int`.
+    pub(crate) fn has_threads(self) -> bool {
+        // SAFETY: tasks come from tracepoint arguments only, and one has its signals until it is freed
+        // itself. The count is an `atomic_t`, which is an `int`.
         unsafe {
             let signals: Pointer = field!(self.0, task_signal as Pointer);
-            field!(signals, signal_live as i32) == 0
+            field!(signals, signal_live as i32) != 0
         }
     }
 

@@ -222,6 +222,13 @@ impl Fixture {
         }
     }
 
+    /// How many rows a table has, by its name in metrics.
+    #[track_caller]
+    pub(crate) fn entries(&self, table: &str) -> usize {
+        let fill = self.datapath.fill();
+        fill.iter().find(|fill| fill.table == table).unwrap().entries
+    }
+
     pub(crate) fn counters(&self) -> Counters {
         let mut counters = self.datapath.counters(1).unwrap();
         let Counters { verdicts, logged, aggregated, lost } = &self.before;

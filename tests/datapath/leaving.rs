@@ -1,8 +1,12 @@
 //! Who belongs to a workload, and what happens to those that leave.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use agentguard_common::Mode;
+use nix::{
+    sys::wait::{Id, WaitPidFlag, waitid},
+    unistd::Pid,
+};
 
 use crate::fixture::{Fixture, SCARCE, WORKLOAD, cgroup_id, move_to};
 use crate::worker::Worker;
@@ -33,6 +37,26 @@ fn a_process_that_moves_itself_out_in_audit_mode_keeps_its_tag() {
     fixture.attach(Mode::Audit, &[]);
     assert_eq!(worker.told(&format!("move {}", outside.display())), "ok");
     assert_eq!(fixture.datapath.moved()[0].0, worker.pid());
+}
+
+#[test]
+fn a_process_that_has_ended_is_not_remembered_when_it_is_moved() {
+    let mut fixture = Fixture::new();
+    fixture.attach(Mode::Enforce, &[]);
+    let before = fixture.entries("tasks");
+    let outside = fixture.outside();
+    for _ in 0..20 {
+        let mut ended = Command::new("/bin/true").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(ended.id()).unwrap());
+        // Nobody has waited for it, so that its number is its own still.
+        waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        move_to(&fixture.cgroup, ended.id());
+        move_to(&outside, ended.id());
+        move_to(&fixture.cgroup, ended.id());
+        ended.wait().unwrap();
+    }
+    assert_eq!(fixture.entries("tasks"), before, "their addresses are others' from now on");
+    assert!(fixture.datapath.moved().is_empty());
 }
 
 /// What needs a kernel that lets a program end a task other than its own.

@@ -49,11 +49,6 @@ impl Drop for Directory {
     }
 }
 
-fn entries(fixture: &Fixture, table: &str) -> usize {
-    let fill = fixture.datapath.fill();
-    fill.iter().find(|fill| fill.table == table).unwrap().entries
-}
-
 fn stream(path: &Path) -> String {
     format!("unix-stream {}", path.display())
 }
@@ -67,17 +62,17 @@ fn rows_and_names_come_and_go() {
     assert_eq!(fixture.datapath.unix_names(), [(name, NAME)]);
     let first = fixture.permit(Mode::Enforce, &[directory.permit(NAME)]);
     let second = fixture.permit(Mode::Enforce, &[directory.permit(UnixNameId(7))]);
-    assert_eq!(entries(&fixture, "unix_sockets"), 2);
-    assert_eq!(entries(&fixture, "unix_names"), 1);
+    assert_eq!(fixture.entries("unix_sockets"), 2);
+    assert_eq!(fixture.entries("unix_names"), 1);
     assert_eq!(fixture.datapath.highest_unix_name(), UnixNameId(7));
     fixture.datapath.drop_allowlist(&first).unwrap();
-    assert_eq!(entries(&fixture, "unix_sockets"), 1);
+    assert_eq!(fixture.entries("unix_sockets"), 1);
     fixture.datapath.forget_unix_name(&name).unwrap();
     fixture.datapath.forget_unix_name(&name).unwrap();
     assert_eq!(fixture.datapath.unix_names(), []);
     let next = AllowlistId(second.allowlist.0 + 1);
     assert_eq!(fixture.datapath.sweep(next, RuleSetId(u32::MAX)).unwrap(), 1);
-    assert_eq!(entries(&fixture, "unix_sockets"), 0);
+    assert_eq!(fixture.entries("unix_sockets"), 0);
 }
 
 mod lsm {

@@ -183,9 +183,13 @@ impl Agents {
             if restarts != "0" {
                 let events = ["events", "--denied", "--lines", "1000", "--output", "json"];
                 let events = in_daemon(cluster, &events)?;
-                let of_exec = events.lines().filter(|event| event.contains("\"exec\""));
-                of_exec.for_each(|event| eprintln!("{event}"));
-                bail!("the pod {name} was ended at its start {restarts} times");
+                let of_network = |event: &&str| event.contains("\"connect\"");
+                let others = events.lines().filter(|event| !of_network(event));
+                others.for_each(|event| eprintln!("{event}"));
+                let why = "jsonpath={.status.containerStatuses[0].lastState}";
+                let question = ["--namespace", "agents", "get", "pod", name, "--output", why];
+                let why = kubectl(cluster, &question)?;
+                bail!("the pod {name} was ended at its start {restarts} times: {why}");
             }
         }
         println!("seen      the pods run, agents and others");
