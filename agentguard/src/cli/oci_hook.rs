@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Read as _};
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -131,10 +131,10 @@ struct OfPod {
 
 pub(super) fn run(arguments: &Arguments, mut context: Context<'_, '_>) -> Result {
     if let Some(path) = &arguments.copy_to {
-        let content = fs::read(own_program()?).map_err(|error| {
+        let program = fs::File::open(own_program()?).map_err(|error| {
             Failure::new(Exit::Failed, format!("this program can not be read: {error}"))
         })?;
-        put(path, &content, 0o755)?;
+        put(path, program, 0o755)?;
     }
     if let Some(print) = arguments.print {
         return write(print, arguments, &mut context);
@@ -352,11 +352,12 @@ fn own_program() -> std::result::Result<PathBuf, Failure> {
 
 /// Writes a file so that whoever reads it sees the old one or the new one: a runtime may run the
 /// program at any time.
-fn put(path: &Path, content: &[u8], mode: u32) -> std::result::Result<(), Failure> {
+fn put(path: &Path, mut content: impl Read, mode: u32) -> std::result::Result<(), Failure> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
-    fs::write(&beside, content)
-        .and_then(|()| fs::set_permissions(&beside, fs::Permissions::from_mode(mode)))
+    fs::File::create(&beside)
+        .and_then(|mut file| std::io::copy(&mut content, &mut file))
+        .and_then(|_| fs::set_permissions(&beside, fs::Permissions::from_mode(mode)))
         .and_then(|()| fs::rename(&beside, path))
         .map_err(|error| {
             Failure::new(Exit::Failed, format!("{} can not be written: {error}", path.display()))
@@ -537,7 +538,7 @@ mod tests {
     fn what_was_put_on_a_node_is_removed_and_what_can_not_be_is_said() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("agentguard.json");
-        put(&path, b"{}", 0o644).unwrap();
+        put(&path, &b"{}"[..], 0o644).unwrap();
         remove(&path).unwrap();
         assert!(!path.exists());
         remove(&path).unwrap();

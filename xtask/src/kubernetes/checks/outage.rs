@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use super::{
     agents::{Agents, GRANT, LATER},
-    apply,
+    apply, kubectl,
     updates::{daemon, kill},
 };
 use crate::{
@@ -73,7 +73,7 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
         seconds(took)
     );
     println!("seen      a grant that is added afterwards is in force after {}", seconds(took));
-    Ok(())
+    kubectl(cluster, &["--namespace", "agents", "delete", "grant", "after"]).map(drop)
 }
 
 /// Whether there is a daemon of the cluster's beside the one that was killed, by its pod's cgroup:
