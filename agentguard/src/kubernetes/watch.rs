@@ -85,11 +85,11 @@ impl Bound {
 /// The objects of a kind for which there was no room since they were last listed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// How many there are; of more than [`MOST_COUNTED`] not all are counted.
+    /// How many there are; of more than `MOST_COUNTED` not all are counted.
     pub count: u64,
     /// The bound, in bytes.
     bound: usize,
-    /// Blocks around their addresses, not more than [`MOST_BLOCKS`].
+    /// Blocks around their addresses, not more than `MOST_BLOCKS`.
     pub reserved: BTreeSet<IpNet>,
 }
 
