@@ -88,11 +88,27 @@ impl Tests {
             (Self::Kernel, "datapath") => true,
             (Self::Hooks, "datapath") => !loads(),
             (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
+            (Self::Kernel, "full" | "upgrade") if test.starts_with("lsm::") => {
+                !is_left_to_all(suite, test)
+            }
             (Self::Kernel | Self::Hooks, "guard") if test == TELLS_WHAT_IT_GIVES => true,
             (Self::Kernel | Self::Hooks, "harness") => test == HAS_WHAT_IT_DECLARES,
             (Self::Kernel | Self::Hooks, _) => is_attack(suite, test) && !is_other_run(test),
         }
     }
+}
+
+/// Tests that only `--all` runs, by suite: each loads an emulated kernel for minutes. On this kernel their
+/// like is run without the LSM layer.
+const LEFT_TO_ALL: [(&str, &str); 3] = [
+    ("upgrade", "lsm::a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap"),
+    ("upgrade", "lsm::a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request"),
+    ("upgrade", "lsm::tables_of_another_size_take_over_without_a_gap"),
+];
+
+/// Whether a test is among [`LEFT_TO_ALL`].
+pub(super) fn is_left_to_all(suite: &str, test: &str) -> bool {
+    LEFT_TO_ALL.contains(&(suite, test))
 }
 
 /// The test of `run --require full` where a kernel gives it.
@@ -278,6 +294,12 @@ mod tests {
         assert!(Tests::Kernel.include("daemon", BOTH_LAYERS_REQUIRED));
         assert!(!Tests::Kernel.include("daemon", "events_are_followed"));
         assert!(!Tests::Hooks.include("daemon", BOTH_LAYERS_REQUIRED));
+        let killed = "lsm::a_daemon_that_is_killed_and_started_leaves_no_gap";
+        assert!(Tests::Kernel.include("upgrade", killed));
+        assert!(!Tests::Hooks.include("upgrade", killed));
+        for (suite, test) in LEFT_TO_ALL {
+            assert!(!Tests::Kernel.include(suite, test));
+        }
         for tests in [Tests::Hooks, Tests::Kernel] {
             assert!(tests.include("guard", TELLS_WHAT_IT_GIVES));
             assert!(tests.include("harness", HAS_WHAT_IT_DECLARES));

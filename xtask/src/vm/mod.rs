@@ -28,7 +28,7 @@ use self::{
     image::Job,
     kernels::Kernel,
     machine::{Accelerator, Machine},
-    matrix::{ATTACKS, PACKAGES, ROWS, Row, is_attack, is_of},
+    matrix::{ATTACKS, PACKAGES, ROWS, Row, is_attack, is_left_to_all, is_of},
     results::Outcome,
     verdict::Found,
 };
@@ -239,7 +239,7 @@ pub(crate) fn matrix(
 }
 
 /// The tests that neither this kernel nor a row of the matrix runs where nothing else is asked for, but for
-/// those of packages.
+/// those of packages and those that are named as left out.
 fn run_nowhere(suites: &[Suite]) -> Vec<String> {
     let is_run = |suite: &Suite, test: &str| {
         let given =
@@ -247,6 +247,7 @@ fn run_nowhere(suites: &[Suite]) -> Vec<String> {
         let of_a_package = Promise::of_test(test).any(|needed| needed == Promise::Package);
         // `cargo xtask deb --verify` runs those, which take a release.
         of_a_package
+            || is_left_to_all(&suite.name, test)
             || given(suites::THIS_KERNEL)
             || ROWS.iter().any(|row| given(row.promises) && row.tests.include(&suite.name, test))
     };
