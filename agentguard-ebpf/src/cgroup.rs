@@ -67,10 +67,10 @@ pub(crate) fn by_descent(task: u64) -> Option<WorkloadId> {
 pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
+    // Whatever was known of a task that had its address.
+    forget(child.address());
     let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
     let Some(workload) = workload else {
-        // Whatever was known of a task that had this address.
-        maps::untie(child.address());
         let cgroup = child.cgroup();
         if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
             entered(child);
@@ -137,17 +137,17 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     // before, and nothing would take back what was noted of it here until its address is another's. The
     // count is read last: who is counted still is told of later.
     if !task.has_threads() {
-        forget(task);
+        forget(task.address());
         maps::unfollow(task.tgid());
     }
     0
 }
 
-/// Forgets what is known of a task by its address.
+/// Forgets what is known of the task at this address.
 #[inline(always)]
-fn forget(task: Task) {
-    maps::untie(task.address());
-    maps::settle(task.address());
+fn forget(task: u64) {
+    maps::untie(task);
+    maps::settle(task);
 }
 
 /// A task from outside is in a workload's cgroup now. Where a container runtime made it, it is the
@@ -230,10 +230,10 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
 #[inline(always)]
 pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
-    forget(task);
+    forget(task.address());
     if !task.has_threads() {
         // Who moved the process after its first thread ended has the kernel speak of that one.
-        maps::untie(kernel::leader_of(task.address()));
+        forget(kernel::leader_of(task.address()));
         maps::unfollow(task.tgid());
     }
     0

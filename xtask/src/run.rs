@@ -26,6 +26,14 @@ pub(crate) fn target_dir() -> PathBuf {
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
+    // What `cargo xtask` is told of its own package; build scripts that look at it would run again, and
+    // all that rests on them be built again, whenever cargo is called by hand in between.
+    for (variable, _) in env::vars_os() {
+        let name = variable.to_string_lossy();
+        if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|of_package| name.starts_with(of_package)) {
+            command.env_remove(&variable);
+        }
+    }
     command
 }
 

@@ -367,11 +367,12 @@ fn put(path: &Path, mut content: impl Read, mode: u32) -> std::result::Result<()
 /// Deletes a file; one that is not there is gone already.
 fn remove(path: &Path) -> std::result::Result<(), Failure> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Failure::new(
+        Ok(()) => Ok(()),
+        Err(gone) if gone.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Failure::new(
             Exit::Failed,
             format!("{} can not be removed: {error}", path.display()),
         )),
-        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What this machine can and can not enforce, found by trying it.
 
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 use agentguard_common::Layer;
 use agentguard_common::abi::Settings;
@@ -84,15 +84,17 @@ fn cgroup(configuration: &Configuration) -> Check {
             check("cgroup v2", CheckState::Ok, format!("mounted at {}", path.display()), None)
         }
         Err(error) => {
-            let node = host::has_own_mounts().then(|| mounts_of("1"));
-            missing_cgroup2(&error.to_string(), &mounts_of("self"), node.as_deref())
+            // Where a table can not be read, the error that there is says all that is known.
+            let node = if host::has_own_mounts() { mounts_of("1").ok() } else { None };
+            let own = mounts_of("self").unwrap_or_default();
+            missing_cgroup2(&error.to_string(), &own, node.as_deref())
         }
     }
 }
 
-/// The mount table of a process; empty where it can not be read.
-fn mounts_of(process: &str) -> String {
-    fs::read_to_string(format!("/proc/{process}/mounts")).unwrap_or_default()
+/// The mount table of a process.
+fn mounts_of(process: &str) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/{process}/mounts"))
 }
 
 /// Where file systems of this type are mounted.
@@ -145,13 +147,24 @@ fn bpffs() -> Check {
 /// How cgroups are laid out: which hierarchies there are, who makes those of containers, and what
 /// this process sees of them.
 fn layout(configuration: &Configuration) -> Vec<Check> {
-    let root = configuration.find_cgroup_root().ok();
     // In a container, its mounts say what it was given, and the node's how the node is laid out.
-    let mounts = mounts_of(if host::has_own_mounts() { "1" } else { "self" });
+    let of = if host::has_own_mounts() { "1" } else { "self" };
     let mut checks = Vec::new();
-    if let Some(hierarchies) = hierarchies(&mounts) {
-        let driver = root.as_deref().map(driver).unwrap_or_default();
-        checks.push(check("cgroup layout", CheckState::Ok, format!("{hierarchies}{driver}"), None));
+    match mounts_of(of).map(|mounts| hierarchies(&mounts)) {
+        Ok(None) => {}
+        Ok(Some(hierarchies)) => {
+            // That it is not found is what the check of cgroup v2 tells.
+            let root = configuration.find_cgroup_root();
+            let driver = root.map_or_else(|_| String::new(), |root| driver(&root));
+            let found = format!("{hierarchies}{driver}");
+            checks.push(check("cgroup layout", CheckState::Ok, found, None));
+        }
+        Err(error) => checks.push(check(
+            "cgroup layout",
+            CheckState::Warning,
+            format!("not known: /proc/{of}/mounts can not be read: {error}"),
+            Some("run it as root, in a container with the node's process ids (hostPID)"),
+        )),
     }
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/cgroup")).ok();
     if namespace("self") != namespace("1") {

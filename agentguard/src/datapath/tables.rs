@@ -28,7 +28,7 @@ use aya::programs::{
 #[expect(deprecated, reason = "aya calls it so for the newer one, which older kernels lack")]
 use aya::maps::CgroupStorage;
 
-use super::capacity::{Capacities, Fill, is_full};
+use super::capacity::{Capacities, Fill, Table, is_full, refused, says_full};
 use super::events::Rings;
 use super::load::{CgroupProgram, Datapath, LoadError, Sizes};
 use super::pins::Pins;
@@ -92,7 +92,7 @@ impl Tables {
     pub(super) fn open(pins: &Pins, sizes: &Sizes) -> Result<Self, LoadError> {
         let capacities = Capacities::read(pins)?;
         // One of an earlier version has no room for them.
-        let room = capacities.of("CGROUPS").saturating_sub(sizes.cgroups);
+        let room = capacities.of(Table::Cgroups).saturating_sub(sizes.cgroups);
         let cgroups: HashMap<MapData, CgroupId, Membership> = open(pins, "CGROUPS")?;
         Ok(Self {
             reserved: sizes.reserved_cgroups().min(room),
@@ -123,13 +123,13 @@ impl Tables {
         loop {
             match self.cgroups.insert(cgroup, membership, 0) {
                 Err(error) if is_full(&error) => {
-                    let error = self.capacities.row("CGROUPS")(error);
+                    let error = self.capacities.row(Table::Cgroups)(error);
                     // The kernel half may take the place in between; then there is another.
                     let place = self.reserve.pop_last().ok_or(error)?;
                     absent_is_fine(self.cgroups.remove(&place))
-                        .map_err(self.capacities.row("CGROUPS"))?;
+                        .map_err(self.capacities.row(Table::Cgroups))?;
                 }
-                done => return done.map_err(self.capacities.row("CGROUPS")),
+                done => return done.map_err(self.capacities.row(Table::Cgroups)),
             }
         }
     }
@@ -219,10 +219,10 @@ impl Datapath {
         let wanted: BTreeSet<FileId> =
             files.iter().map(|file| FileId { generation: 0, ..*file }).collect();
         for file in known.difference(&wanted) {
-            absent_is_fine(table.remove(file)).map_err(capacities.row("RUNTIMES"))?;
+            absent_is_fine(table.remove(file)).map_err(capacities.row(Table::Runtimes))?;
         }
         for file in wanted.difference(&known) {
-            table.insert(file, 0, 0).map_err(capacities.row("RUNTIMES"))?;
+            table.insert(file, 0, 0).map_err(capacities.row(Table::Runtimes))?;
         }
         Ok(())
     }
@@ -244,25 +244,25 @@ impl Datapath {
     fn write_rows(&mut self, rows: &Rows) -> Result<(), DatapathError> {
         let tables = &mut self.tables;
         for (id, rules) in &rows.rules {
-            tables.rules.insert(id, rules, 0).map_err(tables.capacities.row("RULES"))?;
+            tables.rules.insert(id, rules, 0).map_err(tables.capacities.row(Table::Rules))?;
         }
         for (prefix, key, entry) in &rows.destinations {
             tables
                 .destinations
                 .insert(&Key::new(*prefix, *key), entry, 0)
-                .map_err(tables.capacities.row("DESTINATIONS"))?;
+                .map_err(tables.capacities.row(Table::Destinations))?;
         }
         for (key, entry) in &rows.executables {
             tables
                 .executables
                 .insert(key, entry, 0)
-                .map_err(tables.capacities.row("EXECUTABLES"))?;
+                .map_err(tables.capacities.row(Table::Executables))?;
         }
         for (key, permission) in &rows.unix_sockets {
             tables
                 .unix_sockets
                 .insert(key, permission, 0)
-                .map_err(tables.capacities.row("UNIX_SOCKETS"))?;
+                .map_err(tables.capacities.row(Table::UnixSockets))?;
         }
         Ok(())
     }
@@ -330,16 +330,16 @@ impl Datapath {
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
         let swept = destinations.len() + executables.len() + unix_sockets.len() + rules.len();
         for key in &destinations {
-            tables.destinations.remove(key).map_err(tables.capacities.row("DESTINATIONS"))?;
+            tables.destinations.remove(key).map_err(tables.capacities.row(Table::Destinations))?;
         }
         for key in &executables {
-            tables.executables.remove(key).map_err(tables.capacities.row("EXECUTABLES"))?;
+            tables.executables.remove(key).map_err(tables.capacities.row(Table::Executables))?;
         }
         for key in &unix_sockets {
-            tables.unix_sockets.remove(key).map_err(tables.capacities.row("UNIX_SOCKETS"))?;
+            tables.unix_sockets.remove(key).map_err(tables.capacities.row(Table::UnixSockets))?;
         }
         for id in &rules {
-            tables.rules.remove(id).map_err(tables.capacities.row("RULES"))?;
+            tables.rules.remove(id).map_err(tables.capacities.row(Table::Rules))?;
         }
         Ok(swept)
     }
@@ -381,7 +381,7 @@ impl Datapath {
         self.tables
             .unix_names
             .insert(name, number, 0)
-            .map_err(self.tables.capacities.row("UNIX_NAMES"))
+            .map_err(self.tables.capacities.row(Table::UnixNames))
     }
 
     /// Takes a name's number away. To be called when no allow-list uses it any more.
@@ -391,7 +391,7 @@ impl Datapath {
     /// When the row can not be removed.
     pub fn forget_unix_name(&mut self, name: &UnixName) -> Result<(), DatapathError> {
         absent_is_fine(self.tables.unix_names.remove(name))
-            .map_err(self.tables.capacities.row("UNIX_NAMES"))
+            .map_err(self.tables.capacities.row(Table::UnixNames))
     }
 
     /// The names of unix sockets that have a number.
@@ -418,7 +418,7 @@ impl Datapath {
         self.tables
             .workloads
             .insert(workload, tag.of(workload), 0)
-            .map_err(self.tables.capacities.row("WORKLOADS"))
+            .map_err(self.tables.capacities.row(Table::Workloads))
     }
 
     /// Forgets a workload; its cgroups must be gone or released.
@@ -428,7 +428,7 @@ impl Datapath {
     /// When the row can not be removed.
     pub fn forget(&mut self, workload: WorkloadId) -> Result<(), DatapathError> {
         absent_is_fine(self.tables.workloads.remove(&workload))
-            .map_err(self.tables.capacities.row("WORKLOADS"))
+            .map_err(self.tables.capacities.row(Table::Workloads))
     }
 
     /// The workloads the kernel holds, with their tags.
@@ -506,10 +506,7 @@ impl Datapath {
         }
         self.attach(path, Attachment { cgroup, workload: WorkloadId::NONE, reserved: 0 })?;
         // Until then the LSM layer, where there is one, judges all that comes from there.
-        self.tables
-            .followed
-            .insert(CgroupId(cgroup), 0, 0)
-            .map_err(self.tables.capacities.row("FOLLOWED"))
+        self.tables.followed.insert(CgroupId(cgroup), 0, 0).map_err(refused("FOLLOWED"))
     }
 
     /// Whether a cgroup of the host has hooks for what was moved there.
@@ -541,7 +538,7 @@ impl Datapath {
             match cgroups.insert(place, Membership::default(), 0) {
                 Ok(()) => {}
                 Err(error) if is_full(&error) => break,
-                Err(error) => return Err(capacities.row("CGROUPS")(error)),
+                Err(error) => return Err(capacities.row(Table::Cgroups)(error)),
             }
             taken.push(place);
         }
@@ -563,12 +560,12 @@ impl Datapath {
             .collect();
         for member in members {
             absent_is_fine(self.tables.cgroups.remove(&member))
-                .map_err(self.tables.capacities.row("CGROUPS"))?;
+                .map_err(self.tables.capacities.row(Table::Cgroups))?;
         }
         for (pid, moved) in self.moved() {
             if moved.workload == workload {
                 absent_is_fine(self.tables.moved.remove(&pid))
-                    .map_err(self.tables.capacities.row("MOVED"))?;
+                    .map_err(self.tables.capacities.row(Table::Moved))?;
             }
         }
         for program in &self.programs {
@@ -576,7 +573,7 @@ impl Datapath {
             let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
             let nobody = Attachment { cgroup: cgroup.0, ..Attachment::default() };
             absent_is_fine(self.tables.attachments.insert(key, nobody, 0))
-                .map_err(self.tables.capacities.row("ATTACHMENTS"))?;
+                .map_err(refused("ATTACHMENTS"))?;
             let path = self.link(cgroup, program.name);
             match fs::remove_file(&path) {
                 Ok(()) => {}
@@ -653,12 +650,8 @@ impl Datapath {
     ///
     /// When the kernel does not hand it out.
     pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
-        let copy = || {
-            self.tables
-                .counters
-                .get(&u32::from(row_number), 0)
-                .map_err(self.tables.capacities.row("COUNTERS"))
-        };
+        let copy =
+            || self.tables.counters.get(&u32::from(row_number), 0).map_err(refused("COUNTERS"));
         let mut values: Vec<Counters> = copy()?.to_vec();
         for _ in 1..COPIES {
             if values.iter().all(Counters::reconciles) {
@@ -704,7 +697,7 @@ impl Datapath {
         for (key, table, asked) in asked {
             let has = MapData::from_pin(self.pins.map(table))
                 .and_then(|map| map.info())
-                .map_err(self.tables.capacities.row(table))?
+                .map_err(refused(table))?
                 .max_entries();
             if has != asked {
                 kept.push((key, has, asked));
@@ -720,28 +713,28 @@ impl Datapath {
         let tables = &self.tables;
         let mut fill = self.kernels_fill().map(|(_, fill)| fill).to_vec();
         fill.extend([
-            capacities.fill("WORKLOADS", tables.workloads.keys().count()),
-            capacities.fill("DESTINATIONS", tables.destinations.keys().count()),
-            capacities.fill("RULES", tables.rules.keys().count()),
-            capacities.fill("EXECUTABLES", tables.executables.keys().count()),
-            capacities.fill("UNIX_SOCKETS", tables.unix_sockets.keys().count()),
-            capacities.fill("UNIX_NAMES", tables.unix_names.keys().count()),
-            capacities.fill("RUNTIMES", tables.runtimes.keys().count()),
+            capacities.fill(Table::Workloads, tables.workloads.keys().count()),
+            capacities.fill(Table::Destinations, tables.destinations.keys().count()),
+            capacities.fill(Table::Rules, tables.rules.keys().count()),
+            capacities.fill(Table::Executables, tables.executables.keys().count()),
+            capacities.fill(Table::UnixSockets, tables.unix_sockets.keys().count()),
+            capacities.fill(Table::UnixNames, tables.unix_names.keys().count()),
+            capacities.fill(Table::Runtimes, tables.runtimes.keys().count()),
         ]);
         fill
     }
 
     /// How full the tables are that the kernel half fills by itself.
-    fn kernels_fill(&self) -> [(&'static str, Fill); 3] {
+    fn kernels_fill(&self) -> [(Table, Fill); 3] {
         let tables = &self.tables;
-        let mut cgroups = tables.capacities.fill("CGROUPS", tables.cgroups.keys().count());
+        let mut cgroups = tables.capacities.fill(Table::Cgroups, tables.cgroups.keys().count());
         // Places that are kept free are neither rows nor room for what workloads make.
         cgroups.entries = cgroups.entries.saturating_sub(tables.reserve.len());
         cgroups.capacity = cgroups.capacity.saturating_sub(tables.reserve.len());
         [
-            ("CGROUPS", cgroups),
-            ("TASKS", tables.capacities.fill("TASKS", tables.tasks.keys().count())),
-            ("MOVED", tables.capacities.fill("MOVED", tables.moved.keys().count())),
+            (Table::Cgroups, cgroups),
+            (Table::Tasks, tables.capacities.fill(Table::Tasks, tables.tasks.keys().count())),
+            (Table::Moved, tables.capacities.fill(Table::Moved, tables.moved.keys().count())),
         ]
     }
 
@@ -751,7 +744,7 @@ impl Datapath {
     pub fn full_tables(&self) -> Vec<String> {
         let full =
             self.kernels_fill().into_iter().filter(|(_, fill)| fill.entries >= fill.capacity);
-        full.map(|(table, fill)| self.tables.capacities.says_full(table, &fill)).collect()
+        full.map(|(table, fill)| says_full(table, &fill)).collect()
     }
 
     /// What each door comes to for a workload: a hook that this kernel gives may be missing from the

@@ -294,24 +294,30 @@ pub async fn follow<K, V>(
         let mut events =
             std::pin::pin!(watcher(api.clone(), config.clone()).backoff(Retry::default()));
         let mut coming = Coming::new(&Room::new(bound));
+        let mut is_listing = true;
         loop {
             let event = match tokio::time::timeout_at(list_again, events.next()).await {
                 Ok(Some(event)) => event,
                 Ok(None) => return,
-                Err(_elapsed) if known.is_worth_a_list() => break,
+                // A list that is being read, however long it takes, is the one that is wanted.
+                Err(_elapsed) if !is_listing && known.is_worth_a_list() => break,
                 Err(_elapsed) => {
                     list_again = pause();
                     continue;
                 }
             };
             match event {
-                Ok(Event::Init) => coming = Coming::new(&known),
+                Ok(Event::Init) => {
+                    is_listing = true;
+                    coming = Coming::new(&known);
+                }
                 Ok(Event::InitApply(object)) => {
                     if let Some(kept) = keep(&object) {
                         coming.put(name_of(&object), kept);
                     }
                 }
                 Ok(Event::InitDone) => {
+                    is_listing = false;
                     let list = std::mem::replace(&mut coming, Coming::new(&Room::new(bound)));
                     let (all, room) = list.done();
                     known = room;
