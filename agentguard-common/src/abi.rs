@@ -38,6 +38,7 @@ pub struct KernelOffsets {
     pub task_pid: u32,
     pub task_tgid: u32,
     pub task_start_boottime: u32,
+    pub task_flags: u32,
     pub task_real_parent: u32,
     pub task_mm: u32,
     pub mm_exe_file: u32,

@@ -67,10 +67,9 @@ pub(crate) fn by_descent(task: u64) -> Option<WorkloadId> {
 pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
-    // Whatever was known of a task that had its address.
-    forget(child.address());
     let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
     let Some(workload) = workload else {
+        maps::untie_stale(child.address());
         let cgroup = child.cgroup();
         if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
             entered(child);
@@ -139,6 +138,10 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     if !task.has_threads() {
         forget(task.address());
         maps::unfollow(task.tgid());
+    } else if destination.is_some() && task.is_exiting() {
+        // The first thread has ended and others have not, whose tag this is, too. The last one's exit takes it
+        // back, but where one of them runs a program it takes the first one's place, and nobody tells.
+        maps::note_stale();
     }
     0
 }
@@ -233,7 +236,10 @@ pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
     forget(task.address());
     if !task.has_threads() {
         // Who moved the process after its first thread ended has the kernel speak of that one.
-        forget(kernel::leader_of(task.address()));
+        let leader = kernel::leader_of(task.address());
+        if leader != task.address() {
+            forget(leader);
+        }
         maps::unfollow(task.tgid());
     }
     0

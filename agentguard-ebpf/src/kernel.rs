@@ -24,6 +24,7 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_pid: 0,
     task_tgid: 0,
     task_start_boottime: 0,
+    task_flags: 0,
     task_real_parent: 0,
     task_mm: 0,
     mm_exe_file: 0,
@@ -75,6 +76,8 @@ pub(crate) fn exec_is_judged_by_lsm() -> bool {
 }
 
 const SIGKILL: u32 = 9;
+/// `PF_EXITING` of the kernel (include/linux/sched.h).
+const PF_EXITING: u32 = 0x4;
 /// `PIDTYPE_TGID` of the kernel: the signal is for the whole process.
 const PIDTYPE_TGID: u32 = 1;
 
@@ -220,6 +223,13 @@ impl Task {
             let signals: Pointer = field!(self.0, task_signal as Pointer);
             field!(signals, signal_live as i32) != 0
         }
+    }
+
+    /// Whether it is past the point from which its exit is told of (`do_exit`).
+    #[inline(always)]
+    pub(crate) fn is_exiting(self) -> bool {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe { field!(self.0, task_flags as u32) & PF_EXITING != 0 }
     }
 
     /// Nanoseconds of boot time.

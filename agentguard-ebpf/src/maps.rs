@@ -62,6 +62,9 @@ static SOCKETS: SocketStorage<SocketVerdict> = SocketStorage::new();
 /// and exists from 5.11 on only.
 #[btf_map]
 static TASKS: HashMap<u64, Membership, 262_144, NO_PREALLOC> = HashMap::new();
+/// Not zero once a tag was written that may outlast its task, so that nobody looks for what has never been.
+#[btf_map]
+static STALE: Array<u64, 1> = Array::new();
 /// What runs containers on this host: files of the host that are known by device and inode alone.
 #[btf_map]
 static RUNTIMES: HashMap<FileId, u32, 64> = HashMap::new();
@@ -539,6 +542,20 @@ pub(crate) fn untie(address: u64) {
     // SAFETY: only whether the entry is there is asked: most tasks that end are nobody's.
     if unsafe { TASKS.get(address) }.is_some() {
         let _absent = TASKS.remove(address);
+    }
+}
+
+/// Notes that a task was tied whose end was told of before.
+#[inline(always)]
+pub(crate) fn note_stale() {
+    let _one = STALE.set(0, 1, BPF_ANY.into());
+}
+
+/// Forgets what a task that is gone may have left at the address of one that is born.
+#[inline(always)]
+pub(crate) fn untie_stale(address: u64) {
+    if STALE.get(0).is_some_and(|ever| *ever != 0) {
+        untie(address);
     }
 }
 

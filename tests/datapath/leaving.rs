@@ -59,6 +59,31 @@ fn a_process_that_has_ended_is_not_remembered_when_it_is_moved() {
     assert!(fixture.datapath.moved().is_empty());
 }
 
+#[test]
+fn a_first_thread_that_ended_leaves_its_tag_to_nobody() {
+    /// Births that use up every place that the kernel keeps for a task and has free.
+    const ROUNDS: usize = 30;
+    const THREADS: usize = 100;
+
+    let mut fixture = Fixture::new();
+    fixture.attach(Mode::Audit, &[]);
+    let before = fixture.entries("tasks");
+    let mut worker = Worker::start();
+    assert_eq!(worker.told("end-leader"), "ok");
+    // The kernel speaks of the first thread alone, though it has ended.
+    move_to(&fixture.cgroup, worker.pid());
+    assert_eq!(fixture.entries("tasks"), before + 1);
+    // The thread that runs the program takes the first one's place, whose end was told of long ago.
+    assert_eq!(worker.told("become /bin/true"), "exit status: 0");
+    let mut neighbours = Vec::new();
+    while fixture.entries("tasks") > before {
+        assert!(neighbours.len() < ROUNDS, "nobody's thread has the agent's tag");
+        let mut neighbour = Worker::start();
+        assert_eq!(neighbour.told(&format!("threads {THREADS}")), "ok");
+        neighbours.push(neighbour);
+    }
+}
+
 /// What needs a kernel that lets a program end a task other than its own.
 mod end_others {
     use super::*;

@@ -10,7 +10,7 @@ use std::{
         unix::{
             self,
             net::{UnixDatagram, UnixListener, UnixStream},
-            process::ExitStatusExt as _,
+            process::{CommandExt as _, ExitStatusExt as _},
         },
     },
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -171,6 +171,8 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
                 Err(error) => Err(error),
             }
         }
+        // By this thread, which is not the one that the process began with.
+        ["become", path] => Err(Command::new(path).exec()),
         ["move", cgroup] => fs::write(format!("{cgroup}/cgroup.procs"), "0").map(ok),
         ["mkdir", cgroup] => fs::create_dir(cgroup).map(ok),
         ["end-leader"] => end_leader(),

@@ -72,6 +72,7 @@ impl Kernel {
             // Renamed in 5.5.
             task_start_boottime: at("task_struct", &["start_boottime"])
                 .or_else(|_renamed| at("task_struct", &["real_start_time"]))?,
+            task_flags: at("task_struct", &["flags"])?,
             task_real_parent: at("task_struct", &["real_parent"])?,
             task_mm: at("task_struct", &["mm"])?,
             mm_exe_file: at("mm_struct", &["exe_file"])?,

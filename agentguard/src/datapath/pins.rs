@@ -24,12 +24,13 @@ use super::object;
 use super::protection::EXEC_CHECK;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
-const STATE: [&str; 14] = [
+const STATE: [&str; 15] = [
     "CGROUPS",
     "MOVED",
     "MOVES",
     "FOLLOWED",
     "TASKS",
+    "STALE",
     "ENTERED",
     "BORN",
     "ATTACHMENTS",
