@@ -124,36 +124,51 @@ fn nothing_else_starts_without_a_daemon(cluster: &mut Cluster<'_>, agents: &Agen
     let phase = ["--output", "jsonpath={.status.phase}"];
     let exempt = [&["--namespace", "kube-system", "get", "pod", "exempt"][..], &phase].concat();
     cluster.wait_for("a pod of kube-system runs", &exempt, "Running")?;
-    let refused = "involvedObject.name=waiting,reason=FailedCreatePodSandBox";
-    let question = ["--namespace", "agents", "get", "events", "--field-selector", refused];
-    let message = ["--output", "jsonpath={.items[0].message}"];
-    let begin = Instant::now();
-    let why = loop {
-        let said = kubectl(cluster, &[&question[..], &message].concat()).unwrap_or_default();
-        if said.contains("is not held by agentguard") {
-            break said;
-        }
-        ensure!(
-            begin.elapsed() < cluster.pace().patience(AGAIN),
-            "no event says that the pod waits for agentguard; the last is {said:?}"
-        );
-        interrupt::sleep(Duration::from_millis(500))?;
-    };
-    let waiting = [&["--namespace", "agents", "get", "pod", "waiting"][..], &phase].concat();
+    let why = told_of_waiting(cluster)?;
+    let ready = ["--output", "jsonpath={.status.containerStatuses[0].ready}"];
+    let waiting = [&["--namespace", "agents", "get", "pod", "waiting"][..], &ready].concat();
     let became = kubectl(cluster, &waiting)?;
-    ensure!(became == "Pending", "a pod that no daemon was told of is {became}");
+    ensure!(
+        became == "false",
+        "that a container of which no daemon was told is ready is {became:?}"
+    );
     let count = agents.researcher.judge(since, &agents.targets.of_researcher_alone())?;
     println!("seen      without a daemon a pod of kube-system starts, and no other:");
-    println!("          {}", why.trim());
+    println!("          {why}");
 
     may_run_nowhere(cluster, "null")?;
     deploy::rolled_out(cluster)?;
-    cluster.wait_for("the pod that waited runs", &waiting, "Running")?;
+    cluster.wait_for("the pod that waited runs", &waiting, "true")?;
     println!(
         "seen      it starts once there is a daemon; none of {count} requests meanwhile was wrong"
     );
     kubectl(cluster, &["--namespace", "agents", "delete", "pod", "waiting"])?;
     kubectl(cluster, &["--namespace", "kube-system", "delete", "pod", "exempt"]).map(drop)
+}
+
+/// What the kubelet says of the pod `waiting`, once it says that agentguard does not let it start.
+fn told_of_waiting(cluster: &Cluster<'_>) -> Result<String> {
+    let of_pod = [
+        "--namespace",
+        "agents",
+        "get",
+        "events",
+        "--field-selector",
+        "involvedObject.name=waiting",
+    ];
+    let messages = ["--output", r#"jsonpath={range .items[*]}{.message}{"\n"}{end}"#];
+    let begin = Instant::now();
+    loop {
+        let said = kubectl(cluster, &[&of_pod[..], &messages].concat())?;
+        if let Some(why) = said.lines().find(|line| line.contains("is not held by agentguard")) {
+            return Ok(why.trim().to_owned());
+        }
+        ensure!(
+            begin.elapsed() < cluster.pace().patience(AGAIN),
+            "no event says that the pod waits for agentguard, but:\n{said}"
+        );
+        interrupt::sleep(Duration::from_millis(500))?;
+    }
 }
 
 /// Sets or takes away a label of nodes that the daemon's pod asks for and no node has.
