@@ -269,6 +269,23 @@ spec:
 
 #[test]
 fn an_invalid_manifest_changes_nothing_that_is_enforced_and_is_shown() {
+    // What is wrong is found before any kernel: one of each stage of reading does.
+    let of_each_stage =
+        ["no UTF-8", "an unknown field", "no CIDR", "a scope that is there already"];
+    let some: Vec<_> =
+        invalid_manifests().into_iter().filter(|(what, _)| of_each_stage.contains(what)).collect();
+    assert_eq!(some.len(), of_each_stage.len());
+    change_nothing(some);
+}
+
+#[test]
+fn no_kind_of_invalid_manifest_changes_anything_that_is_enforced() {
+    change_nothing(invalid_manifests());
+}
+
+/// Manifests, each with what is wrong with it, change nothing that is enforced and are shown.
+#[track_caller]
+fn change_nothing(invalid: Vec<(&'static str, Vec<u8>)>) {
     requires(Layer::Portable);
     let world = World::new();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -280,36 +297,41 @@ fn an_invalid_manifest_changes_nothing_that_is_enforced_and_is_shown() {
     wait_until("the workload is there", || {
         guard.json(&["workloads"]).as_array().is_some_and(|all| all.len() == 1)
     });
+    // Also what is wrong, as `status` shows it.
     let enforced = || {
         let explained = [API, DATABASE].map(|address| {
             let target = format!("{address}:{GRANTED_PORT}/TCP");
             let told = guard.json(&["explain", "--workload", "sleep", "--connect", &target]);
             told["verdict"].clone()
         });
-        (guard.status()["generation"].clone(), explained)
+        let status = guard.status();
+        let errors = status["totals"]["manifests"]["errors"].as_array().expect("a list").clone();
+        ((status["generation"].clone(), explained), errors)
     };
-    let before = enforced();
+    let (before, none) = enforced();
     assert_eq!(before.1, [json!("allow"), json!("deny")]);
-    let errors = || guard.status()["totals"]["manifests"]["errors"].as_array().unwrap().clone();
+    assert_eq!(none, [json!(0); 0]);
     let counted = || metric(&metrics, "agentguard_manifest_errors");
-    for (what, text) in invalid_manifests() {
+    for (what, text) in invalid {
         guard.write_manifest_text("bad", &text);
-        wait_until(&format!("{what} is shown"), || {
-            errors().iter().any(|error| {
-                let file = error["file"].as_str().unwrap_or_default();
-                file.ends_with("/bad.yaml") || error["message"].to_string().contains("bad.yaml")
-            })
+        wait_until(&format!("{what} is counted"), || counted() > 0.0);
+        let (held, errors) = enforced();
+        assert_eq!(held, before, "{what}");
+        let shown = errors.iter().any(|error| {
+            let file = error["file"].as_str().unwrap_or_default();
+            file.ends_with("/bad.yaml") || error["message"].to_string().contains("bad.yaml")
         });
-        assert_eq!(enforced(), before, "{what}");
-        assert_eq!(counted(), errors().len() as f64, "{what}");
+        assert!(shown, "{what}: {errors:?}");
+        assert_eq!(counted(), errors.len() as f64, "{what}");
         fs::remove_file(world.directory().join("guard/manifests/bad.yaml")).unwrap();
-        wait_until(&format!("{what} is gone"), || errors().is_empty());
-        assert_eq!(counted(), 0.0, "{what}");
+        wait_until(&format!("{what} is gone"), || counted() == 0.0);
     }
+    let (held, errors) = enforced();
+    assert_eq!((held, errors.len()), (before.clone(), 0));
     // A file that was valid goes on saying what it said.
     guard.write_manifest_text("base", b"spec: [");
-    wait_until("the base is shown", || !errors().is_empty());
-    assert_eq!(enforced(), before);
+    wait_until("the base is counted", || counted() > 0.0);
+    assert_eq!(enforced().0, before);
     guard.recorded("the refused manifest", |record| {
         record["kind"] == "manifest_error"
             && record["source"].as_str().is_some_and(|file| file.ends_with("/base.yaml"))

@@ -9,7 +9,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpListener},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Cgroup, Layer, cgroup,
+    Cgroup, Layer, capabilities, cgroup,
     process::{Finished, Running, binary, run},
     requires, scrape, unique,
 };
@@ -89,7 +89,7 @@ impl Daemon {
             "state_directory": self.path("state"),
             "runtime_directory": self.path("run"),
             "manifests_directory": self.path("manifests"),
-            "api": {"socket": self.path("run/agentguard.sock")},
+            "api": {"socket": self.socket()},
             "metrics": {"listen": self.metrics.to_string()},
             "audit": {"output": self.audit_log()},
         });
@@ -125,6 +125,10 @@ impl Daemon {
         self.path("audit.log")
     }
 
+    fn socket(&self) -> PathBuf {
+        self.path("run/agentguard.sock")
+    }
+
     #[must_use]
     pub fn pins(&self) -> PathBuf {
         Path::new("/sys/fs/bpf").join(&self.name)
@@ -153,7 +157,8 @@ impl Daemon {
         if let Some(ended) = running.wait(Duration::ZERO) {
             panic!("the daemon ended: {ended:?}");
         }
-        self.status().is_some()
+        // A command takes as long as half a start where the kernel is emulated, and keeps it from its work.
+        UnixStream::connect(self.socket()).is_ok() && self.status().is_some()
     }
 
     /// Has another program run as the daemon from its next start on.
@@ -165,6 +170,7 @@ impl Daemon {
     pub fn launch(&mut self, environment: &[(&str, &str)]) {
         let mut command = Command::new(&self.program);
         command.env("AGENTGUARD_CONFIG", self.config()).arg("run").stdin(Stdio::null());
+        capabilities::confine(&mut command);
         command.envs(environment.iter().copied());
         self.running = Some(Running::start(&mut command));
     }

@@ -4,6 +4,7 @@ use std::{
     env,
     ffi::OsString,
     fs,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -18,7 +19,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    World, cgroup,
+    World, capabilities, cgroup,
     process::{Finished, Running, binary, run},
     server::Protocol,
     world::{PINS, address},
@@ -149,11 +150,15 @@ impl Guard {
     fn start_daemon(program: &Path, directory: &Path) -> Running {
         let mut command = Command::new(program);
         command.arg("run").arg("--config").arg(config_file(directory)).stdin(Stdio::null());
+        capabilities::confine(&mut command);
         Running::start(&mut command)
     }
 
     #[track_caller]
     fn wait_until_ready(&self) {
+        // A command takes as long as half a start where the kernel is emulated, and keeps it from its work.
+        let socket = socket(&self.directory);
+        wait_until("the daemon listens", || UnixStream::connect(&socket).is_ok());
         wait_until("the daemon is ready", || {
             let mut status = self.command(&["status", "--output", "json"]);
             run(&mut status, PATIENCE).status.success()
@@ -415,6 +420,10 @@ pub(crate) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
     false
 }
 
+fn socket(directory: &Path) -> PathBuf {
+    directory.join("run/api.sock")
+}
+
 fn config_file(directory: &Path) -> PathBuf {
     directory.join("config.yaml")
 }
@@ -430,7 +439,7 @@ fn write_config(directory: &Path, name: &str, pins: &Path, more: &Value) {
         "pin_directory": pins,
         "cgroup_root": cgroup::root(),
         "cgroup_parent": format!("{name}-guard"),
-        "api": {"socket": directory.join("run/api.sock")},
+        "api": {"socket": socket(directory)},
         "metrics": {"listen": "off"},
         "audit": {"output": directory.join("audit.jsonl")},
     });

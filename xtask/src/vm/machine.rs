@@ -48,7 +48,9 @@ impl Accelerator {
     const fn arguments(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "Haswell-v4"],
+            // A processor that is quick with `rep movsb` has the kernel copy and clear by it, which an emulator
+            // does byte by byte: without, starting programs takes a quarter less.
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "Haswell-v4,-erms"],
         }
     }
 
