@@ -98,6 +98,8 @@ const UNSAFE: &[&str] = &[
     "tests/attacks/",
     "tests/datapath/runtimes.rs",
     "tests/datapath/worker.rs",
+    // What happens between a fork and an exec.
+    "tests/harness/capabilities.rs",
 ];
 
 /// Crate roots that must forbid it, so that the compiler holds the line as well.
