@@ -28,7 +28,8 @@ pub(crate) fn confine(command: &mut Command) {
         let drop = |capability| caps::drop(None, CapSet::Bounding, capability);
         dropped.iter().copied().try_for_each(drop).map_err(|_denied| Errno::EPERM.into())
     };
-    // SAFETY: system calls alone, on memory that was there before the fork.
+    // SAFETY: system calls on memory that was there before the fork; what an error allocates, the C library
+    // allows between fork and exec.
     unsafe { command.pre_exec(drop_them) };
 }
 

@@ -84,10 +84,16 @@ fn cgroup(configuration: &Configuration) -> Check {
             check("cgroup v2", CheckState::Ok, format!("mounted at {}", path.display()), None)
         }
         Err(error) => {
-            // Where a table can not be read, the error that there is says all that is known.
-            let node = if host::has_own_mounts() { mounts_of("1").ok() } else { None };
-            let own = mounts_of("self").unwrap_or_default();
-            missing_cgroup2(&error.to_string(), &own, node.as_deref())
+            let mut error = error.to_string();
+            let mut read = |process: &str| {
+                mounts_of(process).unwrap_or_else(|unreadable| {
+                    error += &format!("; /proc/{process}/mounts can not be read: {unreadable}");
+                    String::new()
+                })
+            };
+            let own = read("self");
+            let node = host::has_own_mounts().then(|| read("1"));
+            missing_cgroup2(&error, &own, node.as_deref())
         }
     }
 }
@@ -134,14 +140,14 @@ fn missing_cgroup2(error: &str, mounts: &str, node: Option<&str>) -> Check {
 }
 
 fn bpffs() -> Check {
-    let mounted = fs::read_to_string("/proc/self/mounts")
-        .is_ok_and(|mounts| mounts.lines().any(|line| line.contains(" /sys/fs/bpf bpf ")));
-    if mounted {
-        check("BPF file system", CheckState::Ok, "mounted at /sys/fs/bpf", None)
-    } else {
-        let found = "not mounted at /sys/fs/bpf; the daemon mounts it";
-        check("BPF file system", CheckState::Warning, found, Some("mount -t bpf bpf /sys/fs/bpf"))
-    }
+    let found = match mounts_of("self") {
+        Ok(mounts) if mounted(&mounts, "bpf").contains(&"/sys/fs/bpf") => {
+            return check("BPF file system", CheckState::Ok, "mounted at /sys/fs/bpf", None);
+        }
+        Ok(_) => "not mounted at /sys/fs/bpf; the daemon mounts it".to_owned(),
+        Err(unreadable) => format!("not known: /proc/self/mounts can not be read: {unreadable}"),
+    };
+    check("BPF file system", CheckState::Warning, found, Some("mount -t bpf bpf /sys/fs/bpf"))
 }
 
 /// How cgroups are laid out: which hierarchies there are, who makes those of containers, and what

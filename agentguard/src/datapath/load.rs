@@ -115,7 +115,7 @@ pub enum LoadError {
 
 /// An error with all that led to it: aya's own first line names the table or the program, and only
 /// the last one says what the kernel answered.
-fn causes(error: &dyn std::error::Error) -> String {
+pub(super) fn causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     let mut text = error.to_string();
     for cause in causes.map(ToString::to_string) {
@@ -627,17 +627,7 @@ pub(super) fn reason_of(name: &str, error: ProgramError) -> String {
             let last = log.lines().rev().find(|line| !line.starts_with("processed"));
             format!("{io_error}: {}", last.unwrap_or("the verifier says nothing"))
         }
-        error => {
-            // The cause says more than what was called.
-            let mut causes = vec![error.to_string()];
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                causes.push(cause.to_string());
-                source = cause.source();
-            }
-            causes.dedup();
-            causes.join(": ")
-        }
+        error => causes(&error),
     }
 }
 

@@ -30,7 +30,7 @@ use aya::maps::CgroupStorage;
 
 use super::capacity::{Capacities, Fill, Table, is_full, refused, says_full};
 use super::events::Rings;
-use super::load::{CgroupProgram, Datapath, LoadError, Sizes};
+use super::load::{CgroupProgram, Datapath, LoadError, Sizes, causes};
 use super::pins::Pins;
 use super::protection::{Door, DoorState};
 use crate::allowlist::compile::Rows;
@@ -46,7 +46,9 @@ pub enum DatapathError {
     Table { table: &'static str, source: MapError },
     #[error("the cgroup {path} can not be opened: {source}")]
     Cgroup { path: PathBuf, source: io::Error },
-    #[error("{program} can not be attached to the cgroup {path}: {reason}")]
+    #[error(
+        "{program} can not be attached to the cgroup {path}: {reason}; where it is not permitted, give the daemon CAP_NET_ADMIN, which older kernels ask for beside CAP_SYS_ADMIN"
+    )]
     Attach { program: &'static str, path: PathBuf, reason: String },
     #[error("the pin {path} can not be removed: {source}")]
     Unpin { path: PathBuf, source: io::Error },
@@ -771,8 +773,8 @@ impl Datapath {
 impl CgroupProgram {
     /// Attaches to a cgroup; the pin keeps it there.
     fn attach(&mut self, cgroup: &File, pin: &Path) -> Result<(), String> {
-        fn text(error: impl std::fmt::Display) -> String {
-            error.to_string()
+        fn text(error: impl std::error::Error) -> String {
+            causes(&error)
         }
         // With links this mode is the one that lets others attach beside and below.
         let mode = CgroupAttachMode::Single;
