@@ -1,9 +1,10 @@
 //! Builds the kernel half and hands its object to the daemon, which embeds it.
 
-use std::env;
 use std::path::PathBuf;
+use std::{env, fs};
 
 use anyhow::{Context as _, ensure};
+use sha2::{Digest as _, Sha256};
 
 #[path = "build/toolchain.rs"]
 mod toolchain;
@@ -19,6 +20,8 @@ fn main() -> anyhow::Result<()> {
     };
     println!("cargo::rerun-if-changed={}", object.display());
     println!("cargo::rustc-env=AGENTGUARD_OBJECT={}", object.display());
+    let bytes = fs::read(&object).with_context(|| object.display().to_string())?;
+    println!("cargo::rustc-env=AGENTGUARD_OBJECT_DIGEST={:x}", Sha256::digest(bytes));
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io::Write as _,
     os::unix::fs::PermissionsExt as _,
+    path::Path,
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -17,6 +18,7 @@ use agentguard_tests::{
     },
     requires, run, scrape, wait_until,
 };
+use caps::Capability;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -988,6 +990,110 @@ fn a_workload_that_a_hook_does_not_hold_is_not_told_as_held() {
     assert_eq!(of(&daemon), [(1, 0), (1, 0)], "a restart attaches it again");
     let gaps = daemon.status().expect("it answers")["gaps"].to_string();
     assert!(!gaps.contains("is not held by"), "{gaps}");
+}
+
+/// The portable hooks that are not in force, with why, as `status` tells.
+fn missing_of_portable(daemon: &Daemon) -> Vec<String> {
+    let status = daemon.status().expect("it runs");
+    let hooks = status["protection"]["layers"].as_array().expect("a list").iter();
+    let missing = hooks.filter(|hook| hook["layer"] == "portable" && hook["state"] != "active");
+    missing.map(|hook| format!("{}: {}", hook["hook"], hook["reason"])).collect()
+}
+
+/// Kernels before 6.9 ask for `CAP_NET_ADMIN` to attach the program for packets, and not to load it. A
+/// daemon that lacks it there does not start as if it held everything; one that requires little tells
+/// what is missing, and holds agents by the rest.
+#[test]
+fn a_daemon_that_may_not_attach_a_hook_anywhere_says_so_before_it_holds_anything() {
+    let server = Reachable::start();
+    let mut daemon = Daemon::installed();
+    let without = [Capability::CAP_NET_ADMIN];
+    daemon.launch_without(&without, &[]);
+    let mut ended = None;
+    wait_until("it runs, or it does not", || {
+        ended = daemon.ended(Duration::ZERO);
+        ended.is_some() || daemon.status().is_some()
+    });
+    if let Some(ended) = ended {
+        println!("{}", ended.stderr);
+        for part in ["`require: portable`", "cgroup_skb/egress", "CAP_NET_ADMIN"] {
+            assert!(ended.stderr.contains(part), "{part}: {ended:?}");
+        }
+        assert_eq!(pins_left(&daemon), [""; 0], "of what was loaded to find out");
+        daemon.configure(|config| config["require"] = json!("none"));
+        daemon.launch_without(&without, &[]);
+        wait_until("it runs with less", || daemon.status().is_some());
+        let missing = missing_of_portable(&daemon);
+        let [egress] = &missing[..] else { panic!("{missing:?}") };
+        assert!(egress.contains("egress") && egress.contains("CAP_NET_ADMIN"), "{egress}");
+    } else {
+        println!("this kernel asks for no CAP_NET_ADMIN");
+        assert_eq!(missing_of_portable(&daemon), [""; 0]);
+    }
+    let mut agent = Prober::start_by(daemon.command(["exec", "--name", "agent"]));
+    assert!(!agent.reaches(server.port()));
+    assert!(!runs_in(&daemon.exec_cgroups().join("agent")), "exec is judged");
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    assert!(!gaps.contains("is not held by"), "{gaps}");
+
+    // With it all is there, also upon what the lesser start left.
+    daemon.kill();
+    daemon.configure(|_| {});
+    daemon.start();
+    assert_eq!(missing_of_portable(&daemon), [""; 0]);
+    assert!(!agent.reaches(server.port()));
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    assert!(!gaps.contains("is not held by"), "{gaps}");
+}
+
+/// Whether what comes into a cgroup can run a program.
+fn runs_in(cgroup: &Path) -> bool {
+    let script = "echo $$ > \"$0/cgroup.procs\" && exec true";
+    run(Command::new("bash").args(["-c", script]).arg(cgroup), PATIENCE).status.success()
+}
+
+/// The host may have a program in a cgroup that allows none below. An agent there may do nothing, by all
+/// hooks that are left, until it can be held whole.
+#[test]
+fn an_agent_below_a_cgroup_that_takes_no_more_programs_may_do_nothing() {
+    let server = Reachable::start();
+    let daemon = Daemon::started();
+    let agent = identity("agent");
+    let parent = daemon.cgroup("exclusive");
+    let cgroup = parent.child("agent");
+    let builds = fs::read_dir(daemon.pins()).unwrap().flatten().map(|entry| entry.path());
+    let program = builds.map(|build| build.join("egress")).find(|path| path.exists());
+    let program = program.expect("a build is in force");
+    // Without a flag it is there alone: with what is attached to no cgroup of an agent's, any program will
+    // do.
+    let exclusive = |verb: &str| {
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["cgroup", verb]).arg(parent.path()).args(["egress", "pinned"]).arg(&program);
+        run(&mut bpftool, PATIENCE).expect_success("bpftool (set-up installs it)");
+    };
+    exclusive("attach");
+
+    let mut running = Prober::in_cgroup(&cgroup);
+    assert!(running.reaches(server.port()) && runs_in(&cgroup));
+    daemon.write("scope", &[scope("test:server", server.port())]);
+    daemon.write("grant", &[grant("server", &agent, "test:server")]);
+    let pattern = format!("/{}/agent", daemon.cgroup_name("exclusive"));
+    daemon.write("workload", &[workload("agent", &pattern, &agent, "enforce")]);
+    until("what is granted is refused", || !running.reaches(server.port()));
+    assert!(!runs_in(&cgroup), "exec is judged");
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    for part in [
+        "workload agent is refused everything",
+        "egress can not be attached",
+        "Operation not permitted",
+    ] {
+        assert!(gaps.contains(part), "{part}: {gaps}");
+    }
+
+    exclusive("detach");
+    until("it is held whole", || running.reaches(server.port()));
+    let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+    assert!(!gaps.contains("refused everything") && !gaps.contains("is not held by"), "{gaps}");
 }
 
 /// What a table has room for is told as the kernel has it, also where the configuration says otherwise

@@ -192,10 +192,16 @@ fn print_totals(targets: &[Target], reports: &[Report]) {
     }
 }
 
+/// What was decided so far, and what became of it.
+#[track_caller]
+fn totals(daemon: &Daemon) -> Value {
+    daemon.status().expect("it answers")["totals"]["events"].clone()
+}
+
 /// `decided = logged + aggregated + lost`.
 #[track_caller]
 fn assert_totals(daemon: &Daemon) {
-    let events = daemon.status().expect("it answers")["totals"]["events"].clone();
+    let events = totals(daemon);
     let number = |name: &str| events[name].as_u64().unwrap();
     tell!("{events}");
     assert_eq!(number("decided"), number("logged") + number("aggregated") + number("lost"));
@@ -222,6 +228,36 @@ fn a_killed_daemon() {
     scene.holds_without_a_daemon(given);
     scene.daemon.start();
     scene.tells_all(since);
+}
+
+/// While no daemon reads, the rings fill up. What does not fit is counted as lost, no more and no less, and
+/// is refused as all else.
+#[test]
+fn a_killed_daemon_for_whose_records_there_is_no_room() {
+    const REQUESTS: u16 = 200;
+    let mut daemon = Daemon::installed();
+    daemon.configure(|config| config["datapath"] = json!({"denied_ring_bytes": 4096}));
+    daemon.start();
+    let mut held = Prober::start_by(daemon.command(["exec", "--name", "held"]));
+    let before = totals(&daemon);
+    let since = daemon.records().len();
+    daemon.kill();
+    for port in 1..=REQUESTS {
+        assert!(!held.reaches(port));
+    }
+    daemon.start();
+    let after = totals(&daemon);
+    tell!("{before} before, {after} after");
+    let more = |name: &str| after[name].as_u64().unwrap() - before[name].as_u64().unwrap();
+    assert_eq!(more("decided"), u64::from(REQUESTS));
+    assert_eq!(more("logged") + more("lost"), u64::from(REQUESTS), "each port is asked for once");
+    assert!(more("logged") > 0 && more("lost") > 0, "there is room for some");
+    let is_refusal =
+        |record: &&Value| record["verdict"] == "deny" && record["workload"]["name"] == "held";
+    let logged = || daemon.records().iter().skip(since).filter(is_refusal).count() as u64;
+    wait_until("what was kept is in the log", || logged() >= more("logged"));
+    assert_eq!(logged(), more("logged"));
+    assert_chain(&daemon);
 }
 
 #[test]
@@ -348,6 +384,15 @@ fn a_full_disk_under_state_and_log() {
         gaps(&scene.daemon).contains("the audit log can not be written")
     });
     assert!(scene.daemon.metric("agentguard_audit_write_failures_total") > 0.0);
+    // Who revokes is told that it would be forgotten.
+    let held = identity("held");
+    let extra = ["grant", "--to", &held, "--scope", "test:granted", "--ttl", "1h"];
+    let mut extra = scene.daemon.command(extra);
+    extra.args(["--reason", "a test", "--name", "extra"]);
+    run(&mut extra, PATIENCE).expect_success("grant");
+    let revoked = scene.daemon.run(["revoke", "extra", "--reason", "a test"]);
+    assert!(!revoked.status.success(), "{revoked:?}");
+    assert!(revoked.stderr.contains("would not be after a restart"), "{revoked:?}");
     scene.holds_without_a_daemon(given);
     // A revocation with nowhere to write it is in force all the same.
     let granted = scene.granted.port();
@@ -454,11 +499,10 @@ impl Pesterer<'_> {
 
 /// The points that a daemon passes which finds the kernel half of its own build in force.
 fn points_of_a_restart() -> impl Iterator<Item = &'static str> {
-    fault::POINTS
-        .iter()
-        .copied()
-        .filter(|point| !point.starts_with("load.") || *point == "load.adopted")
-        .filter(|point| !point.starts_with("takeover."))
+    let others = ["load.", "takeover.", "audit.", "uninstall."];
+    let is_other = move |point: &str| others.iter().any(|of| point.starts_with(of));
+    let points = fault::POINTS.iter().copied();
+    points.filter(move |point| !is_other(point) || *point == "load.adopted")
 }
 
 #[test]
@@ -535,5 +579,75 @@ fn a_daemon_that_dies_while_it_sets_up_is_followed_by_one_that_holds() {
         daemon.start();
         wait_until("it is held", || !prober.reaches(other.port()));
         assert_totals(&daemon);
+    }
+}
+
+/// What is taken away in part is whole again with the next start, and gone after the next removal.
+#[test]
+fn a_removal_that_is_cut_short_leaves_what_can_be_started_and_removed() {
+    let other = Reachable::start();
+    for point in fault::POINTS.iter().filter(|point| point.starts_with("uninstall.")) {
+        let mut daemon = Daemon::started();
+        let cgroup = daemon.cgroup("held");
+        let mut prober = Prober::in_cgroup(cgroup.path());
+        let pattern = format!("/{}", daemon.cgroup_name("held"));
+        daemon.write("held", &[workload("held", &pattern, &identity("held"), "enforce")]);
+        wait_until("it is held", || !prober.reaches(other.port()));
+        let given = |daemon: &Daemon| daemon.status().expect("it answers")["protection"].clone();
+        let before = given(&daemon);
+        daemon.kill();
+        let removed = run(daemon.command(["uninstall"]).env(fault::VARIABLE, point), PATIENCE);
+        assert_eq!(removed.status.signal(), Some(Signal::SIGKILL as i32), "{point}: {removed:?}");
+        if *point != "uninstall.unready" {
+            // The kernel detaches a moment after the pin is gone.
+            wait_until("nothing holds it", || prober.reaches(other.port()));
+        }
+
+        daemon.start();
+        wait_until("it is held again", || !prober.reaches(other.port()));
+        assert_eq!(given(&daemon), before, "{point}");
+        let gaps = daemon.status().expect("it answers")["gaps"].to_string();
+        assert!(!gaps.contains("is not held by"), "{point}: {gaps}");
+        daemon.kill();
+        daemon.run(["uninstall"]).expect_success("uninstall");
+        wait_until("nothing holds it any more", || prober.reaches(other.port()));
+        assert!(!daemon.pins().exists(), "{point}");
+    }
+}
+
+/// Whatever a rotation of the audit log was at, `audit verify` finds nothing missing but what the log says
+/// that it removed.
+#[test]
+fn a_daemon_that_dies_while_its_log_rotates_leaves_one_that_verifies() {
+    for point in fault::POINTS.iter().filter(|point| point.starts_with("audit.")) {
+        let mut daemon = Daemon::installed();
+        daemon.configure(|config| {
+            config["audit"]["max_file_bytes"] = json!(1_048_576);
+            config["audit"]["max_files"] = json!(2);
+        });
+        // From the second rotation on, files are removed.
+        let armed = format!("{point}@3");
+        daemon.launch(&[(fault::VARIABLE, &armed)]);
+        wait_until("it runs", || daemon.status().is_some());
+        let mut held = Prober::start_by(daemon.command(["exec", "--name", "held"]));
+        let mut ports = (1..=u16::MAX).cycle();
+        let begin = Instant::now();
+        let ended = loop {
+            assert!(begin.elapsed() < 4 * PATIENCE, "{point} is not passed");
+            for port in ports.by_ref().take(50) {
+                assert!(!held.reaches(port));
+            }
+            if let Some(ended) = daemon.ended(Duration::ZERO) {
+                break ended;
+            }
+        };
+        assert_eq!(ended.status.signal(), Some(Signal::SIGKILL as i32), "{point}: {ended:?}");
+        daemon.start();
+        assert_chain(&daemon);
+        let directory = daemon.audit_log().parent().expect("it is in one").to_owned();
+        let names = fs::read_dir(directory).unwrap().flatten().map(|entry| entry.file_name());
+        let files = names.filter(|name| name.to_string_lossy().starts_with("audit.log")).count();
+        assert!(files <= 2, "{point}: {files} files");
+        tell!("{point}: died after {:?}", begin.elapsed());
     }
 }

@@ -2,7 +2,14 @@
 //! filled. What finds no room is denied, and it is said which table is full, how large it is, and what
 //! makes room.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use agentguard_tests::{
     Layer,
@@ -142,6 +149,49 @@ fn a_grant_that_finds_no_room_for_its_executables() {
 }
 
 /// A directory that goes.
+/// What an earlier daemon wrote makes room for what the next one writes, and until then it is what counts:
+/// a restart refuses nobody what fits by itself.
+#[test]
+fn a_restart_with_a_table_more_than_half_full_refuses_nobody() {
+    let mut daemon = small(&json!({"destinations": 64}));
+    let (granted, other) = (Reachable::start(), Reachable::start());
+    let mut blocks = blocks(9);
+    blocks.push(json!({"ipBlock": {"cidr": "127.0.0.1/32"}}));
+    let ports = json!([{"protocol": "TCP", "port": granted.port()}]);
+    let egress = json!({"egress": [{"to": blocks, "ports": ports}]});
+    daemon.write("scope", &[scope_of("test:granted", egress)]);
+    let agents = [0, 1, 2, 3, 4].map(|number| identity(&format!("agent-{number}")));
+    let grants: Vec<Value> = agents
+        .iter()
+        .enumerate()
+        .map(|(number, agent)| grant(&format!("granted-{number}"), agent, "test:granted"))
+        .collect();
+    daemon.write("grants", &grants);
+    daemon.start();
+    let start = |agent: &String| Prober::start_by(daemon.command(["exec", "--identity", agent]));
+    let mut held: Vec<Prober> = agents.iter().map(start).collect();
+    wait_until("all are permitted", || held.iter_mut().all(|held| held.reaches(granted.port())));
+    assert!(gauge(&daemon, "agentguard_map_entries", "destinations") > 32, "more than half full");
+    for _ in 0..2 {
+        daemon.kill();
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for held in &mut held {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        assert!(held.reaches(granted.port()), "what was granted is refused");
+                        assert!(!held.reaches(other.port()), "what was not passes");
+                    }
+                });
+            }
+            daemon.start();
+            thread::sleep(Duration::from_secs(3));
+            is_over.store(true, Ordering::Relaxed);
+        });
+        assert!(!gaps(&daemon).contains("full"), "{}", gaps(&daemon));
+    }
+}
+
 fn sockets(daemon: &Daemon, number: u32) -> Vec<Value> {
     let directory = daemon.path("sockets");
     fs::create_dir_all(&directory).unwrap();

@@ -10,7 +10,8 @@ pub const VARIABLE: &str = "AGENTGUARD_FAULT";
 /// Every point, in the order in which a daemon passes them first.
 ///
 /// The part before the dot says what has to happen for a point to be passed: `load` the kernel half
-/// set up anew (or adopted), `takeover` replaced by another build's.
+/// set up anew (or adopted), `takeover` replaced by another build's, `uninstall` taken away, `audit` the
+/// audit log rotated.
 pub const POINTS: &[&str] = &[
     "load.directories",
     "load.loaded",
@@ -48,6 +49,13 @@ pub const POINTS: &[&str] = &[
     "confine.moved",
     "remove.released",
     "remove.forgotten",
+    "audit.renamed",
+    "audit.told",
+    "audit.removed",
+    "uninstall.unready",
+    "uninstall.links",
+    "uninstall.pins",
+    "uninstall.state",
 ];
 
 /// Ends the process here if the environment says so: no destructor runs, nothing is flushed.

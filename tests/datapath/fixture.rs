@@ -263,7 +263,11 @@ impl Drop for Fixture {
                 self.detach();
                 self.datapath.set_runtimes(&BTreeSet::new()).expect("rows can be removed");
                 let next = self.generation + 1;
-                let swept = self.datapath.sweep(AllowlistId(next), RuleSetId(next * ROWS));
+                let swept = self.datapath.sweep(
+                    AllowlistId(next),
+                    RuleSetId(next * ROWS),
+                    &BTreeSet::new(),
+                );
                 swept.expect("rows can be removed");
             }
         }

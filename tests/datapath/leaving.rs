@@ -1,7 +1,8 @@
 //! Who belongs to a workload, and what happens to those that leave.
 
-use std::{fs, process::Command};
+use std::{fs, path::PathBuf, process::Command};
 
+use agentguard::datapath::Datapath;
 use agentguard_common::Mode;
 use nix::{
     sys::wait::{Id, WaitPidFlag, waitid},
@@ -124,6 +125,48 @@ fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
     move_to(&fixture.cgroup, worker.pid());
     assert!(fixture.datapath.moved().is_empty());
     assert_eq!(worker.told(CONNECT), "EPERM");
+}
+
+/// A fixture and a cgroup outside of it, which had hooks for a process that was moved there and has none any
+/// more.
+fn without_hooks_again() -> (Fixture, PathBuf) {
+    let mut fixture = Fixture::new();
+    let outside = fixture.outside();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    move_to(&outside, worker.pid());
+    fixture.datapath.follow(&outside).unwrap();
+    assert!(fixture.datapath.follows(cgroup_id(&outside)));
+    assert_eq!(worker.told(CONNECT), "EPERM");
+    drop(worker);
+    let is_needed = |datapath: &Datapath, cgroup| datapath.workload_of(cgroup).is_some();
+    assert!(fixture.datapath.prune(is_needed).unwrap() > 0, "nobody needs them there");
+    (fixture, outside)
+}
+
+#[test]
+fn a_cgroup_whose_hooks_are_gone_is_not_taken_for_one_that_has_them() {
+    let (mut fixture, outside) = without_hooks_again();
+    assert!(!fixture.datapath.follows(cgroup_id(&outside)));
+    let mut worker = fixture.worker();
+    move_to(&outside, worker.pid());
+    fixture.datapath.follow(&outside).unwrap();
+    assert_eq!(worker.told(CONNECT), "EPERM");
+}
+
+mod lsm {
+    use agentguard_tests::{Layer, requires};
+
+    use super::*;
+
+    #[test]
+    fn what_comes_to_where_hooks_were_is_judged_before_they_are_back() {
+        requires(Layer::Lsm);
+        let (fixture, outside) = without_hooks_again();
+        let mut worker = fixture.worker();
+        move_to(&outside, worker.pid());
+        assert_eq!(worker.told(CONNECT), "EPERM");
+    }
 }
 
 #[test]

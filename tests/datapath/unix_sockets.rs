@@ -2,6 +2,7 @@
 //! then reaches.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::{fs::MetadataExt as _, net::UnixListener},
     path::{Path, PathBuf},
@@ -71,7 +72,7 @@ fn rows_and_names_come_and_go() {
     fixture.datapath.forget_unix_name(&name).unwrap();
     assert_eq!(fixture.datapath.unix_names(), []);
     let next = AllowlistId(second.allowlist.0 + 1);
-    assert_eq!(fixture.datapath.sweep(next, RuleSetId(u32::MAX)).unwrap(), 1);
+    assert_eq!(fixture.datapath.sweep(next, RuleSetId(u32::MAX), &BTreeSet::new()).unwrap(), 1);
     assert_eq!(fixture.entries("unix_sockets"), 0);
 }
 

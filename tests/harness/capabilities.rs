@@ -3,7 +3,7 @@
 
 use std::{os::unix::process::CommandExt as _, process::Command};
 
-use caps::{CapSet, CapsHashSet};
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::{
     errno::Errno,
     sys::resource::{RLIM_INFINITY, Resource, setrlimit},
@@ -11,15 +11,18 @@ use nix::{
 
 const UNIT: &str = include_str!("../../deploy/systemd/agentguard.service");
 
-/// Has what `command` runs do no more than the unit's daemon.
+/// Has what `command` runs do no more than the unit's daemon, and not what `but` allows.
 ///
 /// # Panics
 ///
-/// When the unit names no capabilities.
+/// When the unit names no capabilities, or not those of `but`.
 #[track_caller]
-pub(crate) fn confine(command: &mut Command) {
+pub(crate) fn confine(command: &mut Command, but: &[Capability]) {
     let all = caps::read(None, CapSet::Bounding).expect("a thread may read its own");
-    let kept = listed(UNIT, "CapabilityBoundingSet=");
+    let mut kept = listed(UNIT, "CapabilityBoundingSet=");
+    for capability in but {
+        assert!(kept.remove(capability), "the unit has no {capability}");
+    }
     let dropped: Vec<_> = all.difference(&kept).copied().collect();
     let drop_them = move || {
         // Kernels before 5.11 count tables as locked memory, of which the unit allows any amount. Who may not
@@ -44,8 +47,6 @@ fn listed(text: &str, before: &str) -> CapsHashSet {
 
 #[cfg(test)]
 mod tests {
-    use caps::Capability;
-
     use super::*;
 
     #[test]

@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use caps::Capability;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -168,9 +169,19 @@ impl Daemon {
 
     /// Starts the daemon with more in its environment, and waits for nothing.
     pub fn launch(&mut self, environment: &[(&str, &str)]) {
+        self.launch_without(&[], environment);
+    }
+
+    /// The same, without some of the capabilities that an installed daemon has.
+    ///
+    /// # Panics
+    ///
+    /// When an installed daemon does not have them.
+    #[track_caller]
+    pub fn launch_without(&mut self, but: &[Capability], environment: &[(&str, &str)]) {
         let mut command = Command::new(&self.program);
         command.env("AGENTGUARD_CONFIG", self.config()).arg("run").stdin(Stdio::null());
-        capabilities::confine(&mut command);
+        capabilities::confine(&mut command, but);
         command.envs(environment.iter().copied());
         self.running = Some(Running::start(&mut command));
     }

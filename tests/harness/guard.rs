@@ -150,7 +150,7 @@ impl Guard {
     fn start_daemon(program: &Path, directory: &Path) -> Running {
         let mut command = Command::new(program);
         command.arg("run").arg("--config").arg(config_file(directory)).stdin(Stdio::null());
-        capabilities::confine(&mut command);
+        capabilities::confine(&mut command, &[]);
         Running::start(&mut command)
     }
 

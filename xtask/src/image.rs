@@ -134,10 +134,12 @@ pub(crate) fn build(profile: Profile, directory: &Path) -> Result<Written> {
 fn binary(profile: Profile, checkout: &Path, target: &Path) -> Result<PathBuf> {
     let (arguments, directory): (&[&str], _) = match profile {
         Profile::Release => (&["--release"], "release"),
-        Profile::Dev => (&[], "debug"),
+        // With its symbols it is twenty times the size, for which a node may lack the memory.
+        Profile::Dev => (&["--", "-C", "strip=symbols"], "debug"),
     };
-    let mut build = cargo(&["build", "--locked", "--package", "agentguard", "--target", TARGET]);
+    let mut build = cargo(&["rustc", "--locked", "--package", "agentguard", "--bin", "agentguard"]);
     build
+        .args(["--target", TARGET])
         .args(arguments)
         .current_dir(checkout)
         .env("CARGO_TARGET_DIR", target)

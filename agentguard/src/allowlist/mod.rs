@@ -11,6 +11,7 @@ use ipnet::IpNet;
 #[cfg(test)]
 mod agreement;
 pub mod compile;
+mod cover;
 pub mod prefix;
 pub mod reserved;
 pub mod specification;

@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::sync::{broadcast, oneshot};
 
+use crate::fault;
+
 pub use chain::{Hash, Head};
 pub use record::{Record, RecordBody};
 pub use sink::{Limits, OpenError};
@@ -538,13 +540,21 @@ impl Writer {
         }
         let Sink::File(file) = &mut self.sink else { return Ok(()) };
         if file.is_empty() && self.head.seq > 0 {
-            let left = file.remove_excess()?;
+            let left = file.rotation()?;
             let record =
                 RotatedRecord { first_kept: left.first_kept, removed_files: left.removed_files };
-            self.put_record(Timestamp::now(), &RecordBody::Rotated(record))?;
-            if let Sink::File(file) = &mut self.sink {
-                file.removals_told();
+            let told = self.put_record(Timestamp::now(), &RecordBody::Rotated(record));
+            fault::point("audit.told");
+            let Sink::File(file) = &mut self.sink else { return told };
+            file.rotated(&left, told.is_ok());
+            // Also where there was no room to tell it, which may be on account of what goes. What was told
+            // is on disk first, since the removal may be there at once.
+            if told.is_ok() {
+                file.sync()?;
             }
+            file.remove_excess()?;
+            fault::point("audit.removed");
+            told?;
             let mut state = self.shared.state();
             state.counts.rotations += 1;
             state.counts.removed_files += left.removed_files;

@@ -787,7 +787,7 @@ pub struct RecoveredRecord {
 pub struct RotatedRecord {
     /// `seq` of the oldest record that the log has not removed itself.
     pub first_kept: u64,
-    /// How many files were removed at this rotation, to keep the log within its bound.
+    /// How many files are removed at this rotation, to keep the log within its bound.
     pub removed_files: u64,
 }
 

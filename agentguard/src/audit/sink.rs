@@ -15,6 +15,7 @@ use nix::fcntl::OFlag;
 
 use super::chain::{self, Hash, Head, Link, MAX_LINE_BYTES, Role};
 use super::text::Text;
+use crate::fault;
 
 /// Digits of a record's number in a file's name.
 const NAME_DIGITS: usize = 20;
@@ -83,7 +84,7 @@ impl Sink {
     pub(crate) fn sync(&mut self) -> io::Result<()> {
         match self {
             Self::Stream(stream) => stream.flush(),
-            Self::File(file) => file.current.as_ref().map_or(Ok(()), |it| it.file.sync_data()),
+            Self::File(file) => file.sync(),
         }
     }
 }
@@ -102,7 +103,7 @@ pub(crate) struct RotatingFile {
     limits: Limits,
     current: Option<Current>,
     /// Files removed that no `rotated` record has told of yet.
-    removed_files: u64,
+    untold_files: u64,
     /// See [`Rotation::first_kept`].
     first_kept: u64,
 }
@@ -124,9 +125,9 @@ pub(crate) struct Opened {
     pub(crate) torn: Option<Torn>,
 }
 
-/// What a rotation left.
+/// What a rotation leaves.
 pub(crate) struct Rotation {
-    /// Files removed that no record has told of yet.
+    /// Files removed, or about to be, that no record has told of yet.
     pub(crate) removed_files: u64,
     /// Number of the oldest record that the log did not remove itself. What somebody else removed
     /// stays above it, and is found to be missing.
@@ -143,10 +144,14 @@ impl RotatingFile {
             return Err(OpenError::TooFewFiles(limits.max_files));
         }
         let mut log =
-            Self { path: path.to_owned(), limits, current: None, removed_files: 0, first_kept: 1 };
+            Self { path: path.to_owned(), limits, current: None, untold_files: 0, first_kept: 1 };
         let opened = log.open_current(Head::EMPTY)?;
-        log.first_kept =
-            first_kept(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        let error = |source| OpenError::Io { path: path.to_owned(), source };
+        log.first_kept = first_kept(path).map_err(error)?;
+        // What a crash left that was told of already.
+        let told = rotated(path).map_err(error)?.into_iter();
+        let mut told = told.filter(|(first_seq, _)| *first_seq < log.first_kept);
+        told.try_for_each(|(_, path)| std::fs::remove_file(path)).map_err(error)?;
         Ok((log, opened))
     }
 
@@ -218,8 +223,7 @@ impl RotatingFile {
         })
     }
 
-    /// Puts the newest file aside, removes what exceeds the bound, and starts an empty file whose
-    /// first record will be `next_seq`.
+    /// Puts the newest file aside, and starts an empty file whose first record will be `next_seq`.
     pub(crate) fn rotate(&mut self, next_seq: u64) -> io::Result<()> {
         let Some(current) = self.current.take() else { return Ok(()) };
         current.file.sync_data()?;
@@ -231,33 +235,50 @@ impl RotatingFile {
             ));
         }
         std::fs::rename(&self.path, &aside)?;
-        self.remove_excess()?;
+        fault::point("audit.renamed");
         let file = open_options().create_new(true).open(&self.path)?;
         file.try_lock().map_err(io::Error::from)?;
         self.current = Some(Current { file, length: 0, first_seq: next_seq, lacks_newline: false });
         Ok(())
     }
 
-    /// Removes the oldest files until there is room for the newest within the bound.
-    pub(crate) fn remove_excess(&mut self) -> io::Result<Rotation> {
-        let files = rotated(&self.path)?;
-        let keep = self.limits.max_files.saturating_sub(1) as usize;
-        let (excess, kept) = files.split_at(files.len().saturating_sub(keep));
-        for (_, path) in excess {
-            std::fs::remove_file(path)?;
-            self.removed_files += 1;
-        }
-        if !excess.is_empty()
-            && let Some((first_seq, _)) = kept.first()
-        {
-            self.first_kept = self.first_kept.max(*first_seq);
-        }
-        Ok(Rotation { removed_files: self.removed_files, first_kept: self.first_kept })
+    /// What is left once the oldest files are removed that exceed the bound. To be told before they are: of
+    /// what was removed and not told nobody knows afterwards who removed it.
+    pub(crate) fn rotation(&self) -> io::Result<Rotation> {
+        let (excess, oldest_kept) = self.excess()?;
+        // Those before were told of when a crash came between.
+        let untold = excess.iter().filter(|(first_seq, _)| *first_seq >= self.first_kept).count();
+        let first_kept = match oldest_kept {
+            Some(seq) if untold > 0 => self.first_kept.max(seq),
+            Some(_) | None => self.first_kept,
+        };
+        Ok(Rotation { removed_files: self.untold_files + untold as u64, first_kept })
     }
 
-    /// The removals were written down.
-    pub(crate) fn removals_told(&mut self) {
-        self.removed_files = 0;
+    /// Brings what was written to the disk.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.current.as_ref().map_or(Ok(()), |current| current.file.sync_data())
+    }
+
+    /// Notes what is about to be removed, and whether a record tells of it.
+    pub(crate) fn rotated(&mut self, rotation: &Rotation, is_told: bool) {
+        self.first_kept = rotation.first_kept;
+        self.untold_files = if is_told { 0 } else { rotation.removed_files };
+    }
+
+    /// Removes the oldest files, until the log is within its bound.
+    pub(crate) fn remove_excess(&self) -> io::Result<()> {
+        let (excess, _) = self.excess()?;
+        excess.iter().try_for_each(|(_, path)| std::fs::remove_file(path))
+    }
+
+    /// The oldest files, for which there is no room within the bound beside the newest, and the number of
+    /// the first record in those that are kept.
+    fn excess(&self) -> io::Result<(Vec<(u64, PathBuf)>, Option<u64>)> {
+        let mut files = rotated(&self.path)?;
+        let keep = self.limits.max_files.saturating_sub(1) as usize;
+        let kept = files.split_off(files.len().saturating_sub(keep));
+        Ok((files, kept.first().map(|(first_seq, _)| *first_seq)))
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

@@ -577,6 +577,9 @@ fn hold(shared: &Shared, version: u64) -> bool {
             placement.containers.iter().map(|container| containers.reference(&root, container));
         wanted.push(new_workload(placement, &root, references.collect()));
     }
+    if !is_complete {
+        keep_known(&shared.engine(), &mut wanted);
+    }
     let wanted_cgroups: BTreeSet<PathBuf> = wanted.iter().map(|new| new.cgroup.clone()).collect();
     let (mut has_changed, failed) = shared.engine().bring(wanted);
     for (name, error) in failed {
@@ -585,16 +588,31 @@ fn hold(shared: &Shared, version: u64) -> bool {
     }
     if is_complete {
         has_changed |= let_go(shared, &node, &wanted_cgroups);
+        let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        launches.retain(|id, _| node.containers.contains_key(id));
     }
-    let mut launches = containers.launches.lock().unwrap_or_else(PoisonError::into_inner);
-    launches.retain(|id, _| node.containers.contains_key(id));
-    drop(launches);
     let unseen = placements.into_iter().filter(|placement| placement.unseen.is_some()).collect();
     let mut report = containers.report.lock().unwrap_or_else(PoisonError::into_inner);
     *report = Report { unseen, problems };
     drop(report);
     *held = seen;
     has_changed
+}
+
+/// Keeps the containers of an earlier daemon's in what is wanted, where nobody has said yet what runs: that
+/// nobody has told of them does not mean that they ended.
+fn keep_known(engine: &Engine, wanted: &mut [NewWorkload]) {
+    for new in wanted {
+        let known = engine.workload_at(&new.cgroup).map_or(&[][..], |known| &known.containers);
+        let untold = untold_and_alive(known, &new.containers);
+        new.containers.extend(untold);
+    }
+}
+
+fn untold_and_alive(known: &[ContainerRef], told: &[ContainerRef]) -> Vec<ContainerRef> {
+    let is_told = |known: &&ContainerRef| told.iter().any(|told| told.id == known.id);
+    let untold = known.iter().filter(|known| !is_told(known) && known.process.is_alive());
+    untold.cloned().collect()
 }
 
 fn new_workload(placement: &Placement, root: &Path, containers: Vec<ContainerRef>) -> NewWorkload {
@@ -816,6 +834,12 @@ fn answer(shared: &Shared, id: &str) -> Result<Announced, ServiceError> {
             remedy: "see agentguard status".to_owned(),
         });
     };
+    if let Some(why) = engine.lacks(workload, id) {
+        return Err(ServiceError::Unavailable {
+            error: format!("{} is not held whole: {why}", placement.name),
+            remedy: "see agentguard status".to_owned(),
+        });
+    }
     Ok(Announced {
         workload: Some(workload.name.clone()),
         identity: workload.identity.as_ref().map(ToString::to_string),
@@ -967,6 +991,25 @@ mod tests {
         let sandboxes = BTreeMap::from([("s".to_owned(), sandbox())]);
         let listing = Listing { sandboxes, containers: BTreeMap::new() };
         RuntimeInput { listing: Some(listing), failure: None }
+    }
+
+    #[test]
+    fn what_was_known_and_runs_stays_until_it_is_told_of() {
+        let alive = ProcessRef::of(std::process::id()).unwrap();
+        let ended = ProcessRef { started: alive.started + 1, ..alive };
+        let container = |id: &str, process| ContainerRef {
+            id: id.to_owned(),
+            name: String::new(),
+            process,
+            root: PathBuf::from("/"),
+            launch: vec![FileId::default()],
+            cgroup: CgroupId(1),
+        };
+        let known =
+            [container("told", alive), container("untold", alive), container("gone", ended)];
+        let told = [container("told", alive), container("new", alive)];
+        let kept = untold_and_alive(&known, &told);
+        assert_eq!(kept, [container("untold", alive)], "with the files that it was started by");
     }
 
     #[test]

@@ -256,7 +256,7 @@ fn try_programs(
             let (state, remedy) = if active == view.layers.len() {
                 (CheckState::Ok, None)
             } else {
-                (CheckState::Failed, Some("see which below; a newer kernel has them all"))
+                (CheckState::Failed, Some("see which below, and why; a newer kernel has them all"))
             };
             checks.push(check("programs", state, found, remedy));
             (view, datapath.gaps())

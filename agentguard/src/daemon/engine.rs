@@ -59,6 +59,8 @@ const NOT_WHOLE: &str = "another build of the kernel half stays in force until t
 /// How long an allow-list that no tag leads to stays, so that a program that read the tag before
 /// the switch still finds it. Programs run for microseconds.
 const GRACE: Duration = Duration::from_secs(1);
+/// How often a start waits for room that the rows of an earlier daemon take, each time for [`GRACE`].
+const ROUNDS_FOR_ROOM: u32 = 10;
 /// How long a name of unix sockets that no scope mentions keeps its number.
 const NAME_GRACE: Duration = Duration::from_secs(60);
 /// How often the directories of unix sockets are looked at.
@@ -534,10 +536,9 @@ impl Engine {
         for step in reconcile::plan(&in_force, wanted) {
             let done = match step {
                 Step::Switch { identity, allowlist } => {
-                    let takes_away = self.takes_away(&identity, &allowlist);
-                    let installed = self.install(&identity, allowlist);
-                    if installed.is_err() && takes_away {
-                        // What was revoked must end, also where there is no room for the rest.
+                    let installed = self.install(&identity, &allowlist);
+                    if installed.is_err() && self.takes_away(&identity, &allowlist) {
+                        // What was taken away must end, also where there is no room for the rest.
                         self.deny_all(&identity);
                     }
                     installed
@@ -857,7 +858,7 @@ impl Engine {
     fn install(
         &mut self,
         identity: &SpiffeId,
-        compiled: CompiledAllowlist,
+        compiled: &CompiledAllowlist,
     ) -> Result<(), EngineError> {
         let rows = compiled
             .rows(self.next_allowlist, self.next_rules)
@@ -872,7 +873,7 @@ impl Engine {
             // The kernel took it; only `explain` would not know.
             tracing::error!(%error, "explain does not know an allow-list");
         }
-        let installed = Installed { compiled, rows, number, counters };
+        let installed = Installed { compiled: compiled.clone(), rows, number, counters };
         // Records that carry its numbers must find their words after a restart too.
         self.dirty = true;
         if let Err(error) = self.switch_all(identity, &installed) {
@@ -915,12 +916,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether what is in force rests on a grant that is no longer wanted.
+    /// Whether what is in force permits more than is wanted, or rests on a grant that no longer is.
     fn takes_away(&self, identity: &SpiffeId, wanted: &CompiledAllowlist) -> bool {
-        let wanted = permissions(wanted);
-        self.installed
-            .get(identity)
-            .is_some_and(|installed| !permissions(&installed.compiled).is_subset(&wanted))
+        let granted = permissions(wanted);
+        self.installed.get(identity).is_some_and(|Installed { compiled, .. }| {
+            !permissions(compiled).is_subset(&granted) || !wanted.covers(compiled, boot_ns())
+        })
     }
 
     /// Switches the workloads of an identity to an allow-list of its own number that has no entry,
@@ -1324,18 +1325,36 @@ impl Engine {
 
     /// What this kernel gives and a workload lacks, one sentence for each.
     pub fn not_held(&self) -> impl Iterator<Item = String> {
-        self.workloads.values().flat_map(|workload| {
-            let states = self.states_of(workload);
-            let given = self.datapath.states().iter();
-            let lacks = given.zip(states).filter_map(|((_, given), (door, state))| match state {
-                DoorState::Unavailable(why) if *given == DoorState::Active => Some(format!(
-                    "workload {} is not held by {} ({}): {why}",
-                    workload.name, door.hook, door.closes
-                )),
-                DoorState::Unavailable(_) | DoorState::Active => None,
-            });
-            lacks.collect::<Vec<_>>()
-        })
+        self.workloads.values().flat_map(|workload| self.not_held_by(workload))
+    }
+
+    fn not_held_by(&self, workload: &Workload) -> Vec<String> {
+        let states = self.states_of(workload);
+        let given = self.datapath.states().iter();
+        let lacks = given.zip(states).filter_map(|((_, given), (door, state))| match state {
+            DoorState::Unavailable(why) if *given == DoorState::Active => Some(format!(
+                "workload {} is not held by {} ({}): {why}",
+                workload.name, door.hook, door.closes
+            )),
+            DoorState::Unavailable(_) | DoorState::Active => None,
+        });
+        lacks.collect()
+    }
+
+    /// Why a container of a workload is not held by all that this kernel gives, if it is not.
+    #[must_use]
+    pub fn lacks(&self, workload: &Workload, container: &str) -> Option<String> {
+        if let Some(why) = self.unfit.get(&workload.id) {
+            return Some(why.clone());
+        }
+        if let Some(why) = self.not_held_by(workload).into_iter().next() {
+            return Some(why);
+        }
+        let of_it = workload.containers.iter().find(|known| known.id == container)?;
+        // Not known where it has gone again.
+        let is_outside = of_it.cgroup != CgroupId(0)
+            && self.datapath.workload_of(of_it.cgroup) != Some(workload.id);
+        is_outside.then(|| format!("the kernel has no row for the cgroup of container {container}"))
     }
 
     /// Forgets words and rows of identities that are gone.
@@ -1561,7 +1580,7 @@ impl Engine {
             && since.elapsed() >= GRACE
         {
             self.inherited = None;
-            match self.datapath.sweep(allowlist, rules) {
+            match self.datapath.sweep(allowlist, rules, &BTreeSet::new()) {
                 Ok(swept) => tracing::debug!(swept, "rows of an earlier daemon are gone"),
                 Err(error) => tracing::error!(%error, "rows of an earlier daemon stay"),
             }
@@ -1595,13 +1614,29 @@ impl Engine {
         let moved: BTreeSet<u64> =
             self.datapath.moved().iter().map(|(_, moved)| moved.cgroup).collect();
         // What the kernel takes for a workload's keeps its hooks, known here or not.
-        let needed = |cgroup: CgroupId| {
+        let needed = |datapath: &Datapath, cgroup: CgroupId| {
             held.contains(&cgroup)
                 || moved.contains(&cgroup.0)
-                || self.datapath.workload_of(cgroup).is_some()
+                || datapath.workload_of(cgroup).is_some()
         };
         if let Err(error) = self.datapath.prune(needed) {
             tracing::debug!(%error, "pins of cgroups that are gone stay");
+        }
+    }
+
+    /// Drops the allow-lists of an earlier daemon that no workload is held to any more, once no program reads
+    /// them. Whether that made room.
+    fn sweep_replaced(&mut self) -> bool {
+        let Some((_, first, first_rules)) = self.inherited else { return false };
+        std::thread::sleep(GRACE);
+        let tags = self.datapath.workloads().into_iter().map(|(_, tag)| tag.allowlist);
+        let in_force: BTreeSet<AllowlistId> = tags.filter(|number| *number < first).collect();
+        match self.datapath.sweep(first, first_rules, &in_force) {
+            Ok(swept) => swept > 0,
+            Err(error) => {
+                tracing::error!(%error, "rows of an earlier daemon stay");
+                false
+            }
         }
     }
 
@@ -1792,6 +1827,13 @@ impl Engine {
     pub fn resume(&mut self) -> bool {
         let mut whole = true;
         self.reconcile();
+        // Until then they are held to what the earlier daemon left.
+        for _ in 0..ROUNDS_FOR_ROOM {
+            if !self.unsettled || !self.sweep_replaced() {
+                break;
+            }
+            self.reconcile();
+        }
         let ids: Vec<WorkloadId> = self.workloads.keys().copied().collect();
         for id in ids {
             if let Err(error) = self.hold(id) {

@@ -77,6 +77,11 @@ impl Shared {
     pub fn engine(&self) -> MutexGuard<'_, Engine> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Why a restart would not know the latest changes, if that is so.
+    pub fn unsaved(&self) -> Option<String> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// The daemon, for the control API.
@@ -342,11 +347,20 @@ impl Service for Daemon {
         let taken = self.take_back(caller, id, reason)?;
         self.keep().await;
         // Who revokes relies on it.
-        match self.0.engine().not_in_force() {
-            None => Ok(taken),
-            Some(why) => Err(ServiceError::Unavailable {
+        if let Some(why) = self.0.engine().not_in_force() {
+            return Err(ServiceError::Unavailable {
                 error: format!("{id} is revoked, which is not in force yet: {why}"),
                 remedy: "see agentguard status".to_owned(),
+            });
+        }
+        match self.0.unsaved() {
+            None => Ok(taken),
+            Some(why) => Err(ServiceError::Unavailable {
+                error: format!(
+                    "{id} is revoked, which is in force and would not be after a restart: {why}"
+                ),
+                remedy: "make room on the disk of state_directory; it is written as soon as there is some"
+                    .to_owned(),
             }),
         }
     }
@@ -615,8 +629,8 @@ const fn level(protection: &Protection) -> ProtectionLevel {
 
 /// What is not on disk that should be, one sentence each.
 fn unwritten(shared: &Shared) -> Vec<String> {
-    let failure = shared.saving.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let state = failure.map(|why| format!("a restart would not know the latest changes: {why}"));
+    let state =
+        shared.unsaved().map(|why| format!("a restart would not know the latest changes: {why}"));
     let counts = shared.audit.counts();
     let log = counts.failing.then(|| {
         format!(

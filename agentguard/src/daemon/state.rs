@@ -293,7 +293,9 @@ pub(super) fn replace(path: &Path, text: &[u8], is_written: impl FnOnce()) -> io
         return Err(error);
     }
     is_written();
-    fs::rename(&new, path)
+    fs::rename(&new, path)?;
+    // What was renamed is the file's only after its directory is written.
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
 /// Removes the file.

@@ -9,6 +9,7 @@ use super::lock::Locks;
 use super::{DaemonError, cluster, host, last_good, require_root, state};
 use crate::cli::backend::UninstallReport;
 use crate::config::Configuration;
+use crate::fault;
 
 /// Removes pins, state and the cgroups of `exec`; the audit log and the manifests stay.
 ///
@@ -47,6 +48,7 @@ pub fn uninstall(configuration: &Configuration) -> Result<UninstallReport, Daemo
     let removed = last_good::remove(directory)
         .and_then(|manifests| Ok(cluster::remove(directory)? || manifests))
         .and_then(|earlier| Ok(state::remove(directory)? || earlier));
+    fault::point("uninstall.state");
     match removed {
         Ok(true) => report.removed.push(format!("the state in {}", directory.display())),
         Ok(false) => {}

@@ -89,7 +89,7 @@ impl<'a> Types<'a> {
         (magic == MAGIC).then_some(this)
     }
 
-    /// The id of a function.
+    /// The BTF id of a function of the kernel, by which a BPF program can call it.
     pub(super) fn function(&self, name: &str) -> Option<u32> {
         self.find(kind::FUNC, name).and_then(|(index, _)| u32::try_from(index + 1).ok())
     }

@@ -14,11 +14,11 @@ use aya::programs::{BtfTracePoint, Lsm, Program, ProgramError, ProgramFd};
 use aya::{Btf, Ebpf};
 use nix::errno::Errno;
 
+use super::attach::{CgroupProgram, fd_link};
 use super::link;
-use super::load::{CgroupProgram, Datapath, LoadError, load_program, reason_of};
+use super::load::{Datapath, LoadError, load_program, reason_of};
 use super::pins::{self, Pins, name_of};
 use super::protection::{Door, Gate};
-use super::tables::fd_link;
 use crate::fault;
 
 /// A program for a global hook, and the slot it stands in when it is in force.
@@ -140,7 +140,7 @@ impl Datapath {
         self.close_foreign_gates()?;
         fault::point("takeover.done");
         for path in &others {
-            pins::remove(path)?;
+            pins::remove_build(path)?;
             fault::point("takeover.removed");
         }
         Ok(others.len())

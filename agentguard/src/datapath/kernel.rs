@@ -49,14 +49,24 @@ impl Kernel {
         Btf::parse(&self.bytes, Default::default()).map_err(|_error| KernelError::Format)
     }
 
+    /// Its types and functions, by name.
+    ///
+    /// # Errors
+    ///
+    /// When they are not understood.
+    pub(super) fn types(&self) -> Result<Types<'_>, KernelError> {
+        Types::parse(&self.bytes).ok_or(KernelError::Format)
+    }
+}
+
+impl Types<'_> {
     /// Where the fields are that the kernel programs read.
     ///
     /// # Errors
     ///
     /// Names the first field that this kernel does not have.
-    pub fn offsets(&self) -> Result<KernelOffsets, KernelError> {
-        let types = self.types()?;
-        let at = |structure: &str, fields: &[&str]| offset(&types, structure, fields);
+    pub(super) fn offsets(&self) -> Result<KernelOffsets, KernelError> {
+        let at = |structure: &str, fields: &[&str]| offset(self, structure, fields);
         Ok(KernelOffsets {
             bprm_file: at("linux_binprm", &["file"])?,
             bprm_filename: at("linux_binprm", &["filename"])?,
@@ -112,16 +122,6 @@ impl Kernel {
             dentry_name_length: at("dentry", &["d_name", "len"])?,
         })
     }
-
-    /// The BTF id of a function of the kernel, by which a BPF program can call it.
-    #[must_use]
-    pub fn function(&self, name: &str) -> Option<u32> {
-        self.types().ok()?.function(name)
-    }
-
-    fn types(&self) -> Result<Types<'_>, KernelError> {
-        Types::parse(&self.bytes).ok_or(KernelError::Format)
-    }
 }
 
 fn offset(types: &Types<'_>, structure: &str, fields: &[&str]) -> Result<u32, KernelError> {
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn the_running_kernel_has_every_field_the_programs_read() {
         let kernel = Kernel::running().unwrap();
-        let offsets = kernel.offsets().unwrap();
+        let offsets = kernel.types().unwrap().offsets().unwrap();
         assert_ne!(offsets.inode_number, offsets.inode_super_block);
         assert_ne!(offsets.task_pid, offsets.task_tgid);
     }
@@ -152,7 +152,8 @@ mod tests {
     #[test]
     fn functions_are_found_by_name() {
         let kernel = Kernel::running().unwrap();
-        assert!(kernel.function("vfs_read").is_some());
-        assert_eq!(kernel.function("no_such_function_in_any_kernel"), None);
+        let types = kernel.types().unwrap();
+        assert!(types.function("vfs_read").is_some());
+        assert_eq!(types.function("no_such_function_in_any_kernel"), None);
     }
 }

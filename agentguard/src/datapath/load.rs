@@ -2,7 +2,7 @@
 //!
 //! Everything is pinned (see [`super::pins`]): a daemon that goes leaves enforcement as it is. What
 //! this kernel gives is found by trying, before anything is attached; which of it is in force then
-//! never changes.
+//! never changes. What this process may attach to cgroups is found at every start.
 //!
 //! A daemon of the same build adopts what is there. One of another build sets up its programs
 //! beside those in force, goes on with the same state, fills its own tables, and then takes over hook
@@ -19,14 +19,12 @@ use std::thread;
 use agentguard_common::Layer;
 use agentguard_common::abi::{Achieved, KernelOffsets, Settings};
 use aya::maps::{Array, Map, MapData, MapError};
-use aya::programs::{
-    CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, CgroupSockAddrAttachType,
-    CgroupSockAttachType, Program, ProgramError,
-};
+use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::attach::AttachedProgram;
 use super::events::Diagnostics;
 use super::handover::{self, GlobalProgram};
 use super::kernel::{Kernel, KernelError};
@@ -146,29 +144,6 @@ pub struct Datapath {
     diagnostics: Option<Diagnostics>,
 }
 
-/// A program that can be attached to cgroups.
-pub(super) struct AttachedProgram {
-    pub(super) name: &'static str,
-    pub(super) kind: CgroupProgram,
-}
-
-pub(super) enum CgroupProgram {
-    SockAddr(CgroupSockAddr, CgroupSockAddrAttachType),
-    Sock(CgroupSock, CgroupSockAttachType),
-    Skb(CgroupSkb, CgroupSkbAttachType),
-}
-
-impl CgroupProgram {
-    fn id(&self) -> Option<u32> {
-        let info = match self {
-            Self::SockAddr(program, _) => program.info(),
-            Self::Sock(program, _) => program.info(),
-            Self::Skb(program, _) => program.info(),
-        };
-        info.ok().map(|info| info.id())
-    }
-}
-
 impl Datapath {
     /// Adopts the kernel half that is in force, or loads it. Where another build's is in force,
     /// nothing of this one's is until [`Datapath::take_over`].
@@ -286,7 +261,7 @@ impl Datapath {
             fault::point("load.pinned");
             states.push((*door, state));
         }
-        let (programs, globals) = open_programs(&pins, &states)?;
+        let (programs, globals) = open_programs(&pins, &mut states)?;
         let tables = Tables::open(&pins, &options.sizes)?;
         let diagnostics = Diagnostics::of(&mut ebpf);
         pins.mark_ready()?;
@@ -306,8 +281,8 @@ impl Datapath {
                 DoorState::Active
             }
         };
-        let states: Vec<_> = doors().iter().map(|door| (*door, state(door))).collect();
-        let (programs, globals) = open_programs(&pins, &states)?;
+        let mut states: Vec<_> = doors().iter().map(|door| (*door, state(door))).collect();
+        let (programs, globals) = open_programs(&pins, &mut states)?;
         let tables = Tables::open(&pins, &options.sizes)?;
         let diagnostics =
             programs.first().and_then(|program| Diagnostics::adopt(program.kind.id()?));
@@ -402,10 +377,11 @@ const EXEC_IS_LEFT: &str = "another version of agentguard was in force when this
 /// Loads all programs as this kernel takes them.
 fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
     let kernel = Kernel::running()?;
-    let offsets = kernel.offsets()?;
+    let types = kernel.types()?;
+    let offsets = types.offsets()?;
     let in_force = pins.exec_judge_of_others()?;
     let mut asked = Asked {
-        ends_others: kernel.function("bpf_send_signal_task"),
+        ends_others: types.function("bpf_send_signal_task"),
         lsm: Ok(()),
         exec_by_lsm: match in_force {
             Some(ExecJudge::Tracepoint) => Err(EXEC_IS_LEFT.to_owned()),
@@ -637,51 +613,25 @@ fn pin(ebpf: &mut Ebpf, door: &Door, pins: &Pins) -> Result<(), LoadError> {
     program.pin(pins.program(door.program)).map_err(|error| LoadError::part(door.program, error))
 }
 
-/// The programs of all active doors, from their pins.
+/// The programs of all active doors, from their pins. A door is not active any more where this process
+/// may not attach its program.
 fn open_programs(
     pins: &Pins,
-    states: &[(Door, DoorState)],
+    states: &mut [(Door, DoorState)],
 ) -> Result<(Vec<AttachedProgram>, Vec<GlobalProgram>), LoadError> {
     let (mut programs, mut globals) = (Vec::new(), Vec::new());
     for (door, state) in states {
-        match (state, door.gate) {
+        match (&*state, door.gate) {
             (DoorState::Unavailable(_), _) => {}
             (DoorState::Active, Some(gate)) => globals.push(GlobalProgram::open(door, gate, pins)?),
             (DoorState::Active, None) => {
-                let kind = cgroup_program(door.program, &pins.program(door.program))?
-                    .ok_or_else(|| LoadError::part(door.program, "is of an unknown kind"))?;
-                programs.push(AttachedProgram { name: door.program, kind });
+                let mut program = AttachedProgram::open(door.program, &pins.program(door.program))?;
+                if let Err(reason) = program.probe() {
+                    *state = DoorState::Unavailable(reason);
+                }
+                programs.push(program);
             }
         }
     }
     Ok((programs, globals))
-}
-
-/// The pinned program under its kind, if it is one for cgroups.
-fn cgroup_program(name: &str, path: &Path) -> Result<Option<CgroupProgram>, LoadError> {
-    use CgroupSockAddrAttachType as Address;
-    let address = match name {
-        "connect4" => Address::Connect4,
-        "connect6" => Address::Connect6,
-        "sendmsg4" => Address::UDPSendMsg4,
-        "sendmsg6" => Address::UDPSendMsg6,
-        "bind4" => Address::Bind4,
-        "bind6" => Address::Bind6,
-        "sock_create" => {
-            let kind = CgroupSockAttachType::SockCreate;
-            return CgroupSock::from_pin(path, kind)
-                .map(|program| Some(CgroupProgram::Sock(program, kind)))
-                .map_err(|error| LoadError::part(name, error));
-        }
-        "egress" => {
-            let kind = CgroupSkbAttachType::Egress;
-            return CgroupSkb::from_pin(path, kind)
-                .map(|program| Some(CgroupProgram::Skb(program, kind)))
-                .map_err(|error| LoadError::part(name, error));
-        }
-        _ => return Ok(None),
-    };
-    CgroupSockAddr::from_pin(path, address)
-        .map(|program| Some(CgroupProgram::SockAddr(program, address)))
-        .map_err(|error| LoadError::part(name, error))
 }

@@ -2,6 +2,7 @@
 //!
 //! The only module that knows aya. Its callers speak of workloads, allow-lists and cgroups.
 
+mod attach;
 mod btf;
 mod capacity;
 pub mod events;

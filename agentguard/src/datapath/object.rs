@@ -13,6 +13,9 @@ const MOVE: u8 = 0xb7;
 const KFUNC: u8 = 2 << 4;
 const ENOSYS: i32 = 38;
 
+/// The SHA-256 of [`OBJECT`]: three megabytes, which each start would read for it.
+pub(super) const OBJECT_DIGEST: &str = env!("AGENTGUARD_OBJECT_DIGEST");
+
 /// The object as the build made it.
 #[must_use]
 pub const fn object_bytes() -> &'static [u8] {
@@ -26,23 +29,25 @@ pub const fn object_bytes() -> &'static [u8] {
 /// (see [`kfunc`]).
 #[must_use]
 pub(super) fn bind(send_signal_task: Option<u32>) -> Vec<u8> {
+    let bound = match send_signal_task {
+        Some(id) => instruction(CALL, KFUNC, id),
+        None => instruction(MOVE, 0, (-ENOSYS).cast_unsigned()),
+    };
     let mut object = OBJECT.to_vec();
-    for instruction in object.chunks_exact_mut(8) {
-        let placeholder = kfunc::SEND_SIGNAL_TASK.to_le_bytes();
-        if instruction[..4] == [CALL, 0, 0, 0] && instruction[4..] == placeholder {
-            match send_signal_task {
-                Some(id) => {
-                    instruction[1] = KFUNC;
-                    instruction[4..].copy_from_slice(&id.to_le_bytes());
-                }
-                None => {
-                    instruction[0] = MOVE;
-                    instruction[4..].copy_from_slice(&(-ENOSYS).to_le_bytes());
-                }
-            }
-        }
+    let (instructions, _rest) = object.as_chunks_mut();
+    for found in instructions.iter_mut().filter(|found| **found == PLACEHOLDER) {
+        *found = bound;
     }
     object
+}
+
+/// The call that stands in the object.
+const PLACEHOLDER: [u8; 8] = instruction(CALL, 0, kfunc::SEND_SIGNAL_TASK);
+
+/// An instruction without an offset, as the kernel reads it (`struct bpf_insn`).
+const fn instruction(code: u8, registers: u8, immediate: u32) -> [u8; 8] {
+    let [a, b, c, d] = immediate.to_le_bytes();
+    [code, registers, 0, 0, a, b, c, d]
 }
 
 #[cfg(test)]

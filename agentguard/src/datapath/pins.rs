@@ -22,6 +22,7 @@ use sha2::{Digest as _, Sha256};
 use super::load::{LoadError, Sizes};
 use super::object;
 use super::protection::EXEC_CHECK;
+use crate::fault;
 
 /// Tables the kernel half keeps for itself, or writes for user space to read.
 const STATE: [&str; 15] = [
@@ -83,7 +84,7 @@ impl Pins {
     /// Of the build that this is, with tables of these sizes.
     pub(super) fn new(root: &Path, sizes: &Sizes) -> Self {
         let tables = digest(&[format!("{} {sizes:?}", abi::VERSION).as_bytes()]);
-        let build = digest(&[object::OBJECT, tables.as_bytes()]);
+        let build = digest(&[object::OBJECT_DIGEST.as_bytes(), tables.as_bytes()]);
         Self {
             root: root.to_owned(),
             state: root.join(state_name()),
@@ -157,7 +158,7 @@ impl Pins {
 
     /// Whether anything was kept here before.
     pub(super) fn is_in_use(&self) -> bool {
-        self.tables.exists() && self.links().exists()
+        self.tables.exists()
     }
 
     /// Makes the directories that are not there.
@@ -214,14 +215,22 @@ pub fn held_cgroups(pin_directory: &Path) -> BTreeSet<u64> {
     links.iter().filter_map(|link| name_of(link).split_once('-')?.0.parse().ok()).collect()
 }
 
-/// Removes every pin below `root`, links first: a program without tables would refuse everything.
-/// Returns how many builds there were.
+/// Removes every pin below `root`, links before what they lead to: a program without tables would refuse
+/// everything. Before them, what says that a build is whole, so that no start takes it for that where this
+/// was cut short. Returns how many builds there were.
 pub(super) fn remove_all(root: &Path) -> Result<usize, LoadError> {
     let entries = entries(root)?;
-    let builds = entries.iter().filter(|path| name_of(path).starts_with("build-")).count();
+    let mut builds = 0;
+    for build in entries.iter().filter(|path| name_of(path).starts_with("build-")) {
+        remove(&build.join(READY))?;
+        fault::point("uninstall.unready");
+        builds += 1;
+    }
     remove(&root.join("links"))?;
+    fault::point("uninstall.links");
     for path in entries {
         remove(&path)?;
+        fault::point("uninstall.pins");
     }
     match fs::remove_dir(root) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -229,6 +238,12 @@ pub(super) fn remove_all(root: &Path) -> Result<usize, LoadError> {
         }
         Ok(()) | Err(_) => Ok(builds),
     }
+}
+
+/// Removes the programs of a build, or other pins. What says that they are whole goes first.
+pub(super) fn remove_build(path: &Path) -> Result<(), LoadError> {
+    remove(&path.join(READY))?;
+    remove(path)
 }
 
 /// Removes a pin, or a directory with all it holds; absent is fine.

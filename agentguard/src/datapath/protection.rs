@@ -265,7 +265,7 @@ pub(super) fn gaps(states: &[(Door, DoorState)], ends_others: bool) -> Vec<Strin
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DoorState {
     Active,
-    /// The kernel did not take it; the reason, in one line.
+    /// The kernel did not take it, or this process may not attach it; the reason, in one line.
     Unavailable(String),
 }
 

@@ -19,10 +19,6 @@ use agentguard_common::{AllowlistId, CgroupId, FileId, RuleSetId, UnixNameId, Wo
 use aya::maps::cgroup_storage::CgroupStorageKey;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
-use aya::programs::links::FdLink;
-use aya::programs::{
-    CgroupAttachMode, CgroupSkbAttachType, CgroupSockAddrAttachType, CgroupSockAttachType,
-};
 
 // The storage of an attachment, on every kernel; its newer namesake exists from 6.2 on.
 #[expect(deprecated, reason = "aya calls it so for the newer one, which older kernels lack")]
@@ -30,7 +26,7 @@ use aya::maps::CgroupStorage;
 
 use super::capacity::{Capacities, Fill, Table, is_full, refused, says_full};
 use super::events::Rings;
-use super::load::{CgroupProgram, Datapath, LoadError, Sizes, causes};
+use super::load::{Datapath, LoadError, Sizes};
 use super::pins::Pins;
 use super::protection::{Door, DoorState};
 use crate::allowlist::compile::Rows;
@@ -47,7 +43,7 @@ pub enum DatapathError {
     #[error("the cgroup {path} can not be opened: {source}")]
     Cgroup { path: PathBuf, source: io::Error },
     #[error(
-        "{program} can not be attached to the cgroup {path}: {reason}; where it is not permitted, give the daemon CAP_NET_ADMIN, which older kernels ask for beside CAP_SYS_ADMIN"
+        "{program} can not be attached to the cgroup {path}: {reason}; where it is not permitted, a program of a cgroup above may allow none below: see bpftool cgroup tree"
     )]
     Attach { program: &'static str, path: PathBuf, reason: String },
     #[error("the pin {path} can not be removed: {source}")]
@@ -299,7 +295,7 @@ impl Datapath {
     }
 
     /// Removes every row of allow-lists below `first` and every row of rules below `first_rules`:
-    /// what an earlier daemon left and nobody leads to.
+    /// what an earlier daemon left and nobody leads to. Where some of them are `spared`, the rules are too.
     ///
     /// # Errors
     ///
@@ -308,25 +304,29 @@ impl Datapath {
         &mut self,
         first: AllowlistId,
         first_rules: RuleSetId,
+        spared: &BTreeSet<AllowlistId>,
     ) -> Result<usize, DatapathError> {
         let tables = &mut self.tables;
+        let is_over = |number: AllowlistId| number < first && !spared.contains(&number);
+        // Whose a rule is only the rows that lead to it tell.
+        let first_rules = if spared.is_empty() { first_rules } else { RuleSetId::NONE };
         let destinations: Vec<_> = tables
             .destinations
             .keys()
             .filter_map(Result::ok)
-            .filter(|key| { key.data() }.allowlist < first)
+            .filter(|key| is_over({ key.data() }.allowlist))
             .collect();
         let executables: Vec<_> = tables
             .executables
             .keys()
             .filter_map(Result::ok)
-            .filter(|key| key.allowlist < first)
+            .filter(|key| is_over(key.allowlist))
             .collect();
         let unix_sockets: Vec<_> = tables
             .unix_sockets
             .keys()
             .filter_map(Result::ok)
-            .filter(|key| key.allowlist < first)
+            .filter(|key| is_over(key.allowlist))
             .collect();
         let rules: Vec<_> =
             tables.rules.keys().filter_map(Result::ok).filter(|id| *id < first_rules).collect();
@@ -461,18 +461,21 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// When a hook can not be attached or the table is full; what was attached stays attached.
+    /// When a hook can not be attached or the table is full; what is held by then stays held.
     pub fn capture(
         &mut self,
         path: &Path,
         workload: WorkloadId,
     ) -> Result<CgroupId, DatapathError> {
         let id = cgroup_id(path)?;
-        self.attach(path, Attachment { cgroup: id.0, workload, reserved: 0 })?;
+        let attached = self.attach(path, Attachment { cgroup: id.0, workload, reserved: 0 });
         // From here on the kernel gives the tag to every child that is made; those that were
-        // there before are found by going through them afterwards.
-        self.join(path, workload)?;
-        Ok(id)
+        // there before are found by going through them afterwards. Also where a hook of the cgroup's is
+        // missing: the global ones go by its row. Once, since tying processes holds up the host's forks.
+        if attached.is_ok() || self.workload_of(id) != Some(workload) {
+            self.join(path, workload)?;
+        }
+        attached.map(|()| id)
     }
 
     fn join(&mut self, path: &Path, workload: WorkloadId) -> Result<(), DatapathError> {
@@ -586,12 +589,16 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes the pins of hooks whose cgroup is gone; the kernel has detached them already.
+    /// Removes the pins of hooks whose cgroup is gone, which the kernel has detached already, or needs none any
+    /// more. What comes to the cgroup from then on is judged as where there never were any.
     ///
     /// # Errors
     ///
     /// When a pin can not be removed.
-    pub fn prune(&self, alive: impl Fn(CgroupId) -> bool) -> Result<usize, DatapathError> {
+    pub fn prune(
+        &mut self,
+        alive: impl Fn(&Self, CgroupId) -> bool,
+    ) -> Result<usize, DatapathError> {
         let directory = self.pins.links();
         let error = |source| DatapathError::Unpin { path: directory.clone(), source };
         let mut pruned = 0;
@@ -599,10 +606,12 @@ impl Datapath {
             let entry = entry.map_err(error)?;
             let name = entry.file_name();
             let cgroup = name.to_str().and_then(|name| name.split_once('-')?.0.parse().ok());
-            if cgroup.is_some_and(|cgroup| !alive(CgroupId(cgroup))) {
-                fs::remove_file(entry.path()).map_err(error)?;
-                pruned += 1;
-            }
+            let Some(cgroup) = cgroup.map(CgroupId).filter(|cgroup| !alive(self, *cgroup)) else {
+                continue;
+            };
+            absent_is_fine(self.tables.followed.remove(&cgroup)).map_err(refused("FOLLOWED"))?;
+            fs::remove_file(entry.path()).map_err(error)?;
+            pruned += 1;
         }
         Ok(pruned)
     }
@@ -611,34 +620,31 @@ impl Datapath {
         self.pins.cgroup_link(cgroup.0, program)
     }
 
+    /// Attaches every hook, also the others where one can not be. One that this kernel does not let the
+    /// daemon attach anywhere is no error here: its door is not active.
     fn attach(&mut self, path: &Path, attachment: Attachment) -> Result<(), DatapathError> {
         let cgroup = CgroupId(attachment.cgroup);
         let directory = File::open(path)
             .map_err(|source| DatapathError::Cgroup { path: path.to_owned(), source })?;
-        for index in 0..self.programs.len() {
-            let name = self.programs[index].name;
-            let pin = self.link(cgroup, name);
-            let attached = if pin.exists() {
-                Ok(())
-            } else {
-                self.programs[index].kind.attach(&directory, &pin)
+        let mut first_error = None;
+        for program in &mut self.programs {
+            let pin = self.pins.cgroup_link(cgroup.0, program.name);
+            let attached = match (pin.exists(), program.may_attach) {
+                (true, _) => Ok(()),
+                (false, true) => program.kind.attach(&directory, &pin),
+                (false, false) => continue,
             };
-            let kind = self.programs[index].kind.attach_type();
-            attached
-                .and_then(|()| {
-                    let key = CgroupStorageKey::new(cgroup.0, kind);
-                    self.tables
-                        .attachments
-                        .insert(key, attachment, 0)
-                        .map_err(|error| error.to_string())
-                })
-                .map_err(|reason| DatapathError::Attach {
-                    program: name,
-                    path: path.to_owned(),
-                    reason,
-                })?;
+            let key = CgroupStorageKey::new(cgroup.0, program.kind.attach_type());
+            let attachments = &mut self.tables.attachments;
+            let told = attached.and_then(|()| {
+                attachments.insert(key, attachment, 0).map_err(|error| error.to_string())
+            });
+            if let Err(reason) = told {
+                let (program, path) = (program.name, path.to_owned());
+                first_error.get_or_insert(DatapathError::Attach { program, path, reason });
+            }
         }
-        Ok(())
+        first_error.map_or(Ok(()), Err)
     }
 
     /// A row of counters, summed over all CPUs.
@@ -768,59 +774,6 @@ impl Datapath {
         };
         self.states().iter().map(of_workload).collect()
     }
-}
-
-impl CgroupProgram {
-    /// Attaches to a cgroup; the pin keeps it there.
-    fn attach(&mut self, cgroup: &File, pin: &Path) -> Result<(), String> {
-        fn text(error: impl std::error::Error) -> String {
-            causes(&error)
-        }
-        // With links this mode is the one that lets others attach beside and below.
-        let mode = CgroupAttachMode::Single;
-        let link: FdLink = match self {
-            Self::SockAddr(program, _) => {
-                let id = program.attach(cgroup, mode).map_err(text)?;
-                fd_link(program.take_link(id).map_err(text)?)?
-            }
-            Self::Sock(program, _) => {
-                let id = program.attach(cgroup, mode).map_err(text)?;
-                fd_link(program.take_link(id).map_err(text)?)?
-            }
-            Self::Skb(program, _) => {
-                let id = program.attach(cgroup, CgroupSkbAttachType::Egress, mode).map_err(text)?;
-                fd_link(program.take_link(id).map_err(text)?)?
-            }
-        };
-        link.pin(pin).map_err(text)?;
-        Ok(())
-    }
-
-    /// The kernel's number of the attach type (`enum bpf_attach_type`), which keys the storage.
-    const fn attach_type(&self) -> u32 {
-        match self {
-            Self::SockAddr(_, CgroupSockAddrAttachType::Bind4) => 8,
-            Self::SockAddr(_, CgroupSockAddrAttachType::Bind6) => 9,
-            Self::SockAddr(_, CgroupSockAddrAttachType::Connect4) => 10,
-            Self::SockAddr(_, CgroupSockAddrAttachType::Connect6) => 11,
-            Self::SockAddr(_, CgroupSockAddrAttachType::UDPSendMsg4) => 14,
-            Self::SockAddr(_, CgroupSockAddrAttachType::UDPSendMsg6) => 15,
-            Self::SockAddr(_, _) => u32::MAX,
-            Self::Sock(_, CgroupSockAttachType::SockCreate) => 2,
-            Self::Sock(_, _) => u32::MAX,
-            Self::Skb(_, CgroupSkbAttachType::Egress) => 1,
-            Self::Skb(_, CgroupSkbAttachType::Ingress) => 0,
-        }
-    }
-}
-
-/// The descriptor of a link, which is what can be pinned.
-pub(super) fn fd_link<L>(link: L) -> Result<FdLink, String>
-where
-    FdLink: TryFrom<L>,
-    <FdLink as TryFrom<L>>::Error: std::fmt::Display,
-{
-    FdLink::try_from(link).map_err(|error| error.to_string())
 }
 
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {

@@ -322,7 +322,10 @@ fn alternatives(made: &mut Map<String, Value>, variants: &Value) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::manifest::{Creation, parse_text};
 
     /// What makes an API server refuse a definition, by the place in it.
     fn not_structural(
@@ -445,5 +448,52 @@ mod tests {
         let unknown = json!({"spiffeId": "spiffe://e/a", "spiffeID": "x"});
         // Kept for the reader, which refuses it and says so.
         assert!(with(&[("ttl", "8h")], unknown));
+    }
+
+    /// Whether an API server with admission policies takes a grant, by an interpreter of their language.
+    fn is_admitted(grant: &Value) -> bool {
+        let policy = &admission_policy()[0]["spec"]["validations"];
+        let [rule] = &policy.as_array().unwrap()[..] else { panic!("{policy}") };
+        let env = Arc::new(cel::Env::stdlib());
+        let rule = env.compile(rule["expression"].as_str().unwrap()).unwrap();
+        let mut context = cel::Context::with_env(env);
+        context.add_variable("object", grant).unwrap();
+        match rule.execute(&context) {
+            Ok(cel::Value::Bool(is_admitted)) => is_admitted,
+            other => panic!("{other:?} for {grant}"),
+        }
+    }
+
+    #[test]
+    fn the_admission_policy_judges_times_as_the_reader_does() {
+        let (early, late) = ("2030-01-01T00:00:00Z", "2030-01-01T00:00:00.5Z");
+        // An hour before `early`, by another clock.
+        let east = "2030-01-01T00:30:00+01:30";
+        let windows: [(&[(&str, &str)], bool); 10] = [
+            (&[("ttl", "8h")], true),
+            (&[("notBefore", early), ("ttl", "8h")], true),
+            (&[("expiresAt", early)], true),
+            (&[("expiresAt", "never")], true),
+            (&[("notBefore", early), ("expiresAt", "never")], true),
+            (&[("notBefore", early), ("expiresAt", late)], true),
+            (&[("notBefore", late), ("expiresAt", early)], false),
+            (&[("notBefore", early), ("expiresAt", early)], false),
+            (&[("notBefore", early), ("expiresAt", east)], false),
+            (&[("notBefore", east), ("expiresAt", early)], true),
+        ];
+        let created = Creation::At("2029-12-31T23:00:00Z".parse().unwrap());
+        for (times, is_sound) in windows {
+            let mut spec = json!({"subject": {"spiffeId": "spiffe://e/a"}, "scopes": ["a"],
+                "grantedBy": "m", "reason": "r"});
+            for (name, time) in times {
+                spec[*name] = (*time).into();
+            }
+            let (group, version) = group_and_version();
+            let grant = json!({"apiVersion": format!("{group}/{version}"), "kind": "Grant",
+                "metadata": {"name": "a"}, "spec": spec});
+            let (_, errors) = parse_text("f", grant.to_string().as_bytes(), created);
+            assert_eq!(errors.is_empty(), is_sound, "{errors:?}");
+            assert_eq!(is_admitted(&grant), is_sound, "{grant}");
+        }
     }
 }

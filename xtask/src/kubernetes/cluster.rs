@@ -21,7 +21,7 @@ use super::{
     node::{ADDRESS, Node},
     programs::Programs,
 };
-use crate::run::{copy_environment, output};
+use crate::run::{copy_environment, heading, output};
 
 /// Addresses of pods, of services, and of the API server among them.
 const PODS: &str = "10.244.0.0/24";
@@ -219,6 +219,28 @@ impl<'a> Cluster<'a> {
         let took = took.with_context(|| self.node.end_of_log(API_SERVER))?;
         said(API_SERVER, took);
         Ok(())
+    }
+
+    /// Prints what the cluster knows of the daemon, for who reads why a check failed: with the cluster all
+    /// of it goes.
+    pub(super) fn print_account_of_daemon(&self) {
+        let logs = ["logs", "--selector=app.kubernetes.io/name=agentguard", "--tail=100"];
+        let earlier = [&logs[..], &["--previous"]].concat();
+        let questions: [&[&str]; 4] = [
+            &["describe", "pods"],
+            &["get", "events", "--sort-by=.metadata.creationTimestamp"],
+            &logs,
+            &earlier,
+        ];
+        for question in questions {
+            heading(&format!("kubectl {}", question.join(" ")));
+            let common = ["--namespace=agentguard", "--request-timeout=20s"];
+            let arguments = [&common[..], question].concat();
+            match output(&mut self.kubectl(&arguments)) {
+                Ok(said) => println!("{said}"),
+                Err(error) => println!("{error:#}"),
+            }
+        }
     }
 
     /// Imports an archive of images.

@@ -137,7 +137,10 @@ fn in_cluster(arguments: &Arguments, scratch: &Path, parts: &Parts) -> Result<()
 
     match &arguments.run {
         Some(command) => to_the_end(&mut cluster.shell(command))?,
-        None => checks::run(&mut cluster, &arguments.check)?,
+        None => {
+            let checked = checks::run(&mut cluster, &arguments.check);
+            checked.inspect_err(|_| cluster.print_account_of_daemon())?;
+        }
     }
 
     heading("end");

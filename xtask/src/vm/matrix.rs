@@ -89,6 +89,7 @@ impl Tests {
             (Self::Of(promise), _) => Promise::of_test(test).any(|needed| needed == promise),
             (Self::Kernel, "datapath") => !floods(),
             (Self::Hooks, "datapath") => !floods() && !loads(),
+            (Self::Kernel | Self::Hooks, "daemon") if test == LACKS_A_CAPABILITY => true,
             (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
             (Self::Kernel, "full") if test.starts_with("lsm::") => true,
             // Two minutes for each emulated kernel.
@@ -122,6 +123,9 @@ const OF_TWO_BUILDS: [&str; 3] = [
 
 /// The test of `run --require full` where a kernel gives it.
 const BOTH_LAYERS_REQUIRED: &str = "lsm::both_layers_may_be_required";
+/// The test of a daemon without a capability that some kernels ask for.
+const LACKS_A_CAPABILITY: &str =
+    "a_daemon_that_may_not_attach_a_hook_anywhere_says_so_before_it_holds_anything";
 /// The test that what is told of protection is what the row promises.
 const TELLS_WHAT_IT_GIVES: &str = "what_is_told_of_protection_is_what_this_machine_is_to_give";
 /// The test that the kernel has the facilities of its row.
@@ -303,6 +307,7 @@ mod tests {
         assert!(Tests::Kernel.include("daemon", BOTH_LAYERS_REQUIRED));
         assert!(!Tests::Kernel.include("daemon", "events_are_followed"));
         assert!(!Tests::Hooks.include("daemon", BOTH_LAYERS_REQUIRED));
+        assert!(Tests::Hooks.include("daemon", LACKS_A_CAPABILITY));
         assert!(!Tests::Kernel.include("datapath", "counting::a_flood"));
         let other_version =
             "lsm::a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap";
