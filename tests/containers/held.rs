@@ -8,7 +8,7 @@ mod v1alpha2;
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{PermissionsExt as _, symlink},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
@@ -433,6 +433,22 @@ fn the_hook_holds_a_container_before_its_first_instruction_or_gives_up() {
     let container = denying.container("late").attempt(1).start();
     is_held(&guard, "agents/denying/late");
     assert_ne!(container.exec([TOOL, "end"]).exit_code, 0);
+}
+
+/// A hook that is gone from a pod's cgroup would leave a door open to each container that starts in it.
+#[test]
+fn a_container_that_can_not_be_held_whole_is_not_started() {
+    let (_hook, containerd) = hooked();
+    let guard = guard(&containerd);
+    let pod = agent(&containerd, "lacking", "hooked").run();
+    is_held(&guard, "agents/lacking");
+    let number = fs::metadata(pod.cgroup()).expect("it runs").ino();
+    fs::remove_file(guard.pins().join(format!("links/{number}-connect6"))).expect("it is held");
+    let refused = pod.container("agent").create();
+    let why = refused.try_start().unwrap_err();
+    for part in ["is not held by agentguard", "not held whole", "cgroup/connect6"] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
 }
 
 #[test]

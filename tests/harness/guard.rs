@@ -54,6 +54,8 @@ pub struct Guard {
     program: PathBuf,
     directory: PathBuf,
     daemon: Running,
+    /// Where its kernel half is pinned.
+    pins: PathBuf,
     /// Whether its kernel half is left to the next guard.
     shares: bool,
 }
@@ -142,7 +144,7 @@ impl Guard {
             write_scope(&directory, scope, permits);
         }
         let daemon = Self::start_daemon(&program, &directory);
-        let guard = Self { program, directory, daemon, shares };
+        let guard = Self { program, directory, daemon, pins, shares };
         guard.wait_until_ready();
         guard
     }
@@ -251,6 +253,12 @@ impl Guard {
     pub fn revoke(&self, name: &str) {
         fs::remove_file(manifest(&self.directory, &format!("grant-{name}")))
             .expect("a grant that was granted can be revoked");
+    }
+
+    /// Where the kernel half is pinned.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        &self.pins
     }
 
     /// Ends the daemon as `SIGKILL` does.
