@@ -245,11 +245,11 @@ impl RotatingFile {
     /// What is left once the oldest files are removed that exceed the bound. To be told before they are: of
     /// what was removed and not told nobody knows afterwards who removed it.
     pub(crate) fn rotation(&self) -> io::Result<Rotation> {
-        let (excess, oldest_kept) = self.excess()?;
+        let [excess, kept] = self.excess_and_kept()?;
         // Those before were told of when a crash came between.
         let untold = excess.iter().filter(|(first_seq, _)| *first_seq >= self.first_kept).count();
-        let first_kept = match oldest_kept {
-            Some(seq) if untold > 0 => self.first_kept.max(seq),
+        let first_kept = match kept.first() {
+            Some((seq, _)) if untold > 0 => self.first_kept.max(*seq),
             Some(_) | None => self.first_kept,
         };
         Ok(Rotation { removed_files: self.untold_files + untold as u64, first_kept })
@@ -268,17 +268,16 @@ impl RotatingFile {
 
     /// Removes the oldest files, until the log is within its bound.
     pub(crate) fn remove_excess(&self) -> io::Result<()> {
-        let (excess, _) = self.excess()?;
+        let [excess, _kept] = self.excess_and_kept()?;
         excess.iter().try_for_each(|(_, path)| std::fs::remove_file(path))
     }
 
-    /// The oldest files, for which there is no room within the bound beside the newest, and the number of
-    /// the first record in those that are kept.
-    fn excess(&self) -> io::Result<(Vec<(u64, PathBuf)>, Option<u64>)> {
+    /// The oldest rotated files, for which there is no room within the bound beside the newest, and the others.
+    fn excess_and_kept(&self) -> io::Result<[Vec<(u64, PathBuf)>; 2]> {
         let mut files = rotated(&self.path)?;
         let keep = self.limits.max_files.saturating_sub(1) as usize;
         let kept = files.split_off(files.len().saturating_sub(keep));
-        Ok((files, kept.first().map(|(first_seq, _)| *first_seq)))
+        Ok([files, kept])
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
