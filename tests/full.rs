@@ -148,7 +148,6 @@ fn a_grant_that_finds_no_room_for_its_executables() {
     });
 }
 
-/// A directory that goes.
 /// What an earlier daemon wrote makes room for what the next one writes, and until then it is what counts:
 /// a restart refuses nobody what fits by itself.
 #[test]
@@ -192,6 +191,7 @@ fn a_restart_with_a_table_more_than_half_full_refuses_nobody() {
     }
 }
 
+/// A directory that goes.
 fn sockets(daemon: &Daemon, number: u32) -> Vec<Value> {
     let directory = daemon.path("sockets");
     fs::create_dir_all(&directory).unwrap();

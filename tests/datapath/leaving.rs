@@ -104,13 +104,19 @@ mod end_others {
     }
 }
 
-#[test]
-fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
+/// A process of a workload in a cgroup outside of it, into which the host moved it.
+fn moved_by_the_host() -> (Fixture, PathBuf, Worker) {
     let mut fixture = Fixture::new();
     let outside = fixture.outside();
-    let mut worker = fixture.worker();
+    let worker = fixture.worker();
     fixture.attach(Mode::Enforce, &[]);
     move_to(&outside, worker.pid());
+    (fixture, outside, worker)
+}
+
+#[test]
+fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
+    let (mut fixture, outside, mut worker) = moved_by_the_host();
     let moved = fixture.datapath.moved();
     assert_eq!(moved.len(), 1);
     assert_eq!((moved[0].0, moved[0].1.cgroup), (worker.pid(), cgroup_id(&outside).0));
@@ -130,11 +136,7 @@ fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
 /// A fixture and a cgroup outside of it, which had hooks for a process that was moved there and has none any
 /// more.
 fn without_hooks_again() -> (Fixture, PathBuf) {
-    let mut fixture = Fixture::new();
-    let outside = fixture.outside();
-    let mut worker = fixture.worker();
-    fixture.attach(Mode::Enforce, &[]);
-    move_to(&outside, worker.pid());
+    let (mut fixture, outside, mut worker) = moved_by_the_host();
     fixture.datapath.follow(&outside).unwrap();
     assert!(fixture.datapath.follows(cgroup_id(&outside)));
     assert_eq!(worker.told(CONNECT), "EPERM");
@@ -171,11 +173,7 @@ mod lsm {
 
 #[test]
 fn a_moved_process_keeps_its_tag_until_its_last_thread_ends() {
-    let mut fixture = Fixture::new();
-    let outside = fixture.outside();
-    let mut worker = fixture.worker();
-    fixture.attach(Mode::Enforce, &[]);
-    move_to(&outside, worker.pid());
+    let (mut fixture, outside, mut worker) = moved_by_the_host();
     fixture.datapath.follow(&outside).unwrap();
     assert_eq!(worker.told(CONNECT), "EPERM", "moved");
     assert_eq!(worker.told("end-leader"), "ok");
@@ -223,11 +221,7 @@ fn whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted() {
 
 #[test]
 fn a_moved_process_is_nobodys_when_its_workload_goes() {
-    let mut fixture = Fixture::new();
-    let outside = fixture.outside();
-    let mut worker = fixture.worker();
-    fixture.attach(Mode::Enforce, &[]);
-    move_to(&outside, worker.pid());
+    let (mut fixture, outside, mut worker) = moved_by_the_host();
     fixture.datapath.follow(&outside).unwrap();
     assert_eq!(worker.told(CONNECT), "EPERM", "moved");
     fixture.detach();

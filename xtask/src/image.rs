@@ -134,7 +134,7 @@ pub(crate) fn build(profile: Profile, directory: &Path) -> Result<Written> {
 fn binary(profile: Profile, checkout: &Path, target: &Path) -> Result<PathBuf> {
     let (arguments, directory): (&[&str], _) = match profile {
         Profile::Release => (&["--release"], "release"),
-        // With its symbols it is twenty times the size, for which a node may lack the memory.
+        // With its symbols it is eight times the size, for which a node may lack the memory.
         Profile::Dev => (&["--", "-C", "strip=symbols"], "debug"),
     };
     let mut build = cargo(&["rustc", "--locked", "--package", "agentguard", "--bin", "agentguard"]);

@@ -20,20 +20,20 @@ impl CompiledAllowlist {
     /// wrong, and `false` may be.
     #[must_use]
     pub fn covers(&self, earlier: &Self, now: u64) -> bool {
-        let still = |permission: Permission| permission.expires_at > now;
-        let files = earlier.executables().iter().filter(|(_, permission)| still(*permission));
-        let sockets = earlier.unix_sockets().iter().filter(|(_, permission)| still(*permission));
-        files.clone().all(|(file, ends)| lasts(self.executables(), file, *ends))
-            && sockets.clone().all(|(socket, ends)| lasts(self.unix_sockets(), socket, *ends))
+        are_permitted(earlier.executables(), self.executables(), now)
+            && are_permitted(earlier.unix_sockets(), self.unix_sockets(), now)
             && are_within(listening(earlier), listening(self), now)
             && are_destinations_within(earlier, self, now)
     }
 }
 
-/// Whether `key` is permitted in `permitted`, which is sorted, for as long as `earlier` says.
-fn lasts<K: Ord>(permitted: &[(K, Permission)], key: &K, earlier: Permission) -> bool {
-    let found = permitted.binary_search_by(|(other, _)| other.cmp(key));
-    found.is_ok_and(|index| permitted[index].1.expires_at >= earlier.expires_at)
+/// Whether each of `earlier` that is not over is among `here`, which is sorted, for as long.
+fn are_permitted<K: Ord>(earlier: &[(K, Permission)], here: &[(K, Permission)], now: u64) -> bool {
+    let lasts = |(key, permission): &(K, Permission)| {
+        let found = here.binary_search_by(|(other, _)| other.cmp(key));
+        found.is_ok_and(|index| here[index].1.expires_at >= permission.expires_at)
+    };
+    earlier.iter().filter(|(_, permission)| permission.expires_at > now).all(lasts)
 }
 
 fn listening(allowlist: &CompiledAllowlist) -> &[Rule] {

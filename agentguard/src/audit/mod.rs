@@ -539,6 +539,7 @@ impl Writer {
             self.torn = None;
         }
         let Sink::File(file) = &mut self.sink else { return Ok(()) };
+        file.remove_excess()?;
         if file.is_empty() && self.head.seq > 0 {
             let left = file.rotation()?;
             let record =

@@ -106,6 +106,8 @@ pub(crate) struct RotatingFile {
     untold_files: u64,
     /// See [`Rotation::first_kept`].
     first_kept: u64,
+    /// Whether there may be files of before `first_kept`, which are to go: a crash may have left some.
+    has_excess: bool,
 }
 
 struct Current {
@@ -143,15 +145,17 @@ impl RotatingFile {
         if limits.max_files < Limits::MIN_FILES {
             return Err(OpenError::TooFewFiles(limits.max_files));
         }
-        let mut log =
-            Self { path: path.to_owned(), limits, current: None, untold_files: 0, first_kept: 1 };
+        let mut log = Self {
+            path: path.to_owned(),
+            limits,
+            current: None,
+            untold_files: 0,
+            first_kept: 1,
+            has_excess: true,
+        };
         let opened = log.open_current(Head::EMPTY)?;
-        let error = |source| OpenError::Io { path: path.to_owned(), source };
-        log.first_kept = first_kept(path).map_err(error)?;
-        // What a crash left that was told of already.
-        let told = rotated(path).map_err(error)?.into_iter();
-        let mut told = told.filter(|(first_seq, _)| *first_seq < log.first_kept);
-        told.try_for_each(|(_, path)| std::fs::remove_file(path)).map_err(error)?;
+        log.first_kept =
+            first_kept(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         Ok((log, opened))
     }
 
@@ -245,7 +249,9 @@ impl RotatingFile {
     /// What is left once the oldest files are removed that exceed the bound. To be told before they are: of
     /// what was removed and not told nobody knows afterwards who removed it.
     pub(crate) fn rotation(&self) -> io::Result<Rotation> {
-        let [excess, kept] = self.excess_and_kept()?;
+        let mut excess = rotated(&self.path)?;
+        let keep = self.limits.max_files.saturating_sub(1) as usize;
+        let kept = excess.split_off(excess.len().saturating_sub(keep));
         // Those before were told of when a crash came between.
         let untold = excess.iter().filter(|(first_seq, _)| *first_seq >= self.first_kept).count();
         let first_kept = match kept.first() {
@@ -260,24 +266,27 @@ impl RotatingFile {
         self.current.as_ref().map_or(Ok(()), |current| current.file.sync_data())
     }
 
-    /// Notes what is about to be removed, and whether a record tells of it.
+    /// Notes what is to be removed, and whether a record tells of it.
     pub(crate) fn rotated(&mut self, rotation: &Rotation, is_told: bool) {
         self.first_kept = rotation.first_kept;
         self.untold_files = if is_told { 0 } else { rotation.removed_files };
+        self.has_excess = true;
     }
 
-    /// Removes the oldest files, until the log is within its bound.
-    pub(crate) fn remove_excess(&self) -> io::Result<()> {
-        let [excess, _kept] = self.excess_and_kept()?;
-        excess.iter().try_for_each(|(_, path)| std::fs::remove_file(path))
-    }
-
-    /// The oldest rotated files, for which there is no room within the bound beside the newest, and the others.
-    fn excess_and_kept(&self) -> io::Result<[Vec<(u64, PathBuf)>; 2]> {
-        let mut files = rotated(&self.path)?;
-        let keep = self.limits.max_files.saturating_sub(1) as usize;
-        let kept = files.split_off(files.len().saturating_sub(keep));
-        Ok([files, kept])
+    /// Removes the files that are to go, if there may be any. Where one can not be, it is tried again: the log
+    /// takes no more until it is within its bound.
+    pub(crate) fn remove_excess(&mut self) -> io::Result<()> {
+        if !self.has_excess {
+            return Ok(());
+        }
+        let excess = rotated(&self.path)?.into_iter();
+        for (_, path) in excess.filter(|(first_seq, _)| *first_seq < self.first_kept) {
+            std::fs::remove_file(&path).map_err(|error| {
+                io::Error::new(error.kind(), format!("{} stays: {error}", path.display()))
+            })?;
+        }
+        self.has_excess = false;
+        Ok(())
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

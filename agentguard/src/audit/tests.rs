@@ -374,6 +374,41 @@ async fn crash_after_crash_is_closed_off() {
     assert_eq!((kinds(&report), report.recovered), (vec![], 3));
 }
 
+/// The bound holds, or the log takes no more and says so; after a restart too.
+#[tokio::test]
+async fn what_can_not_be_removed_stops_the_log_until_it_can() {
+    async fn until(log: &AuditLog, is_it: impl Fn(&Counts) -> bool) {
+        let begin = Instant::now();
+        while !is_it(&log.counts()) {
+            assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", log.counts());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let log = open(&path);
+    log.append(denied("before"));
+    log.flush().await.unwrap();
+    // A directory by the name of the oldest file: it can not be removed as one.
+    let stays = directory.path().join(format!("audit.log.{:020}", 0));
+    fs::create_dir(&stays).unwrap();
+    for _ in 0..900 {
+        log.append(denied("\\".repeat(2000)));
+    }
+    until(&log, |counts| counts.failing).await;
+    log.close().await.unwrap();
+
+    let log = open(&path);
+    log.append(denied("after"));
+    until(&log, |counts| counts.failing).await;
+    fs::remove_dir(&stays).unwrap();
+    until(&log, |counts| !counts.failing && counts.queued == 0).await;
+    log.close().await.unwrap();
+    let report = verify(&path, None).unwrap();
+    assert_eq!(kinds(&report), []);
+    assert!(report.files.len() <= SMALL.max_files as usize, "{:?}", report.files);
+}
+
 #[tokio::test]
 async fn rotation_keeps_the_bound_on_disk_and_the_chain() {
     let directory = tempfile::tempdir().unwrap();
