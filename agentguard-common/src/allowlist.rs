@@ -244,16 +244,15 @@ impl Rule {
         self.protocol
     }
 
-    /// One if the rule is for this protocol and port, else zero; without a branch, see
+    /// Negative unless the rule is for this protocol and port; without a branch, see
     /// [`decide`](crate::decide()).
     #[inline(always)]
     #[must_use]
-    pub const fn covers(&self, protocol: u8, port: u16) -> u64 {
+    pub const fn misses(&self, protocol: u8, port: u16) -> i64 {
         let below = port as i64 - self.first_port as i64;
         let above = self.last_port as i64 - port as i64;
-        let outside = ((below | above) as u64) >> 63;
-        let other = ((self.protocol ^ protocol) & self.mask) as u64;
-        (outside | (other.wrapping_neg() >> 63)) ^ 1
+        let other = ((self.protocol ^ protocol) & self.mask) as i64;
+        below | above | -other
     }
 }
 

@@ -28,7 +28,8 @@ pub trait Tables {
         search(self, rules, protocol, port)
     }
 
-    /// Hands a number through. The kernel's tables hide it from the compiler on the way.
+    /// Hands a number through. The kernel's tables hide it from the compiler on the way, which does
+    /// nothing of what comes after before it.
     fn opaque(&self, number: u64) -> u64 {
         number
     }
@@ -169,10 +170,13 @@ pub fn search<T: Tables + ?Sized>(tables: &T, rules: RuleSetId, protocol: u8, po
         let Some(row) = tables.rules(row_id) else { return Found::INCOMPLETE };
         for (place, rule) in row.rules.iter().enumerate() {
             let end = rule.permission.expires_at;
-            let later = u64::wrapping_sub(latest, end) >> 63;
-            let take = tables.opaque((later & rule.covers(protocol, port)).wrapping_neg());
+            let later = u64::wrapping_sub(latest, end) as i64;
+            // Once hidden, the compiler can not choose by one sign what to do about the other.
+            let takes = tables.opaque((later & !rule.misses(protocol, port)) as u64) as i64;
+            let take = tables.opaque((takes >> 63) as u64);
             latest ^= (latest ^ end) & take;
-            found ^= (found ^ Found::at(row_id, place)) & take;
+            // One rule is done with before the next: a program has 512 bytes for what it keeps.
+            found = tables.opaque(found ^ (found ^ Found::at(row_id, place)) & take);
         }
         row_id = row.next;
         if !row_id.is_some() {

@@ -276,7 +276,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn opaque(&self, number: u64) -> u64 {
-        crate::kernel::opaque(number)
+        crate::kernel::barrier(number)
     }
 
     #[inline(always)]
