@@ -180,7 +180,22 @@ impl Scene {
         assert_reconciles(&daemon, &agent, &targets, &reports);
         assert_totals(&daemon);
         assert_chain(&daemon);
+        wait_until(
+            "the log has every record that the kernel wrote, and tells of every other",
+            || is_all_told(&daemon),
+        );
     }
+}
+
+/// Whether the log has as many verdicts as the kernel wrote records, and says of all others that they are
+/// lost.
+fn is_all_told(daemon: &Daemon) -> bool {
+    let (totals, records) = (totals(daemon), daemon.records());
+    let verdicts = records.iter().filter(|record| record["kind"] == "verdict").count() as u64;
+    let losses = records.iter().filter(|record| record["kind"] == "loss");
+    let lost: u64 = losses.filter_map(|loss| loss["other"].as_u64()).sum();
+    tell!("the kernel says {totals}, the log {verdicts} verdicts and {lost} lost");
+    totals["logged"] == verdicts && totals["lost"] == lost
 }
 
 fn print_totals(targets: &[Target], reports: &[Report]) {
@@ -257,6 +272,7 @@ fn a_killed_daemon_for_whose_records_there_is_no_room() {
     let logged = || daemon.records().iter().skip(since).filter(is_refusal).count() as u64;
     wait_until("what was kept is in the log", || logged() >= more("logged"));
     assert_eq!(logged(), more("logged"));
+    wait_until("the log says how many are missing", || is_all_told(&daemon));
     assert_chain(&daemon);
 }
 

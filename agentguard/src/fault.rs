@@ -42,6 +42,7 @@ pub const POINTS: &[&str] = &[
     "save.renamed",
     "start.saved",
     "start.listening",
+    "witness.written",
     "sweep.dropped",
     "sweep.earlier",
     "confine.cgroup",

@@ -1,5 +1,6 @@
 //! Every verdict is counted, and told of, folded or lost: exactly.
 
+use std::ops::ControlFlow;
 use std::thread;
 
 use agentguard_common::{Mode, event::Hook};
@@ -37,8 +38,15 @@ fn a_flood_of_distinct_requests_is_lost_in_part_and_counted_exactly() {
     assert!(counters.lost > 0);
     let mut read = 0;
     let mut rings = fixture.datapath.rings().unwrap();
-    while rings.drain(1000, |record| read += u64::from(record.is_ok())) > 0 {}
+    let mut take = |record: Result<_, _>| {
+        read += u64::from(record.is_ok());
+        ControlFlow::Continue(())
+    };
+    // What is not taken stays, and is there the next time.
+    assert_eq!(rings.drain(1000, |_record| ControlFlow::Break(())), 0);
+    while rings.drain(1000, &mut take) > 0 {}
     assert_eq!(read, counters.logged);
+    assert!(rings.may_have_lost() && !rings.may_have_lost());
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::ErrorKind,
     net::UdpSocket,
+    ops::ControlFlow,
     os::{
         fd::AsRawFd as _,
         linux::net::SocketAddrExt as _,
@@ -227,6 +228,7 @@ fn records(rings: &mut Rings) -> Vec<(Hook, RequestKind, bool)> {
         let is_denied = Verdict::try_from(event.verdict).unwrap().reason().is_some();
         let (hook, kind) = (Hook::try_from(event.hook), RequestKind::try_from(event.kind));
         records.push((hook.unwrap(), kind.unwrap(), is_denied));
+        ControlFlow::Continue(())
     }) > 0
     {}
     records

@@ -1,11 +1,12 @@
-//! The audit log: a chain of records, written by one thread, in front of which nobody waits.
+//! The audit log: a chain of records, written one at a time, with two ways in.
 //!
-//! [`AuditLog::append`] puts a record into a bounded queue and returns at once. The writer thread
-//! takes records out, links them ([`chain`]), writes them (`sink`) and hands the line to those who
-//! subscribed. When a write fails, as on a full disk, the writer keeps the record and tries again
-//! every second; what finds no room in the queue meanwhile is counted, and a `loss` record says so
-//! as soon as writing works. Requests that were allowed may fill half of the queue only, so a flood
-//! of them does not push out denials.
+//! [`AuditLog::append`] is for those who must not wait: it puts a record into a bounded queue and returns
+//! at once. [`AuditLog::write_at`] is for who has the record elsewhere until it is written, as the reader
+//! of the kernel's rings: it waits, so that a daemon that dies takes nothing with it that nobody counts.
+//! Either way a record is linked ([`chain`]), written (`sink`) and handed to those who subscribed, in the
+//! order in which they came. When a write fails, as on a full disk, nothing is given up and it is tried
+//! again every second; what finds no room in the queue meanwhile is counted, and a `loss` record says so
+//! as soon as writing works.
 //!
 //! Must not know how a verdict comes about, who reads the log, or how it is configured.
 
@@ -44,7 +45,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// How long [`AuditLog::flush`] and [`AuditLog::close`] wait for a writer that is stuck, as behind
 /// a pipe that nobody reads.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Lines that a slow subscriber may be behind before it misses some.
 const SUBSCRIBER_LINES: usize = 1024;
@@ -67,7 +68,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Enough for a second of heavy denial at a few megabytes.
+    /// Of the daemon's own records there are few; enough for thousands of workloads that come at once.
     pub const QUEUE: usize = 8192;
 }
 
@@ -111,6 +112,10 @@ pub struct AuditLog {
     handle: Arc<Handle>,
 }
 
+/// A record was not written, and nothing of it is in the log: who had it has it still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotWritten;
+
 /// Ends the writer when the last clone of the log is gone.
 struct Handle {
     shared: Arc<Shared>,
@@ -125,7 +130,10 @@ impl Drop for Handle {
 
 /// What callers and the writer share.
 struct Shared {
+    /// Locked before `state`, and held while something is written; `None` once the log is closed.
+    writer: Mutex<Option<Writer>>,
     state: Mutex<State>,
+    /// Tells the writer's thread, and those who wait to try again, that there is something to do.
     wake: Condvar,
     capacity: usize,
 }
@@ -218,23 +226,18 @@ impl AuditLog {
             ended: Vec::new(),
             counts,
         };
+        let (lines, _) = broadcast::channel(SUBSCRIBER_LINES);
+        let writer = Writer { lines: lines.clone(), sink, head, torn, node: Text::new(node) };
         let shared = Arc::new(Shared {
+            writer: Mutex::new(Some(writer)),
             state: Mutex::new(state),
             wake: Condvar::new(),
             capacity: queue.max(2),
         });
-        let (lines, _) = broadcast::channel(SUBSCRIBER_LINES);
-        let writer = Writer {
-            shared: Arc::clone(&shared),
-            lines: lines.clone(),
-            sink,
-            head,
-            torn,
-            node: Text::new(node),
-        };
+        let writes = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("audit-writer".into())
-            .spawn(move || writer.run())
+            .spawn(move || writes.run())
             .map_err(OpenError::Thread)?;
         Ok(Self { handle: Arc::new(Handle { shared, lines }) })
     }
@@ -242,25 +245,48 @@ impl AuditLog {
     /// Records that something happens now. Never waits; what finds no room is counted and said in a
     /// `loss` record.
     pub fn append(&self, body: RecordBody) {
-        self.append_at(Timestamp::now(), body);
-    }
-
-    /// Records that something happened at `time`.
-    pub fn append_at(&self, time: Timestamp, body: RecordBody) {
         let shared = &self.handle.shared;
         let mut state = shared.state();
-        let class = body.class();
-        let room = match class {
-            Class::Allowed => shared.capacity / 2,
-            Class::Denied | Class::Other => shared.capacity,
-        };
-        if state.closing || state.queued >= room {
-            state.lose(class, None);
+        if state.closing || state.queued >= shared.capacity {
+            state.lose(body.class(), None);
             return;
         }
         state.queued += 1;
-        state.queue.push_back(Item::Record(Pending { time, body }));
-        shared.wake.notify_one();
+        state.queue.push_back(Item::Record(Pending { time: Timestamp::now(), body }));
+        shared.wake.notify_all();
+    }
+
+    /// Records that something happened at `time`, after all that was appended before. Waits until it is
+    /// written, however long that takes; of a record that fits no line, until that is counted.
+    ///
+    /// # Errors
+    /// When writing fails and `gives_up`, which is asked once a second then, or the log is closed.
+    pub fn write_at(
+        &self,
+        time: Timestamp,
+        body: &RecordBody,
+        gives_up: impl Fn() -> bool,
+    ) -> Result<(), NotWritten> {
+        let shared = &self.handle.shared;
+        loop {
+            let written = {
+                let mut writer = shared.writer();
+                let Some(writer) = writer.as_mut() else { return Err(NotWritten) };
+                writer.write_queued(shared).and_then(|()| writer.write(shared, time, body))
+            };
+            match written {
+                Ok(()) => return Ok(()),
+                Err(WriteError::Line(error)) => {
+                    shared.lose(body.class(), error);
+                    return Ok(());
+                }
+                Err(WriteError::Output(error)) => {
+                    if gives_up() || shared.pause(&error) {
+                        return Err(NotWritten);
+                    }
+                }
+            }
+        }
     }
 
     /// Every line from now on, without its newline, as soon as it is written.
@@ -281,7 +307,7 @@ impl AuditLog {
                 return Err(FlushError::Closed);
             }
             state.queue.push_back(Item::Flush(tell));
-            self.handle.shared.wake.notify_one();
+            self.handle.shared.wake.notify_all();
         }
         match tokio::time::timeout(PATIENCE, told).await {
             Ok(Ok(result)) => result,
@@ -317,11 +343,129 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn writer(&self) -> MutexGuard<'_, Option<Writer>> {
+        // What a panic left half written is found when the file is next made ready.
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn close(&self, tell: Option<oneshot::Sender<()>>) {
         let mut state = self.state();
         state.closing = true;
         state.ended.extend(tell);
-        self.wake.notify_one();
+        self.wake.notify_all();
+    }
+
+    /// Notes that a record is in no log and never will be.
+    fn lose(&self, class: Class, error: LineError) {
+        tracing::error!(%error, "an audit record was dropped");
+        self.state().lose(class, Some(error.to_string()));
+    }
+
+    /// Writes what is appended until the log is closed.
+    fn run(&self) {
+        while self.has_work() {
+            let written = self.writer().as_mut().map_or(Ok(()), |writer| writer.write_queued(self));
+            if let Err(WriteError::Output(error)) = written
+                && self.pause(&error)
+            {
+                self.give_up(&error);
+            }
+        }
+        // The file is unlocked before anybody hears that it is.
+        if let Some(mut writer) = self.writer().take() {
+            // A failure to sync at the end has nobody left to hear of it.
+            let _ = writer.sink.sync();
+        }
+        let ended = std::mem::take(&mut self.state().ended);
+        for tell in ended {
+            // Who asked may have stopped waiting.
+            let _ = tell.send(());
+        }
+    }
+
+    /// Waits for something to write; false when the log is closed and nothing is left.
+    fn has_work(&self) -> bool {
+        let mut state = self.state();
+        loop {
+            if !state.queue.is_empty() || state.loss.is_some() {
+                return true;
+            }
+            if state.closing {
+                return false;
+            }
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What is to be written next of what was appended.
+    fn next(&self) -> Option<Task> {
+        let mut state = self.state();
+        let is_due = |state: &State| {
+            state
+                .loss
+                .as_ref()
+                .is_some_and(|loss| state.queue.is_empty() || loss.began.elapsed() >= PAUSE)
+        };
+        if is_due(&state)
+            && let Some(loss) = state.loss.take()
+        {
+            return Some(Task::WriteLoss(loss));
+        }
+        match state.queue.pop_front()? {
+            Item::Record(pending) => {
+                state.queued -= 1;
+                Some(Task::Write(pending))
+            }
+            Item::Flush(tell) => Some(Task::Flush(tell)),
+        }
+    }
+
+    /// Notes a failed write, tells those who wait for a flush, and waits a moment. True when the
+    /// log is being closed, so that there is no later.
+    fn pause(&self, error: &str) -> bool {
+        let mut state = self.state();
+        if !state.counts.failing {
+            tracing::error!(error, "the audit log can not be written; trying again every second");
+        }
+        state.counts.write_failures += 1;
+        state.counts.failing = true;
+        let until = Instant::now() + PAUSE;
+        loop {
+            if !state.counts.failing {
+                // Somebody else has written meanwhile.
+                return false;
+            }
+            for item in std::mem::take(&mut state.queue) {
+                match item {
+                    Item::Record(_) => state.queue.push_back(item),
+                    Item::Flush(tell) => {
+                        // Who asked may have stopped waiting.
+                        let _ = tell.send(Err(FlushError::Failing(error.to_owned())));
+                    }
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if state.closing || left.is_zero() {
+                return state.closing;
+            }
+            let (woken, _) =
+                self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+        }
+    }
+
+    /// Counts as lost what is appended still, where the log is being closed and can not be written.
+    fn give_up(&self, error: &str) {
+        let mut state = self.state();
+        for item in std::mem::take(&mut state.queue) {
+            if let Item::Record(pending) = item {
+                state.queued -= 1;
+                state.lose(pending.body.class(), Some(error.to_owned()));
+            }
+        }
+        if let Some(loss) = state.loss.take() {
+            tracing::error!(?loss, "audit records were lost, and the log can not say so");
+        }
     }
 }
 
@@ -350,12 +494,11 @@ impl State {
     }
 }
 
-/// What the writer does next.
+/// What is written next.
 enum Task {
     Write(Pending),
     Flush(oneshot::Sender<Result<(), FlushError>>),
     WriteLoss(Loss),
-    End,
 }
 
 /// A record that was not written.
@@ -372,8 +515,8 @@ impl From<io::Error> for WriteError {
     }
 }
 
+/// Links records and writes them.
 struct Writer {
-    shared: Arc<Shared>,
     lines: broadcast::Sender<Arc<str>>,
     sink: Sink,
     head: Head,
@@ -382,76 +525,33 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(mut self) {
-        loop {
-            match self.next() {
-                Task::Write(pending) => self.write_or_hold(pending),
-                Task::WriteLoss(loss) => self.write_loss(loss),
+    /// Writes what was appended, in its order, until nothing is left of it. What fails stays the next.
+    fn write_queued(&mut self, shared: &Shared) -> Result<(), WriteError> {
+        while let Some(task) = shared.next() {
+            match task {
+                Task::Write(pending) => match self.write(shared, pending.time, &pending.body) {
+                    Ok(()) => {}
+                    Err(WriteError::Line(error)) => shared.lose(pending.body.class(), error),
+                    Err(error) => {
+                        let mut state = shared.state();
+                        state.queued += 1;
+                        state.queue.push_front(Item::Record(pending));
+                        return Err(error);
+                    }
+                },
+                Task::WriteLoss(loss) => self.write_loss(shared, loss)?,
                 Task::Flush(tell) => {
                     let result =
                         self.sink.sync().map_err(|error| FlushError::Failing(error.to_string()));
                     // Who asked may have stopped waiting.
                     let _ = tell.send(result);
                 }
-                Task::End => break,
             }
         }
-        // A failure to sync at the end has nobody left to hear of it.
-        let _ = self.sink.sync();
-        let ended = std::mem::take(&mut self.shared.state().ended);
-        // The file is unlocked before anybody hears that it is.
-        drop(self);
-        for tell in ended {
-            let _ = tell.send(());
-        }
+        Ok(())
     }
 
-    /// Waits for the next task.
-    fn next(&self) -> Task {
-        let mut state = self.shared.state();
-        loop {
-            let due = state
-                .loss
-                .as_ref()
-                .is_some_and(|loss| state.queue.is_empty() || loss.began.elapsed() >= PAUSE);
-            if due && let Some(loss) = state.loss.take() {
-                return Task::WriteLoss(loss);
-            }
-            match state.queue.pop_front() {
-                Some(Item::Record(pending)) => {
-                    state.queued -= 1;
-                    return Task::Write(pending);
-                }
-                Some(Item::Flush(tell)) => return Task::Flush(tell),
-                None if state.closing => return Task::End,
-                None => {
-                    state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-        }
-    }
-
-    /// Writes a record, again and again if need be. Gives up only when the log is being closed.
-    fn write_or_hold(&mut self, pending: Pending) {
-        loop {
-            match self.write(pending.time, &pending.body) {
-                Ok(()) => return,
-                Err(WriteError::Line(error)) => {
-                    tracing::error!(%error, "an audit record was dropped");
-                    self.shared.state().lose(pending.body.class(), Some(error.to_string()));
-                    return;
-                }
-                Err(WriteError::Output(error)) => {
-                    if self.pause(&error) {
-                        self.shared.state().lose(pending.body.class(), Some(error));
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    fn write_loss(&mut self, loss: Loss) {
+    fn write_loss(&mut self, shared: &Shared, loss: Loss) -> Result<(), WriteError> {
         let record = RecordBody::Loss(LossRecord {
             cause: LossCause::Queue,
             allowed: loss.allowed,
@@ -461,71 +561,43 @@ impl Writer {
             until: loss.until,
             error: loss.error.as_deref().map(Text::from),
         });
-        if let Err(WriteError::Output(error)) = self.write(Timestamp::now(), &record) {
-            if self.pause(&error) {
-                tracing::error!(?loss, "audit records were lost, and the log can not say so");
-                return;
-            }
-            let mut state = self.shared.state();
-            let newer = state.loss.take();
-            let mut sum = Loss { error: Some(error), ..loss };
-            if let Some(newer) = newer {
-                sum.allowed += newer.allowed;
-                sum.denied += newer.denied;
-                sum.other += newer.other;
-                sum.until = newer.until;
-            }
-            state.loss = Some(sum);
+        let Err(WriteError::Output(error)) = self.write(shared, Timestamp::now(), &record) else {
+            return Ok(());
+        };
+        let mut state = shared.state();
+        let mut sum = Loss { error: Some(error.clone()), ..loss };
+        if let Some(newer) = state.loss.take() {
+            sum.allowed += newer.allowed;
+            sum.denied += newer.denied;
+            sum.other += newer.other;
+            sum.until = newer.until;
         }
-    }
-
-    /// Notes a failed write, tells those who wait for a flush, and waits a moment. True when the
-    /// log is being closed, so that there is no later.
-    fn pause(&self, error: &str) -> bool {
-        let mut state = self.shared.state();
-        if !state.counts.failing {
-            tracing::error!(error, "the audit log can not be written; trying again every second");
-        }
-        state.counts.write_failures += 1;
-        state.counts.failing = true;
-        let until = Instant::now() + PAUSE;
-        loop {
-            for item in std::mem::take(&mut state.queue) {
-                match item {
-                    Item::Record(_) => state.queue.push_back(item),
-                    Item::Flush(tell) => {
-                        // Who asked may have stopped waiting.
-                        let _ = tell.send(Err(FlushError::Failing(error.to_owned())));
-                    }
-                }
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if state.closing || left.is_zero() {
-                return state.closing;
-            }
-            let (woken, _) =
-                self.shared.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-            state = woken;
-        }
+        state.loss = Some(sum);
+        Err(WriteError::Output(error))
     }
 
     /// Writes a record, after whatever the log has to say about itself first.
-    fn write(&mut self, time: Timestamp, body: &RecordBody) -> Result<(), WriteError> {
-        self.prepare()?;
+    fn write(
+        &mut self,
+        shared: &Shared,
+        time: Timestamp,
+        body: &RecordBody,
+    ) -> Result<(), WriteError> {
+        self.prepare(shared)?;
         let (line, head) = self.line(time, body)?;
         if let Sink::File(file) = &mut self.sink
             && !file.has_room(line.len())
         {
             file.rotate(head.seq)?;
-            self.prepare()?;
-            return self.put_record(time, body);
+            self.prepare(shared)?;
+            return self.put_record(shared, time, body);
         }
-        self.put(&line, head)
+        self.put(shared, &line, head)
     }
 
     /// Opens the file if need be, closes off what a crash or a failed write left, and lets a file
     /// that continues another begin by saying so.
-    fn prepare(&mut self) -> Result<(), WriteError> {
+    fn prepare(&mut self, shared: &Shared) -> Result<(), WriteError> {
         let Sink::File(file) = &mut self.sink else { return Ok(()) };
         if let Some(opened) =
             file.ready(self.head).map_err(|error| WriteError::Output(error.to_string()))?
@@ -535,7 +607,7 @@ impl Writer {
         }
         if let Some(Torn { bytes, sha256, text }) = self.torn.clone() {
             let record = RecoveredRecord { torn_bytes: bytes, torn_sha256: sha256, torn: text };
-            self.put_record(Timestamp::now(), &RecordBody::Recovered(record))?;
+            self.put_record(shared, Timestamp::now(), &RecordBody::Recovered(record))?;
             self.torn = None;
         }
         let Sink::File(file) = &mut self.sink else { return Ok(()) };
@@ -544,7 +616,7 @@ impl Writer {
             let left = file.rotation()?;
             let record =
                 RotatedRecord { first_kept: left.first_kept, removed_files: left.removed_files };
-            let told = self.put_record(Timestamp::now(), &RecordBody::Rotated(record));
+            let told = self.put_record(shared, Timestamp::now(), &RecordBody::Rotated(record));
             fault::point("audit.told");
             let Sink::File(file) = &mut self.sink else { return told };
             file.rotated(&left, told.is_ok());
@@ -556,7 +628,7 @@ impl Writer {
             file.remove_excess()?;
             fault::point("audit.removed");
             told?;
-            let mut state = self.shared.state();
+            let mut state = shared.state();
             state.counts.rotations += 1;
             state.counts.removed_files += left.removed_files;
         }
@@ -567,15 +639,20 @@ impl Writer {
         chain::line(&self.head, time, &self.node, body).map_err(WriteError::Line)
     }
 
-    fn put_record(&mut self, time: Timestamp, body: &RecordBody) -> Result<(), WriteError> {
+    fn put_record(
+        &mut self,
+        shared: &Shared,
+        time: Timestamp,
+        body: &RecordBody,
+    ) -> Result<(), WriteError> {
         let (line, head) = self.line(time, body)?;
-        self.put(&line, head)
+        self.put(shared, &line, head)
     }
 
-    fn put(&mut self, line: &str, head: Head) -> Result<(), WriteError> {
+    fn put(&mut self, shared: &Shared, line: &str, head: Head) -> Result<(), WriteError> {
         self.sink.write(line)?;
         self.head = head;
-        let mut state = self.shared.state();
+        let mut state = shared.state();
         if state.counts.failing {
             tracing::info!("the audit log is written again");
         }

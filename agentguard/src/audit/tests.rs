@@ -539,29 +539,36 @@ impl Write for Gate {
 }
 
 #[tokio::test]
-async fn a_reader_that_stands_still_blocks_nobody_and_denials_have_room_of_their_own() {
+async fn a_reader_that_stands_still_blocks_only_who_waits_and_nothing_is_lost_unsaid() {
     let (open, gate) = mpsc::channel();
     let written = Arc::new(Mutex::new(Vec::new()));
     let log = AuditLog::to_stream(Gate(gate, Arc::clone(&written)), "node-1", 100).unwrap();
     let before = Instant::now();
     for _ in 0..1000 {
-        log.append(verdict(Verdict::Allow, Mode::Enforce, "flood"));
-    }
-    for _ in 0..40 {
-        log.append(denied("x"));
+        log.append(stop("flood"));
     }
     assert!(before.elapsed() < Duration::from_secs(5));
     let lost = log.counts().lost;
-    assert!((949..=951).contains(&lost), "{lost}: half the queue, and one in the writer's hand");
+    assert!((899..=900).contains(&lost), "{lost}: the queue, and one in the writer's hand");
+    let waiting = log.clone();
+    let waits = std::thread::spawn(move || {
+        waiting.write_at(Timestamp::now(), &denied("x"), || panic!("writing does not fail"))
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!waits.is_finished());
+    assert_eq!(log.counts().lost, lost);
     drop(open);
+    assert_eq!(waits.join().unwrap(), Ok(()));
     log.flush().await.unwrap();
     log.close().await.unwrap();
+    assert_eq!(log.write_at(Timestamp::now(), &denied("late"), || false), Err(NotWritten));
     let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
     let records: Vec<Record> = text.lines().map(|line| chain::parse(line).unwrap()).collect();
-    let denials = records.iter().filter(|record| record.body.class() == Class::Denied).count();
-    assert_eq!(denials, 40);
+    let last = records.last().unwrap();
+    assert_eq!(last.body.class(), Class::Denied, "what was appended before comes before");
+    assert_eq!(records.iter().filter(|record| record.body.class() == Class::Denied).count(), 1);
     let losses: Vec<&LossRecord> = records.iter().filter_map(|record| loss(&record.body)).collect();
-    assert_eq!(losses.iter().map(|loss| loss.allowed).sum::<u64>(), lost);
+    assert_eq!(losses.iter().map(|loss| loss.other).sum::<u64>(), lost);
     assert!(losses.iter().all(|loss| loss.denied == 0 && loss.cause == LossCause::Queue));
 }
 
@@ -620,6 +627,15 @@ fn a_full_disk_is_counted_retried_and_said_once_it_has_room_again() {
         assert!(matches!(log.flush().await, Err(FlushError::Failing(_))));
         let torn = verify(path, None).unwrap();
         assert_eq!(kinds(&torn), [], "no half line is left");
+        let lost = log.counts().lost;
+        let now = Timestamp::now();
+        let asked = std::cell::Cell::new(0);
+        let gives_up = || {
+            asked.set(asked.get() + 1);
+            asked.get() == 2
+        };
+        assert_eq!(log.write_at(now, &denied("x".repeat(900)), gives_up), Err(NotWritten));
+        assert_eq!((asked.get(), log.counts().lost), (2, lost), "who has it has it still");
 
         fs::remove_file("ballast").unwrap();
         let waited = Instant::now();
@@ -627,6 +643,7 @@ fn a_full_disk_is_counted_retried_and_said_once_it_has_room_again() {
             assert!(waited.elapsed() < Duration::from_secs(10), "{:?}", log.counts());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        assert_eq!(log.write_at(now, &denied("x".repeat(900)), || true), Ok(()));
         log.flush().await.unwrap();
         log.close().await.unwrap();
         let counts = log.counts();

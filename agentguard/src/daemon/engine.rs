@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use agentguard_common::allowlist::{NEVER, UnixName};
@@ -24,7 +25,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::container_files::{ContainerFiles, ContainerRef};
 use super::host;
-use super::names::{Names, WorkloadName, pod_record};
+use super::losses::Losses;
+use super::names::{NUMBERS_AHEAD, Names, WorkloadName, pod_record};
 use super::state::{SavedState, SavedWorkload};
 use super::unix_names::UnixNames;
 use crate::allowlist::compile::{CompileError, CompiledAllowlist, Rows, RowsError, compile_within};
@@ -71,9 +73,6 @@ const LOOKED_AT: usize = 256;
 const REMEMBERED_END: SignedDuration = SignedDuration::from_hours(1);
 /// How long a grant that was given at run time is shown after its end.
 const KEPT_GRANT: Duration = Duration::from_secs(24 * 3600);
-/// How many numbers the state file is ahead of those given out, so that none is given out twice
-/// when the file could not be written for a while: something in the kernel may remember them.
-const NUMBERS_AHEAD: u32 = 1024;
 /// After how many ticks, twice, a word that nothing has any more is forgotten: ticks and not time, as
 /// a daemon that was stopped has records to read first.
 const TICKS_TO_FORGET: u64 = 50;
@@ -313,6 +312,9 @@ pub struct Engine {
     dirty: bool,
     /// How the reconciliations went that nobody has asked about yet.
     reconciliations: Vec<Result<Duration, Failed>>,
+    losses: Losses,
+    /// Set by the reader of the kernel's rings when records may be missing that the log does not tell of.
+    pub may_have_lost: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -368,6 +370,9 @@ impl Engine {
             ticks: 0,
             dirty: false,
             reconciliations: Vec::new(),
+            losses: Losses::default(),
+            // An earlier daemon may not have told all.
+            may_have_lost: Arc::new(AtomicBool::new(true)),
         }
     }
 
@@ -1490,6 +1495,7 @@ impl Engine {
             let _still_no_room = self.hold(id);
         }
         self.take_over_at_last();
+        self.tell_losses();
         let is_due = self.next_change.is_some_and(|change| change <= now);
         if is_due {
             self.store.prune(now, KEPT_GRANT);
@@ -1690,6 +1696,27 @@ impl Engine {
         })));
     }
 
+    /// Records how many records of the kernel are missing, where that may be.
+    pub fn tell_losses(&mut self) {
+        if !self.may_have_lost.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let rows: BTreeSet<u16> = self.counter_rows.values().copied().chain([OTHER]).collect();
+        let lost = |row: u16| self.datapath.counters(row).map(|counters| (row, counters.lost));
+        match rows.into_iter().map(lost).collect::<Result<Vec<_>, _>>() {
+            Ok(rows) => {
+                if let Some(loss) = self.losses.look(rows, Timestamp::now()) {
+                    self.audit.append(RecordBody::Loss(loss));
+                    self.dirty = true;
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "it is not known how many records the kernel lost");
+                self.may_have_lost.store(true, Ordering::Release);
+            }
+        }
+    }
+
     /// Records every grant whose state is another than when it was last recorded.
     fn record_grants(&mut self, now: Timestamp) {
         let mut seen = BTreeMap::new();
@@ -1747,6 +1774,7 @@ impl Engine {
                 .map(|(identity, row)| (identity.to_string(), *row))
                 .collect(),
             workloads: self.workloads.values().map(SavedWorkload::from).collect(),
+            losses: self.losses.clone(),
         })
     }
 
@@ -1765,7 +1793,11 @@ impl Engine {
             grants,
             counter_rows,
             workloads,
+            losses,
         } = saved;
+        if self.datapath.adopted() {
+            self.losses = losses;
+        }
         // Numbers are never used again while anything in the kernel may remember them.
         self.next_allowlist = self.next_allowlist.max(AllowlistId(allowlist));
         self.next_rules = self.next_rules.max(RuleSetId(rules));

@@ -15,6 +15,7 @@ mod host;
 mod last_good;
 mod launch;
 mod lock;
+mod losses;
 mod manifests;
 mod names;
 mod nri;
@@ -58,7 +59,7 @@ use self::witness::{Denials, Witness};
 use crate::api::server::{self, BindError, Limits};
 use crate::audit::record::{LayerProtection, RecordBody, StartRecord, StopRecord};
 use crate::audit::text::Text;
-use crate::audit::{AuditLog, OpenError, record};
+use crate::audit::{AuditLog, OpenError, PATIENCE, record};
 use crate::config::value::Listen;
 use crate::config::{Configuration, HostError, Require};
 use crate::datapath::{Datapath, LoadError, Options, Protection, Sizes};
@@ -194,9 +195,8 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     while servers.join_next().await.is_some() {}
     tasks.shutdown().await;
     stop.store(true, Ordering::Release);
-    if witness.join().is_err() {
-        tracing::error!("the reader of records broke off");
-    }
+    end_witness(witness).await;
+    shared.engine().tell_losses();
     save(&shared);
     shared
         .audit
@@ -339,12 +339,13 @@ fn start_witness(
     stop: &Arc<AtomicBool>,
 ) -> Result<JoinHandle<()>, DaemonError> {
     let rings = engine.datapath.rings()?;
-    let witness = Witness {
+    let mut witness = Witness {
         names: Arc::clone(&engine.names),
         processes: engine.datapath.processes()?,
         audit: audit.clone(),
         denials: Arc::clone(denials),
         clock: engine.clock,
+        may_have_lost: Arc::clone(&engine.may_have_lost),
         ends_others: engine.datapath.ends_others(),
         reads_procfs: host::has_the_machines_pids(),
     };
@@ -353,6 +354,22 @@ fn start_witness(
         .name("witness".to_owned())
         .spawn(move || witness.run(rings, &stop))
         .map_err(DaemonError::Runtime)
+}
+
+/// Waits for the reader of records, but not for ever: what it writes to may be a pipe that nobody reads.
+/// What it has not written is in the rings still.
+async fn end_witness(witness: JoinHandle<()>) {
+    let begin = Instant::now();
+    while !witness.is_finished() {
+        if begin.elapsed() > PATIENCE {
+            tracing::error!("records of the kernel can not be written; they stay in its rings");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    if witness.join().is_err() {
+        tracing::error!("the reader of records broke off");
+    }
 }
 
 /// Hands what the kernel programs say of themselves to the log.

@@ -14,6 +14,10 @@ use crate::audit::record;
 use crate::audit::text::Text;
 use crate::identity::container::PodName;
 
+/// How many numbers a restart leaves out, beyond those that it knows to be given out: what was given out
+/// just before a daemon died is not written down, and the kernel or a record may remember it.
+pub(super) const NUMBERS_AHEAD: u32 = 1024;
+
 /// Words by number, from 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "SavedNumbered", into = "SavedNumbered")]
@@ -39,6 +43,11 @@ enum SavedNumbered {
 }
 
 impl Numbered {
+    /// As the next daemon goes on with it.
+    fn restored(self) -> Self {
+        Self { last: self.last.saturating_add(NUMBERS_AHEAD), ..self }
+    }
+
     fn number(&mut self, word: &str) -> u32 {
         if let Some(number) = self.numbers.get(word) {
             return *number;
@@ -154,7 +163,12 @@ impl Names {
     #[must_use]
     pub fn restore(saved: SavedNames) -> Self {
         let SavedNames { identities, scopes, grants } = saved;
-        Self(RwLock::new(Words { identities, scopes, grants, workloads: HashMap::new() }))
+        Self(RwLock::new(Words {
+            identities: identities.restored(),
+            scopes: scopes.restored(),
+            grants: grants.restored(),
+            workloads: HashMap::new(),
+        }))
     }
 
     #[must_use]
@@ -270,12 +284,13 @@ mod tests {
         let saved = serde_json::to_string(&names.save()).unwrap();
         let names = Names::restore(serde_json::from_str(&saved).unwrap());
         assert_eq!(names.grant("b"), GrantId(2));
-        assert_eq!(names.grant("c"), GrantId(3));
+        // What had the third was not written down.
+        assert_eq!(names.grant("c"), GrantId(2 + NUMBERS_AHEAD + 1));
         // As version 0.1.0 wrote them.
         let old = r#"{"identities":["i"],"scopes":[],"grants":["a","b"]}"#;
         let names = Names::restore(serde_json::from_str(old).unwrap());
         assert_eq!(names.grant("b"), GrantId(2));
-        assert_eq!(names.grant("c"), GrantId(3));
+        assert_eq!(names.grant("c"), GrantId(2 + NUMBERS_AHEAD + 1));
         assert_eq!(names.identity_word(IdentityId(1)).as_deref(), Some("i"));
     }
 
@@ -297,6 +312,6 @@ mod tests {
         assert!(!forget(&["a", "b"]) && forget(&["a", "b"]));
         let saved = serde_json::to_string(&names.save()).unwrap();
         let names = Names::restore(serde_json::from_str(&saved).unwrap());
-        assert_eq!(names.grant("d"), GrantId(5));
+        assert_eq!(names.grant("d"), GrantId(4 + NUMBERS_AHEAD + 1));
     }
 }

@@ -634,7 +634,8 @@ fn unwritten(shared: &Shared) -> Vec<String> {
     let counts = shared.audit.counts();
     let log = counts.failing.then(|| {
         format!(
-            "the audit log can not be written: {} records wait and {} are lost; free its disk",
+            "the audit log can not be written: {} of the daemon's records wait and {} are lost, and the \
+             kernel's wait in its rings; free its disk",
             counts.queued, counts.lost
         )
     });

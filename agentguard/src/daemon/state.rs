@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::container_files::ContainerRef;
 use super::engine::{Workload, WorkloadSource};
+use super::losses::Losses;
 use super::names::SavedNames;
 use crate::fault;
 use crate::grant::{RestoreError, Snapshot};
@@ -38,6 +39,9 @@ pub struct SavedState {
     /// Rows of counters by identity.
     pub counter_rows: BTreeMap<String, u16>,
     pub workloads: Vec<SavedWorkload>,
+    /// Which lost records the audit log has told of.
+    #[serde(default)]
+    pub losses: Losses,
 }
 
 /// A workload, as the file holds it.

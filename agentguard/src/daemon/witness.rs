@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,9 +21,10 @@ use crate::audit::record::{
     Ancestor, BoundName, Outcome, Process, ProcessStart, RecordBody, Request, VerdictRecord, Word,
     Workload,
 };
-use crate::audit::{AuditLog, text::Text};
+use crate::audit::{AuditLog, NotWritten, text::Text};
 use crate::datapath::Processes;
 use crate::datapath::events::{KernelRecord, Rings, UnknownRecord};
+use crate::fault;
 use crate::grant::clock::Clock;
 
 /// Records taken before other work gets its turn.
@@ -91,6 +93,8 @@ pub struct Witness {
     pub audit: AuditLog,
     pub denials: Arc<Denials>,
     pub clock: Clock,
+    /// Set when records may be missing.
+    pub may_have_lost: Arc<AtomicBool>,
     /// Whether the kernel half can end a task that is not the caller.
     pub ends_others: bool,
     /// Whether procfs shows processes by the numbers that the kernel half tells.
@@ -98,11 +102,21 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// Reads until told to stop, then what is left.
-    pub fn run(&self, mut rings: Rings, stop: &AtomicBool) {
+    /// Reads until told to stop, then what is left. What can not be written down stays in its ring.
+    pub fn run(&mut self, mut rings: Rings, stop: &AtomicBool) {
         loop {
             let stopping = stop.load(Ordering::Acquire);
-            while rings.drain(BATCH, |record| self.witness(record)) == BATCH {}
+            if let Err(error) = self.clock.refresh() {
+                tracing::error!(%error, "it is not known whether the wall clock was set");
+            }
+            let mut drain = || {
+                let taken = rings.drain(BATCH, |record| self.witness(record, stop));
+                if rings.may_have_lost() {
+                    self.may_have_lost.store(true, Ordering::Release);
+                }
+                taken
+            };
+            while drain() == BATCH {}
             if stopping {
                 return;
             }
@@ -113,7 +127,12 @@ impl Witness {
         }
     }
 
-    fn witness(&self, record: Result<KernelRecord, UnknownRecord>) {
+    /// Writes a record down, which may take until the log's disk has room again.
+    fn witness(
+        &self,
+        record: Result<KernelRecord, UnknownRecord>,
+        stop: &AtomicBool,
+    ) -> ControlFlow<()> {
         let told = record.map_err(|unknown| unknown.to_string()).and_then(|record| {
             let told = self.tell(&record)?;
             Ok((record, told))
@@ -122,11 +141,19 @@ impl Witness {
             Ok((record, told)) => {
                 let time = self.clock.at(record.event().time);
                 self.remember(&record, time, &told);
-                self.audit.append_at(time, RecordBody::Verdict(Box::new(told)));
+                let body = RecordBody::Verdict(Box::new(told));
+                match self.audit.write_at(time, &body, || stop.load(Ordering::Acquire)) {
+                    Ok(()) => {
+                        fault::point("witness.written");
+                        ControlFlow::Continue(())
+                    }
+                    Err(NotWritten) => ControlFlow::Break(()),
+                }
             }
             Err(error) => {
                 self.denials.undecodable.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(error, "a record of the kernel can not be read");
+                ControlFlow::Continue(())
             }
         }
     }

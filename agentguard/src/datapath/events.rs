@@ -1,5 +1,6 @@
 //! Records on their way from the kernel: decoded, nothing joined yet.
 
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
@@ -58,31 +59,60 @@ pub fn decode(bytes: &[u8]) -> Result<KernelRecord, UnknownRecord> {
 
 /// Both rings of records; for one reader on a thread of its own.
 pub struct Rings {
-    denied: RingBuf<MapData>,
-    allowed: RingBuf<MapData>,
+    denied: Ring,
+    allowed: Ring,
+    may_have_lost: bool,
+}
+
+/// A ring of records.
+pub(super) struct Ring {
+    pub(super) records: RingBuf<MapData>,
+    /// In bytes.
+    pub(super) capacity: u32,
+    /// Bytes taken since it was empty, or since so many were taken that it may have been full.
+    pub(super) taken: u32,
 }
 
 impl Rings {
-    pub(super) const fn new(denied: RingBuf<MapData>, allowed: RingBuf<MapData>) -> Self {
-        Self { denied, allowed }
+    pub(super) const fn new(denied: Ring, allowed: Ring) -> Self {
+        Self { denied, allowed, may_have_lost: false }
     }
 
-    /// Takes what is there, denials first, at most `limit` records. Returns how many were taken.
+    /// Hands over what is there, denials first, at most `limit` records. A record leaves its ring once
+    /// `take` is done with it: until then a reader that dies has taken nothing. At `Break` it stays, and
+    /// so does what comes after it. Returns how many were taken.
     pub fn drain(
         &mut self,
         limit: usize,
-        mut take: impl FnMut(Result<KernelRecord, UnknownRecord>),
+        mut take: impl FnMut(Result<KernelRecord, UnknownRecord>) -> ControlFlow<()>,
     ) -> usize {
         let mut taken = 0;
         for ring in [&mut self.denied, &mut self.allowed] {
-            while taken < limit
-                && let Some(item) = ring.next()
-            {
-                take(decode(&item));
+            while taken < limit {
+                let Some(item) = ring.records.next() else {
+                    ring.taken = 0;
+                    break;
+                };
+                if take(decode(&item)).is_break() {
+                    // Dropped, it would be consumed.
+                    std::mem::forget(item);
+                    return taken;
+                }
                 taken += 1;
+                ring.taken += item.len() as u32;
+                if ring.taken >= ring.capacity / 2 {
+                    ring.taken = 0;
+                    self.may_have_lost = true;
+                }
             }
         }
         taken
+    }
+
+    /// Whether a ring may have been full since this was last asked, so that the kernel half may have lost
+    /// records: it can not tell without all of a ring's records being taken after it.
+    pub fn may_have_lost(&mut self) -> bool {
+        std::mem::take(&mut self.may_have_lost)
     }
 
     /// Sleeps until a ring has something, or `timeout` is over.
@@ -91,7 +121,7 @@ impl Rings {
     ///
     /// When the rings can not be watched.
     pub fn wait(&self, timeout: Duration) -> Result<(), Errno> {
-        wait(&[self.denied.as_fd(), self.allowed.as_fd()], timeout)
+        wait(&[self.denied.records.as_fd(), self.allowed.records.as_fd()], timeout)
     }
 }
 

@@ -18,14 +18,14 @@ use agentguard_common::stats::Counters;
 use agentguard_common::{AllowlistId, CgroupId, FileId, RuleSetId, UnixNameId, WorkloadId};
 use aya::maps::cgroup_storage::CgroupStorageKey;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray};
 
 // The storage of an attachment, on every kernel; its newer namesake exists from 6.2 on.
 #[expect(deprecated, reason = "aya calls it so for the newer one, which older kernels lack")]
 use aya::maps::CgroupStorage;
 
 use super::capacity::{Capacities, Fill, Table, is_full, refused, says_full};
-use super::events::Rings;
+use super::events::{Ring, Rings};
 use super::load::{Datapath, LoadError, Sizes};
 use super::pins::Pins;
 use super::protection::{Door, DoorState};
@@ -191,7 +191,11 @@ impl Datapath {
     ///
     /// When a ring can not be mapped.
     pub fn rings(&self) -> Result<Rings, LoadError> {
-        let ring = |name| -> Result<RingBuf<MapData>, LoadError> { open(&self.pins, name) };
+        let ring = |name| -> Result<Ring, LoadError> {
+            let info = MapData::from_pin(self.pins.map(name)).and_then(|map| map.info());
+            let capacity = info.map_err(|error| LoadError::part(name, error))?.max_entries();
+            Ok(Ring { records: open(&self.pins, name)?, capacity, taken: 0 })
+        };
         Ok(Rings::new(ring("DENIED")?, ring("ALLOWED")?))
     }
 
