@@ -26,7 +26,9 @@ use super::confine::{Candidate, confine, launch_files};
 use super::engine::{Cgroups, Engine, remove_cgroup};
 use super::names::Names;
 use super::witness::Denials;
-use super::{DaemonError, require_root, settings, sizes, standalone_pins, start_witness};
+use super::{
+    DaemonError, end_witness, require_root, settings, sizes, standalone_pins, start_witness,
+};
 use crate::api::service::ServiceError;
 use crate::api::types::Confine;
 use crate::audit::{self, AuditLog};
@@ -129,7 +131,8 @@ async fn supervise(
     let left = end_rest(&engine, &confined.workload);
     let workload = engine.workloads().find(|found| found.name == confined.workload).map(|w| w.id);
     stop.store(true, Ordering::Release);
-    let _ended = witness.join();
+    end_witness(witness).await;
+    engine.tell_losses();
     summarize(&engine, &denials, left);
     if let Some(id) = workload {
         engine.remove(id);
