@@ -269,18 +269,18 @@ impl AuditLog {
     ) -> Result<(), NotWritten> {
         let shared = &self.handle.shared;
         loop {
-            let written = {
-                let mut writer = shared.writer();
-                let Some(writer) = writer.as_mut() else { return Err(NotWritten) };
-                writer.write_queued(shared).and_then(|()| writer.write(shared, time, body))
-            };
+            let written = shared.attempt(|writer| {
+                writer.write_queued(shared)?;
+                writer.write(shared, time, body)
+            });
             match written {
-                Ok(()) => return Ok(()),
-                Err(WriteError::Line(error)) => {
+                None => return Err(NotWritten),
+                Some(Ok(())) => return Ok(()),
+                Some(Err(WriteError::Line(error))) => {
                     shared.lose(body.class(), error);
                     return Ok(());
                 }
-                Err(WriteError::Output(error)) => {
+                Some(Err(WriteError::Output(error))) => {
                     if gives_up() || shared.pause(&error) {
                         return Err(NotWritten);
                     }
@@ -359,13 +359,36 @@ impl Shared {
     fn lose(&self, class: Class, error: LineError) {
         tracing::error!(%error, "an audit record was dropped");
         self.state().lose(class, Some(error.to_string()));
+        self.wake.notify_all();
+    }
+
+    /// Lets the writer work, where the log is not closed, and notes it if that fails: before anybody else
+    /// can write, who would have it noted that writing works.
+    fn attempt(
+        &self,
+        work: impl FnOnce(&mut Writer) -> Result<(), WriteError>,
+    ) -> Option<Result<(), WriteError>> {
+        let mut writer = self.writer();
+        let written = work(writer.as_mut()?);
+        if let Err(WriteError::Output(error)) = &written {
+            let mut state = self.state();
+            if !state.counts.failing {
+                tracing::error!(
+                    error,
+                    "the audit log can not be written; trying again every second"
+                );
+            }
+            state.counts.write_failures += 1;
+            state.counts.failing = true;
+        }
+        Some(written)
     }
 
     /// Writes what is appended until the log is closed.
     fn run(&self) {
         while self.has_work() {
-            let written = self.writer().as_mut().map_or(Ok(()), |writer| writer.write_queued(self));
-            if let Err(WriteError::Output(error)) = written
+            let written = self.attempt(|writer| writer.write_queued(self));
+            if let Some(Err(WriteError::Output(error))) = written
                 && self.pause(&error)
             {
                 self.give_up(&error);
@@ -420,15 +443,10 @@ impl Shared {
         }
     }
 
-    /// Notes a failed write, tells those who wait for a flush, and waits a moment. True when the
-    /// log is being closed, so that there is no later.
+    /// Tells those who wait for a flush that writing fails, and waits a moment. True when the log is being
+    /// closed, so that there is no later.
     fn pause(&self, error: &str) -> bool {
         let mut state = self.state();
-        if !state.counts.failing {
-            tracing::error!(error, "the audit log can not be written; trying again every second");
-        }
-        state.counts.write_failures += 1;
-        state.counts.failing = true;
         let until = Instant::now() + PAUSE;
         loop {
             if !state.counts.failing {

@@ -63,6 +63,8 @@ const NOT_WHOLE: &str = "another build of the kernel half stays in force until t
 const GRACE: Duration = Duration::from_secs(1);
 /// How often a start waits for room that the rows of an earlier daemon take, each time for [`GRACE`].
 const ROUNDS_FOR_ROOM: u32 = 10;
+/// How often losses are looked for at most.
+const LOOK_FOR_LOSSES: Duration = Duration::from_secs(1);
 /// How long a name of unix sockets that no scope mentions keeps its number.
 const NAME_GRACE: Duration = Duration::from_secs(60);
 /// How often the directories of unix sockets are looked at.
@@ -313,6 +315,10 @@ pub struct Engine {
     /// How the reconciliations went that nobody has asked about yet.
     reconciliations: Vec<Result<Duration, Failed>>,
     losses: Losses,
+    /// The same, as far as it is written in the log.
+    written_losses: Losses,
+    /// When losses were last looked for.
+    looked_for_losses: Option<Instant>,
     /// Set by the reader of the kernel's rings when records may be missing that the log does not tell of.
     pub may_have_lost: Arc<AtomicBool>,
 }
@@ -371,6 +377,8 @@ impl Engine {
             dirty: false,
             reconciliations: Vec::new(),
             losses: Losses::default(),
+            written_losses: Losses::default(),
+            looked_for_losses: None,
             // An earlier daemon may not have told all.
             may_have_lost: Arc::new(AtomicBool::new(true)),
         }
@@ -1696,18 +1704,49 @@ impl Engine {
         })));
     }
 
-    /// Records how many records of the kernel are missing, where that may be.
-    pub fn tell_losses(&mut self) {
-        if !self.may_have_lost.swap(false, Ordering::AcqRel) {
+    /// Records how many records of the kernel are missing, where that may be, no more than once a second:
+    /// a row of counters takes kilobytes for each processor.
+    fn tell_losses(&mut self) {
+        self.note_losses_written();
+        if self.looked_for_losses.is_none_or(|looked| looked.elapsed() >= LOOK_FOR_LOSSES)
+            && self.may_have_lost.swap(false, Ordering::AcqRel)
+        {
+            self.look_for_losses();
+        }
+    }
+
+    /// Records how many records of the kernel are missing, before the daemon ends.
+    pub fn tell_last_losses(&mut self) {
+        self.look_for_losses();
+    }
+
+    /// Notes what the log tells of losses, once it is written: a restart must not take for told what is not.
+    pub fn note_losses_written(&mut self) {
+        if self.losses == self.written_losses {
             return;
         }
+        let counts = self.audit.counts();
+        if counts.queued == 0 && !counts.failing {
+            self.written_losses = self.losses.clone();
+            self.dirty = true;
+        }
+    }
+
+    fn look_for_losses(&mut self) {
+        self.looked_for_losses = Some(Instant::now());
         let rows: BTreeSet<u16> = self.counter_rows.values().copied().chain([OTHER]).collect();
         let lost = |row: u16| self.datapath.counters(row).map(|counters| (row, counters.lost));
         match rows.into_iter().map(lost).collect::<Result<Vec<_>, _>>() {
             Ok(rows) => {
+                let before = self.losses.clone();
                 if let Some(loss) = self.losses.look(rows, Timestamp::now()) {
+                    let lost = self.audit.counts().lost;
                     self.audit.append(RecordBody::Loss(loss));
-                    self.dirty = true;
+                    if self.audit.counts().lost != lost {
+                        // It, or another, found no room in front of the log.
+                        self.losses = before;
+                        self.may_have_lost.store(true, Ordering::Release);
+                    }
                 }
             }
             Err(error) => {
@@ -1774,7 +1813,7 @@ impl Engine {
                 .map(|(identity, row)| (identity.to_string(), *row))
                 .collect(),
             workloads: self.workloads.values().map(SavedWorkload::from).collect(),
-            losses: self.losses.clone(),
+            losses: self.written_losses.clone(),
         })
     }
 
@@ -1795,9 +1834,8 @@ impl Engine {
             workloads,
             losses,
         } = saved;
-        if self.datapath.adopted() {
-            self.losses = losses;
-        }
+        // Where the tables are new, the first look finds that its rows were begun anew.
+        (self.losses, self.written_losses) = (losses.clone(), losses);
         // Numbers are never used again while anything in the kernel may remember them.
         self.next_allowlist = self.next_allowlist.max(AllowlistId(allowlist));
         self.next_rules = self.next_rules.max(RuleSetId(rules));

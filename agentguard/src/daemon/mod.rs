@@ -196,7 +196,11 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     tasks.shutdown().await;
     stop.store(true, Ordering::Release);
     end_witness(witness).await;
-    shared.engine().tell_losses();
+    shared.engine().tell_last_losses();
+    if let Err(error) = shared.audit.flush().await {
+        tracing::error!(%error, "the last audit records are not written yet");
+    }
+    shared.engine().note_losses_written();
     save(&shared);
     shared
         .audit

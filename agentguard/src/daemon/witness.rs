@@ -106,17 +106,7 @@ impl Witness {
     pub fn run(&mut self, mut rings: Rings, stop: &AtomicBool) {
         loop {
             let stopping = stop.load(Ordering::Acquire);
-            if let Err(error) = self.clock.refresh() {
-                tracing::error!(%error, "it is not known whether the wall clock was set");
-            }
-            let mut drain = || {
-                let taken = rings.drain(BATCH, |record| self.witness(record, stop));
-                if rings.may_have_lost() {
-                    self.may_have_lost.store(true, Ordering::Release);
-                }
-                taken
-            };
-            while drain() == BATCH {}
+            while self.drain(&mut rings, stop) == BATCH {}
             if stopping {
                 return;
             }
@@ -125,6 +115,17 @@ impl Witness {
                 std::thread::sleep(NAP);
             }
         }
+    }
+
+    fn drain(&mut self, rings: &mut Rings, stop: &AtomicBool) -> usize {
+        if let Err(error) = self.clock.refresh() {
+            tracing::error!(%error, "it is not known whether the wall clock was set");
+        }
+        let taken = rings.drain(BATCH, |record| self.witness(record, stop));
+        if rings.may_have_lost() {
+            self.may_have_lost.store(true, Ordering::Release);
+        }
+        taken
     }
 
     /// Writes a record down, which may take until the log's disk has room again.

@@ -1,5 +1,6 @@
 //! Records on their way from the kernel: decoded, nothing joined yet.
 
+use std::mem::ManuallyDrop;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
@@ -69,7 +70,7 @@ pub(super) struct Ring {
     pub(super) records: RingBuf<MapData>,
     /// In bytes.
     pub(super) capacity: u32,
-    /// Bytes taken since it was empty, or since so many were taken that it may have been full.
+    /// Bytes taken since so many were taken that it may have been full.
     pub(super) taken: u32,
 }
 
@@ -89,17 +90,15 @@ impl Rings {
         let mut taken = 0;
         for ring in [&mut self.denied, &mut self.allowed] {
             while taken < limit {
-                let Some(item) = ring.records.next() else {
-                    ring.taken = 0;
-                    break;
-                };
+                let Some(item) = ring.records.next() else { break };
+                // Dropped, it is consumed, also by a panic in between.
+                let item = ManuallyDrop::new(item);
                 if take(decode(&item)).is_break() {
-                    // Dropped, it would be consumed.
-                    std::mem::forget(item);
                     return taken;
                 }
                 taken += 1;
                 ring.taken += item.len() as u32;
+                drop(ManuallyDrop::into_inner(item));
                 if ring.taken >= ring.capacity / 2 {
                     ring.taken = 0;
                     self.may_have_lost = true;
@@ -110,7 +109,7 @@ impl Rings {
     }
 
     /// Whether a ring may have been full since this was last asked, so that the kernel half may have lost
-    /// records: it can not tell without all of a ring's records being taken after it.
+    /// records: a loss is followed by half a ring of records at least.
     pub fn may_have_lost(&mut self) -> bool {
         std::mem::take(&mut self.may_have_lost)
     }
