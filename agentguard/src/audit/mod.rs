@@ -43,8 +43,8 @@ use sink::{RotatingFile, Sink, Torn};
 /// written down while they go on.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How long [`AuditLog::flush`] and [`AuditLog::close`] wait for a writer that is stuck, as behind
-/// a pipe that nobody reads.
+/// How long [`AuditLog::flush`], [`AuditLog::close`] and the end of the daemon wait for a writer that is
+/// stuck, as behind a pipe that nobody reads.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Lines that a slow subscriber may be behind before it misses some.
@@ -344,7 +344,7 @@ impl Shared {
     }
 
     fn writer(&self) -> MutexGuard<'_, Option<Writer>> {
-        // What a panic left half written is found when the file is next made ready.
+        // A line is written by one call: a panic between two of them leaves whole lines.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -395,9 +395,9 @@ impl Shared {
             }
         }
         // The file is unlocked before anybody hears that it is.
-        if let Some(mut writer) = self.writer().take() {
-            // A failure to sync at the end has nobody left to hear of it.
-            let _ = writer.sink.sync();
+        let synced = self.writer().take().map_or(Ok(()), |mut writer| writer.sink.sync());
+        if let Err(error) = synced {
+            tracing::error!(%error, "the last audit records may not outlast a power failure");
         }
         let ended = std::mem::take(&mut self.state().ended);
         for tell in ended {
@@ -434,13 +434,11 @@ impl Shared {
         {
             return Some(Task::WriteLoss(loss));
         }
-        match state.queue.pop_front()? {
-            Item::Record(pending) => {
-                state.queued -= 1;
-                Some(Task::Write(pending))
-            }
-            Item::Flush(tell) => Some(Task::Flush(tell)),
-        }
+        // One in the writer's hand is queued until it is written.
+        Some(match state.queue.pop_front()? {
+            Item::Record(pending) => Task::Write(pending),
+            Item::Flush(tell) => Task::Flush(tell),
+        })
     }
 
     /// Tells those who wait for a flush that writing fails, and waits a moment. True when the log is being
@@ -547,16 +545,17 @@ impl Writer {
     fn write_queued(&mut self, shared: &Shared) -> Result<(), WriteError> {
         while let Some(task) = shared.next() {
             match task {
-                Task::Write(pending) => match self.write(shared, pending.time, &pending.body) {
-                    Ok(()) => {}
-                    Err(WriteError::Line(error)) => shared.lose(pending.body.class(), error),
-                    Err(error) => {
-                        let mut state = shared.state();
-                        state.queued += 1;
-                        state.queue.push_front(Item::Record(pending));
-                        return Err(error);
+                Task::Write(pending) => {
+                    match self.write(shared, pending.time, &pending.body) {
+                        Ok(()) => {}
+                        Err(WriteError::Line(error)) => shared.lose(pending.body.class(), error),
+                        Err(error) => {
+                            shared.state().queue.push_front(Item::Record(pending));
+                            return Err(error);
+                        }
                     }
-                },
+                    shared.state().queued -= 1;
+                }
                 Task::WriteLoss(loss) => self.write_loss(shared, loss)?,
                 Task::Flush(tell) => {
                     let result =

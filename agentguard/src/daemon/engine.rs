@@ -1715,11 +1715,6 @@ impl Engine {
         }
     }
 
-    /// Records how many records of the kernel are missing, before the daemon ends.
-    pub fn tell_last_losses(&mut self) {
-        self.look_for_losses();
-    }
-
     /// Notes what the log tells of losses, once it is written: a restart must not take for told what is not.
     pub fn note_losses_written(&mut self) {
         if self.losses == self.written_losses {
@@ -1732,7 +1727,8 @@ impl Engine {
         }
     }
 
-    fn look_for_losses(&mut self) {
+    /// Records how many records of the kernel are missing, if the log has not said so.
+    pub fn look_for_losses(&mut self) {
         self.looked_for_losses = Some(Instant::now());
         let rows: BTreeSet<u16> = self.counter_rows.values().copied().chain([OTHER]).collect();
         let lost = |row: u16| self.datapath.counters(row).map(|counters| (row, counters.lost));

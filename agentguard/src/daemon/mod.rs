@@ -196,7 +196,7 @@ async fn serve(configuration: Configuration) -> Result<(), DaemonError> {
     tasks.shutdown().await;
     stop.store(true, Ordering::Release);
     end_witness(witness).await;
-    shared.engine().tell_last_losses();
+    shared.engine().look_for_losses();
     if let Err(error) = shared.audit.flush().await {
         tracing::error!(%error, "the last audit records are not written yet");
     }
@@ -361,12 +361,14 @@ fn start_witness(
 }
 
 /// Waits for the reader of records, but not for ever: what it writes to may be a pipe that nobody reads.
-/// What it has not written is in the rings still.
+/// What it has not written is in the rings still, for as long as those are there.
 async fn end_witness(witness: JoinHandle<()>) {
     let begin = Instant::now();
     while !witness.is_finished() {
         if begin.elapsed() > PATIENCE {
-            tracing::error!("records of the kernel can not be written; they stay in its rings");
+            tracing::error!(
+                "the last records of the kernel are not in the audit log; see what blocks its output"
+            );
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;

@@ -132,7 +132,7 @@ async fn supervise(
     let workload = engine.workloads().find(|found| found.name == confined.workload).map(|w| w.id);
     stop.store(true, Ordering::Release);
     end_witness(witness).await;
-    engine.tell_last_losses();
+    engine.look_for_losses();
     summarize(&engine, &denials, left);
     if let Some(id) = workload {
         engine.remove(id);

@@ -77,6 +77,11 @@ impl Denials {
         self.undecodable.load(Ordering::Relaxed)
     }
 
+    /// Takes back the latest one, which will be told again.
+    fn take_back(&self) {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner).pop_back();
+    }
+
     fn keep(&self, denial: Denial) {
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.len() == KEPT_DENIALS {
@@ -141,14 +146,19 @@ impl Witness {
         match told {
             Ok((record, told)) => {
                 let time = self.clock.at(record.event().time);
-                self.remember(&record, time, &told);
+                let is_kept = self.remember(&record, time, &told);
                 let body = RecordBody::Verdict(Box::new(told));
                 match self.audit.write_at(time, &body, || stop.load(Ordering::Acquire)) {
                     Ok(()) => {
                         fault::point("witness.written");
                         ControlFlow::Continue(())
                     }
-                    Err(NotWritten) => ControlFlow::Break(()),
+                    Err(NotWritten) => {
+                        if is_kept {
+                            self.denials.take_back();
+                        }
+                        ControlFlow::Break(())
+                    }
                 }
             }
             Err(error) => {
@@ -159,9 +169,10 @@ impl Witness {
         }
     }
 
-    fn remember(&self, record: &KernelRecord, time: Timestamp, told: &VerdictRecord) {
+    /// Keeps a denial; whether it is one.
+    fn remember(&self, record: &KernelRecord, time: Timestamp, told: &VerdictRecord) -> bool {
         if told.outcome.reason().is_none() {
-            return;
+            return false;
         }
         let path = exec_path(record).and_then(path_of);
         let socket = match record {
@@ -173,6 +184,7 @@ impl Witness {
         let identity = told.workload.identity.as_ref().map(|text| text.as_str().to_owned());
         let event = *record.event();
         self.denials.keep(Denial { time, event, path, socket, executable, workload, identity });
+        true
     }
 
     /// The record in words.
