@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::Write as _,
-    os::unix::fs::PermissionsExt as _,
+    io::{Read as _, Write as _},
+    os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -16,12 +16,16 @@ use agentguard_tests::{
     daemon::{
         Daemon, Prober, Reachable, USER, grant, identity, program, scope, scope_of, workload,
     },
-    requires, run, scrape, wait_until,
+    requires, run, scrape,
+    traffic::{Expected, Kind, Target, Traffic, assert_right},
+    wait_until,
 };
 use caps::Capability;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between the rounds of what a busy workload does.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Within which a change of a manifest must be in force.
 const IN_FORCE: Duration = Duration::from_millis(100);
 
@@ -206,6 +210,80 @@ fn a_change_of_mode_or_identity_leaves_no_gap() {
     println!("{probes} probes, none got out");
     write(&identity("two"), "audit");
     until("audit lets through again", || prober.reaches(server.port()));
+}
+
+#[test]
+fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
+    let daemon = Daemon::started();
+    let (server, other) = (Reachable::start(), Reachable::start());
+    let (outer, inner) = (identity("outer"), identity("inner"));
+    let around = daemon.cgroup("outer");
+    let cgroup = around.child("inner");
+    let mut spec = scope("test:server", server.port())["spec"].clone();
+    spec["exec"] = json!([{"path": "/bin/true"}]);
+    daemon.write("scope", &[scope_of("test:server", spec)]);
+    let granted = [("outer", &outer), ("inner", &inner)]
+        .map(|(name, agent)| grant(name, agent, "test:server"));
+    daemon.write("grant", &granted);
+    let workload_of = |name: &str, agent: &str, below: &str| {
+        let pattern = format!("/{}{below}", daemon.cgroup_name("outer"));
+        workload(name, &pattern, agent, "enforce")
+    };
+    daemon.write("inner", &[workload_of("inner", &inner, "/inner")]);
+    let identities = || -> Vec<Value> {
+        let workloads = daemon.json(["workloads"]);
+        workloads.as_array().unwrap().iter().map(|known| known["identity"].clone()).collect()
+    };
+    let is_held_by = |agent: &str| {
+        until("it is the workload's", || identities() == [json!(agent)]);
+    };
+    is_held_by(&inner);
+    let place = |port: u16| format!("127.0.0.1:{port}");
+    let targets = [
+        Target::new(Kind::Tcp, Expected::Passed, place(server.port())),
+        Target::new(Kind::Tcp, Expected::Refused, place(other.port())),
+        Target::new(Kind::Exec, Expected::Passed, "/bin/true"),
+        Target::new(Kind::Exec, Expected::Refused, "/usr/bin/id"),
+    ];
+    // Nobody's until it is moved.
+    let at_first = targets.clone().map(|target| Target { expected: Expected::Either, ..target });
+    let mut traffic = Traffic::start(Command::new("env"), PAUSE, &at_first);
+    let procs = cgroup.join("cgroup.procs");
+    fs::write(&procs, traffic.pid().to_string()).unwrap();
+    // One that runs and forks nothing until the end.
+    let elsewhere = daemon.cgroup("elsewhere");
+    let mut leaver = Command::new("bash")
+        .args(["--norc", "-c", "echo; read -r _; echo $$ > \"$0\"; read -r _"])
+        .arg(elsewhere.path().join("cgroup.procs"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    leaver.stdout.as_mut().unwrap().read_exact(&mut [0]).expect("it runs");
+    fs::write(&procs, leaver.id().to_string()).unwrap();
+    for (number, target) in targets.iter().enumerate() {
+        traffic.expect(number, target.expected);
+    }
+    for _ in 0..10 {
+        daemon.write("outer", &[workload_of("outer", &outer, "")]);
+        is_held_by(&outer);
+        traffic.goes_on(20);
+        daemon.remove("outer");
+        is_held_by(&inner);
+        traffic.goes_on(20);
+    }
+    let reports = traffic.stop();
+    assert_right(&targets, &reports);
+    println!("{reports:#?}");
+    // It is tied to whose it is now: moving itself out ends it.
+    let mut ask = leaver.stdin.take().unwrap();
+    ask.write_all(b"go\n").unwrap();
+    let ended = leaver.wait().unwrap();
+    assert_eq!(ended.signal(), Some(9), "{ended}");
+    drop(ask);
+    daemon.remove("inner");
+    let mut prober = Prober::in_cgroup(&cgroup);
+    until("nobody's without a manifest", || prober.reaches(other.port()));
 }
 
 #[test]

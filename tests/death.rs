@@ -515,10 +515,50 @@ impl Pesterer<'_> {
 
 /// The points that a daemon passes which finds the kernel half of its own build in force.
 fn points_of_a_restart() -> impl Iterator<Item = &'static str> {
-    let others = ["load.", "takeover.", "audit.", "uninstall."];
+    let others = ["load.", "takeover.", "audit.", "uninstall.", "give_way."];
     let is_other = move |point: &str| others.iter().any(|of| point.starts_with(of));
     let points = fault::POINTS.iter().copied();
     points.filter(move |point| !is_other(point) || *point == "load.adopted")
+}
+
+#[test]
+fn a_workload_that_gives_way_to_one_around_it_is_held_wherever_that_is_cut_short() {
+    let mut daemon = Daemon::installed();
+    let (granted, other) = (Reachable::start(), Reachable::start());
+    let (outer, inner) = (identity("outer"), identity("inner"));
+    let around = daemon.cgroup("outer");
+    let cgroup = around.child("inner");
+    let pattern = format!("/{}", daemon.cgroup_name("outer"));
+    daemon.write("scope", &[scope("test:granted", granted.port())]);
+    let grants = [("outer", &outer), ("inner", &inner)]
+        .map(|(name, agent)| grant(name, agent, "test:granted"));
+    daemon.write("grant", &grants);
+    let selected = workload("inner", &format!("{pattern}/inner"), &inner, "enforce");
+    daemon.write("inner", &[selected]);
+    let identity_now = |daemon: &Daemon| daemon.json(["workloads"])[0]["identity"].clone();
+    let mut held = Prober::in_cgroup(&cgroup);
+    for point in ["add.compiled", "hold.tag", "hold.captured", "give_way.added", "remove.released"]
+    {
+        daemon.start();
+        wait_until("it is held", || identity_now(&daemon) == json!(inner));
+        assert!(held.reaches(granted.port()) && !held.reaches(other.port()), "{point}");
+        daemon.kill();
+        // With what lies around it, which a daemon finds that dies of it.
+        daemon.write("outer", &[workload("outer", &pattern, &outer, "enforce")]);
+        daemon.launch(&[(fault::VARIABLE, point)]);
+        let ended = daemon.ended(PATIENCE).unwrap_or_else(|| panic!("{point} is not passed"));
+        assert_eq!(ended.status.signal(), Some(Signal::SIGKILL as i32), "{point}: {ended:?}");
+        for _ in 0..20 {
+            assert!(!held.reaches(other.port()), "{point}: it got out");
+            assert!(held.reaches(granted.port()), "{point}: what is granted is refused");
+        }
+        daemon.start();
+        wait_until("it is the other's", || identity_now(&daemon) == json!(outer));
+        assert_eq!(daemon.workloads().len(), 1, "{point}");
+        assert!(held.reaches(granted.port()) && !held.reaches(other.port()), "{point}");
+        daemon.kill();
+        daemon.remove("outer");
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::allowlist::Permission;
 pub const VERSION: u32 = CURRENT + cfg!(feature = "next-abi") as u32;
 
 /// The version without the feature `next-abi`, with which tests build the daemon of another one.
-const CURRENT: u32 = 3;
+const CURRENT: u32 = 4;
 
 /// Raised with every change to a record that the kernel half itself keeps (membership of cgroups
 /// and tasks, attachments, sockets, counters) or writes for user space (events), or to the meaning

@@ -60,12 +60,17 @@ pub struct Tag {
     /// Row of the counters.
     pub counters: u16,
     mode: u8,
-    /// Whether container runtimes start containers in cgroups below: 1, else 0.
-    starts_containers: u8,
+    /// [`STARTS_CONTAINERS`] and [`GIVES_WAY`], added up.
+    flags: u8,
     /// The allow-list once more. Generations are never used again, so a row whose two ends agree
     /// was not replaced while it was read.
     seal: AllowlistId,
 }
+
+/// Container runtimes start containers in cgroups below.
+const STARTS_CONTAINERS: u8 = 1;
+/// The workload's cgroups become another's.
+const GIVES_WAY: u8 = 2;
 
 impl Tag {
     #[must_use]
@@ -85,7 +90,7 @@ impl Tag {
             identity,
             counters,
             mode: mode as u8,
-            starts_containers: 0,
+            flags: 0,
             seal: allowlist,
         }
     }
@@ -100,13 +105,26 @@ impl Tag {
     /// makes below is allowed.
     #[must_use]
     pub const fn starting_containers(self) -> Self {
-        Self { starts_containers: 1, ..self }
+        Self { flags: self.flags | STARTS_CONTAINERS, ..self }
     }
 
     #[inline(always)]
     #[must_use]
     pub const fn starts_containers(&self) -> bool {
-        self.starts_containers == 1
+        self.flags & STARTS_CONTAINERS != 0
+    }
+
+    /// The tag of a workload whose cgroups become another's: a task that is tied to it and lies in the
+    /// other's belongs to that one already.
+    #[must_use]
+    pub const fn giving_way(self) -> Self {
+        Self { flags: self.flags | GIVES_WAY, ..self }
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn gives_way(&self) -> bool {
+        self.flags & GIVES_WAY != 0
     }
 
     /// Whether this was read whole, and from the row of this workload.

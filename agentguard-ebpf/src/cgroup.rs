@@ -67,7 +67,11 @@ pub(crate) fn by_descent(task: u64) -> Option<WorkloadId> {
 pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
-    let workload = by_descent(parent.address()).or_else(|| maps::member(parent.cgroup()));
+    let workload = match by_descent(parent.address()) {
+        Some(tied) if maps::gives_way(tied) => maps::member(parent.cgroup()).or(Some(tied)),
+        Some(tied) => Some(tied),
+        None => maps::member(parent.cgroup()),
+    };
     let Some(workload) = workload else {
         maps::untie_stale(child.address());
         let cgroup = child.cgroup();
@@ -115,7 +119,10 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     let destination = maps::member(cgroup.id());
     // One that found no room among the tasks may have found it here.
     let by_move = || maps::moved(task.tgid()).map(|moved| moved.workload);
-    let origin = by_descent(task.address()).or_else(by_move);
+    let origin = match by_descent(task.address()).or_else(by_move) {
+        Some(origin) if destination.is_some() && maps::gives_way(origin) => None,
+        origin => origin,
+    };
     match (origin, destination) {
         // The daemon may be about to hear whose the cgroup is.
         (None, None) => entered(task),

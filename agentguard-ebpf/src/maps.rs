@@ -530,6 +530,12 @@ pub(crate) fn task(address: u64) -> Option<WorkloadId> {
     }
 }
 
+/// Whether a workload gives way to the one whose a cgroup is by now.
+#[inline(always)]
+pub(crate) fn gives_way(workload: WorkloadId) -> bool {
+    tag(workload).is_some_and(|tag| tag.gives_way())
+}
+
 /// Ties the task at this address to a workload. `false`: there is no room.
 #[inline(always)]
 pub(crate) fn tie(address: u64, workload: WorkloadId) -> bool {

@@ -30,6 +30,7 @@ pub const POINTS: &[&str] = &[
     "add.compiled",
     "hold.tag",
     "hold.captured",
+    "give_way.added",
     "start.manifests",
     "start.resumed",
     "takeover.link",

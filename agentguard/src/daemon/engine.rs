@@ -109,6 +109,8 @@ pub struct Workload {
     pub containers: Vec<ContainerRef>,
     /// Whether its identity is its own alone, and gone with it.
     pub owns_identity: bool,
+    /// Whether its cgroups are about to be another's.
+    pub gives_way: bool,
 }
 
 impl Workload {
@@ -123,7 +125,8 @@ impl Workload {
 
     /// Containers are started in a pod, and nowhere else.
     fn as_held(&self, tag: Tag) -> Tag {
-        if self.pod.is_some() { tag.starting_containers() } else { tag }
+        let tag = if self.pod.is_some() { tag.starting_containers() } else { tag };
+        if self.gives_way { tag.giving_way() } else { tag }
     }
 
     fn is(&self, identity: &SpiffeId) -> bool {
@@ -246,6 +249,10 @@ pub enum EngineError {
     Move { pid: u32, path: PathBuf, source: io::Error },
     #[error("a workload runs at {path} already")]
     Taken { path: PathBuf },
+    #[error(
+        "the workload at {path} is not held whole yet; those around it and in it stay as they are until it is"
+    )]
+    Unfit { path: PathBuf },
 }
 
 /// A reconciliation that left something as it was; the log says what.
@@ -292,7 +299,6 @@ pub struct Engine {
     /// verdicts as another's.
     counter_rows: BTreeMap<SpiffeId, u16>,
     retired: Vec<(Instant, Rows)>,
-    forgotten: Vec<(Instant, WorkloadId)>,
     /// What was in force when this daemon adopted it, until its own is.
     inherited: Option<(Instant, AllowlistId, RuleSetId)>,
     /// States of grants as last recorded.
@@ -364,7 +370,6 @@ impl Engine {
             next_workload: WorkloadId(workload.0 + 1),
             counter_rows: BTreeMap::new(),
             retired: Vec::new(),
-            forgotten: Vec::new(),
             inherited,
             recorded: BTreeMap::new(),
             next_change: None,
@@ -998,6 +1003,84 @@ impl Engine {
         Ok(id)
     }
 
+    /// The workloads that manifests selected around a cgroup, or in it. They never select both, so that
+    /// those give way to a workload there.
+    #[must_use]
+    pub fn nested(&self, cgroup: &Path) -> Vec<WorkloadId> {
+        let selected =
+            self.workloads.values().filter(|known| known.source == WorkloadSource::Manifest);
+        let nested = selected.filter(|known| are_nested(&known.cgroup, cgroup));
+        nested.map(|known| known.id).collect()
+    }
+
+    /// Prepares workloads for another one around them, or in them. Of tasks that are tied to them the cgroup
+    /// says whose they are, as soon as it is the other's.
+    ///
+    /// # Errors
+    ///
+    /// When a tag can not be switched.
+    pub fn let_give_way(&mut self, others: &[WorkloadId]) -> Result<(), EngineError> {
+        self.switch_giving_way(others, true)
+    }
+
+    /// Takes that back.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn let_stay(&mut self, others: &[WorkloadId]) -> Result<(), EngineError> {
+        self.switch_giving_way(others, false)
+    }
+
+    /// Holds a workload that may have given way, and whose cgroups may be another's.
+    ///
+    /// # Errors
+    ///
+    /// When it can not be held whole.
+    pub fn hold_again(&mut self, id: WorkloadId) -> Result<(), EngineError> {
+        if let Some(workload) = self.workloads.get_mut(&id) {
+            workload.gives_way = false;
+        }
+        self.hold(id)
+    }
+
+    fn switch_giving_way(
+        &mut self,
+        others: &[WorkloadId],
+        gives_way: bool,
+    ) -> Result<(), EngineError> {
+        for other in others {
+            let Some(workload) = self.workloads.get_mut(other) else { continue };
+            workload.gives_way = gives_way;
+            let Some(workload) = self.workloads.get(other) else { continue };
+            // One that is not held whole has a tag that allows nothing, until it is.
+            if !self.unfit.contains_key(other) {
+                self.datapath.switch(*other, workload.tag(self.installed_of(workload)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the workloads around a workload and in it that gave way to it. What they have in common is
+    /// held all the time: by the old one until allow-list, tag and hooks of the new one are in force,
+    /// by both for a moment, and by the new one from then on.
+    ///
+    /// # Errors
+    ///
+    /// When the new one is not held whole; all are held then.
+    pub fn give_way(&mut self, others: &[WorkloadId], to: WorkloadId) -> Result<(), EngineError> {
+        let Some(new) = self.workloads.get(&to) else { return Ok(()) };
+        if others.is_empty() {
+            return Ok(());
+        }
+        if self.unfit.contains_key(&to) {
+            return Err(EngineError::Unfit { path: new.cgroup.clone() });
+        }
+        fault::point("give_way.added");
+        self.remove_all(others);
+        Ok(())
+    }
+
     /// Notes a workload, of which nothing is in the kernel yet.
     fn begin(&mut self, new: NewWorkload, cgroup_id: CgroupId) -> Result<WorkloadId, EngineError> {
         let NewWorkload {
@@ -1014,7 +1097,13 @@ impl Engine {
             containers,
             owns_identity,
         } = new;
-        if self.datapath.workload_of(cgroup_id).is_some_and(|id| self.workloads.contains_key(&id)) {
+        let holder = self.datapath.workload_of(cgroup_id).and_then(|id| self.workloads.get(&id));
+        // What a manifest selects around it goes when this is held.
+        let gives_way = |holder: &Workload| {
+            (holder.source, source) == (WorkloadSource::Manifest, WorkloadSource::Manifest)
+                && are_nested(&holder.cgroup, &cgroup)
+        };
+        if holder.is_some_and(|holder| !gives_way(holder)) {
             return Err(EngineError::Taken { path: cgroup });
         }
         let id = self.next_workload;
@@ -1035,6 +1124,7 @@ impl Engine {
             pod,
             containers,
             owns_identity,
+            gives_way: false,
         });
         Ok(id)
     }
@@ -1467,7 +1557,7 @@ impl Engine {
             }
         }
         // Its last records may still be in a ring.
-        self.forgotten.push((Instant::now(), id));
+        self.names.workload_is_gone(id);
         fault::point("remove.forgotten");
     }
 
@@ -1601,14 +1691,7 @@ impl Engine {
             fault::point("sweep.earlier");
         }
         self.sweep_unix_names();
-        let names = Arc::clone(&self.names);
-        self.forgotten.retain(|(since, id)| {
-            let keep = since.elapsed() < GRACE * 10;
-            if !keep {
-                names.forget_workload(*id);
-            }
-            keep
-        });
+        self.names.forget_gone(GRACE * 10);
         if !self.orphans.is_empty() {
             let members = self.datapath.cgroups().into_iter().map(|(_, workload)| workload);
             let outside = self.datapath.moved().into_iter().map(|(_, moved)| moved.workload);
@@ -1872,7 +1955,7 @@ impl Engine {
                 self.record_workload(id, WorkloadChange::Removed, &[]);
                 let workload = self.workloads.remove(&id).filter(|gone| gone.owns_identity);
                 ended.extend(workload.and_then(|workload| workload.identity));
-                self.forgotten.push((Instant::now(), id));
+                self.names.workload_is_gone(id);
                 match source {
                     WorkloadSource::Exec => self.end_grant(&name),
                     WorkloadSource::Manifest | WorkloadSource::Container => {}
@@ -2061,6 +2144,11 @@ pub fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
 
 /// Whether an error says that there is no such cgroup; one that is removed while it is read says so
 /// in its own way.
+/// Whether one cgroup lies in the other; none lies in itself.
+pub(super) fn are_nested(one: &Path, other: &Path) -> bool {
+    one != other && (one.starts_with(other) || other.starts_with(one))
+}
+
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)

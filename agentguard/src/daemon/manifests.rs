@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use agentguard_common::WorkloadId;
 use jiff::Timestamp;
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
 use super::custom_resources::CustomResources;
-use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource};
+use super::engine::{Engine, EngineError, NewWorkload, WorkloadSource, are_nested};
 use super::last_good::{self, Files, Said};
 use super::service::Shared;
 use crate::audit::record::{ManifestErrorRecord, RecordBody};
@@ -78,6 +79,8 @@ pub struct Sources {
     selectors: Vec<WorkloadDocument>,
     /// Found, but not held yet.
     waiting: Vec<Discovered>,
+    /// No longer selected, and held until the one that lies around or in it is.
+    leaving: Vec<PathBuf>,
     writing: Arc<Writing>,
 }
 
@@ -165,6 +168,7 @@ impl Sources {
             cgroups: super::cgroup_source(shared),
             selectors: Vec::new(),
             waiting: Vec::new(),
+            leaving: Vec::new(),
             writing,
         }
     }
@@ -325,7 +329,7 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
     for problem in &found.problems {
         tracing::debug!(%problem, "workloads contradict each other");
     }
-    let mut gone = Vec::new();
+    let mut gone = std::mem::take(&mut sources.leaving);
     let mut appeared = std::mem::take(&mut sources.waiting);
     for event in found.events {
         match event {
@@ -342,10 +346,40 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
     // What goes and comes in one scan is changed, and held all the while.
     gone.retain(|gone| appeared.iter().all(|found| found.cgroup != *gone));
     let has_changed = !gone.is_empty() || !appeared.is_empty();
-    // Each by itself, so that others get their turn while many come or go.
-    for cgroup in gone {
+    // So is what comes around one that goes, or in it: the new one takes its cgroups over. All others
+    // go first, and leave their room.
+    let (taken_over, gone) = nested_in(gone, &appeared);
+    let_go(shared, &gone);
+    for workload in appeared {
+        if let Err(error) = take_in(&mut shared.engine(), &workload) {
+            tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
+            sources.waiting.push(workload);
+        }
+    }
+    let (leaving, gone) = nested_in(taken_over, &sources.waiting);
+    let_go(shared, &gone);
+    sources.leaving = leaving;
+    if has_changed {
+        // One that a restart does not know is held for as long as its cgroup is there, whatever the
+        // manifests say by then.
+        super::save(shared);
+    }
+}
+
+/// The cgroups that lie around one of `others` or in one, and those that do not.
+fn nested_in(cgroups: Vec<PathBuf>, others: &[Discovered]) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    cgroups.into_iter().partition(|cgroup| {
+        let is_nested = |other: &Discovered| are_nested(cgroup, &other.cgroup);
+        others.iter().any(is_nested)
+    })
+}
+
+/// Lets go the workloads that manifests selected, each by itself, so that others get their turn while many
+/// go.
+fn let_go(shared: &Shared, cgroups: &[PathBuf]) {
+    for cgroup in cgroups {
         let mut engine = shared.engine();
-        let cgroup = below(&engine, &cgroup);
+        let cgroup = below(&engine, cgroup);
         let id = engine
             .workload_at(&cgroup)
             .filter(|workload| workload.source == WorkloadSource::Manifest)
@@ -353,17 +387,6 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
         if let Some(id) = id {
             engine.remove(id);
         }
-    }
-    for workload in appeared {
-        if let Err(error) = take_in(&mut shared.engine(), &workload) {
-            tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
-            sources.waiting.push(workload);
-        }
-    }
-    if has_changed {
-        // One that a restart does not know is held for as long as its cgroup is there, whatever the
-        // manifests say by then.
-        super::save(shared);
     }
 }
 
@@ -390,29 +413,55 @@ pub fn let_go_unselected(shared: &Shared, sources: &Sources) {
 
 fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
     let cgroup = below(engine, &found.cgroup);
-    if let Some(known) = engine.workload_at(&cgroup) {
-        let id = known.id;
-        if known.cgroup_id == found.id {
-            return engine.change(id, Some(found.identity.clone()), found.mode);
+    let before = engine.nested(&cgroup);
+    engine.let_give_way(&before)?;
+    match hold(engine, found, cgroup, !before.is_empty()) {
+        Ok(id) => engine.give_way(&before, id),
+        Err(error) => {
+            engine.let_stay(&before)?;
+            Err(error)
         }
-        // Another cgroup of the same name; the one that was held is gone.
-        engine.remove(id);
     }
-    engine.add(NewWorkload {
-        name: found.name.clone(),
-        identity: Some(found.identity.clone()),
-        cgroup,
-        mode: found.mode,
-        source: WorkloadSource::Manifest,
-        owner: found.owner_uid,
-        unit: None,
-        launch: Vec::new(),
-        inherited: Vec::new(),
-        pod: None,
-        containers: Vec::new(),
-        owns_identity: false,
-    })?;
-    Ok(())
+}
+
+/// Makes a cgroup a workload's, or brings the workload there up to date, whose cgroups may be another's
+/// by now where there are others around it or in it.
+fn hold(
+    engine: &mut Engine,
+    found: &Discovered,
+    cgroup: PathBuf,
+    are_others: bool,
+) -> Result<WorkloadId, EngineError> {
+    let known = engine.workload_at(&cgroup).map(|known| (known.id, known.cgroup_id));
+    match known {
+        Some((id, cgroup_id)) if cgroup_id == found.id => {
+            engine.change(id, Some(found.identity.clone()), found.mode)?;
+            if are_others {
+                engine.hold_again(id)?;
+            }
+            Ok(id)
+        }
+        known => {
+            if let Some((id, _)) = known {
+                // Another cgroup of the same name; the one that was held is gone.
+                engine.remove(id);
+            }
+            engine.add(NewWorkload {
+                name: found.name.clone(),
+                identity: Some(found.identity.clone()),
+                cgroup,
+                mode: found.mode,
+                source: WorkloadSource::Manifest,
+                owner: found.owner_uid,
+                unit: None,
+                launch: Vec::new(),
+                inherited: Vec::new(),
+                pod: None,
+                containers: Vec::new(),
+                owns_identity: false,
+            })
+        }
+    }
 }
 
 fn below(engine: &Engine, cgroup: &Path) -> PathBuf {

@@ -4,8 +4,10 @@
 //! keeps its word for a while after nothing has it any more, so that a record that waited in a ring is
 //! still told rightly after a change. No number is given out twice. Locked for single look-ups only.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use agentguard_common::{GrantId, IdentityId, ScopeId, WorkloadId};
 use serde::{Deserialize, Serialize};
@@ -17,6 +19,13 @@ use crate::identity::container::PodName;
 /// How many numbers a restart leaves out, beyond those that it knows to be given out: what was given out
 /// just before a daemon died is not written down, and the kernel or a record may remember it.
 pub(super) const NUMBERS_AHEAD: u32 = 1024;
+
+/// Words and workloads that are kept for records that wait, at the most: while the log can not be written
+/// nothing is forgotten otherwise.
+const MOST_KEPT: usize = 65_536;
+/// Rounds of the witness after which all is told that was in the rings when they were counted: one was
+/// going on then.
+const WHOLE_ROUNDS: u64 = 2;
 
 /// Words by number, from 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,6 +153,16 @@ struct Words {
     scopes: Numbered,
     grants: Numbered,
     workloads: HashMap<WorkloadId, WorkloadName>,
+    /// Those that are gone, since when and after how many rounds of the witness.
+    gone: VecDeque<(WorkloadId, Instant, u64)>,
+    /// After how many rounds it was last asked which words have no use.
+    asked: u64,
+}
+
+impl Words {
+    fn count(&self) -> usize {
+        [&self.identities, &self.scopes, &self.grants].map(|kind| kind.words.len()).iter().sum()
+    }
 }
 
 /// What survives a restart: a record may still be in a ring.
@@ -157,18 +176,23 @@ pub struct SavedNames {
 
 /// The words behind the numbers.
 #[derive(Debug, Default)]
-pub struct Names(RwLock<Words>);
+pub struct Names {
+    words: RwLock<Words>,
+    /// How often the witness has found nothing in the rings that was not written.
+    rounds: AtomicU64,
+}
 
 impl Names {
     #[must_use]
     pub fn restore(saved: SavedNames) -> Self {
         let SavedNames { identities, scopes, grants } = saved;
-        Self(RwLock::new(Words {
+        let words = Words {
             identities: identities.restored(),
             scopes: scopes.restored(),
             grants: grants.restored(),
-            workloads: HashMap::new(),
-        }))
+            ..Words::default()
+        };
+        Self { words: RwLock::new(words), rounds: AtomicU64::new(0) }
     }
 
     #[must_use]
@@ -208,15 +232,30 @@ impl Names {
         self.read().grants.word(number.0)
     }
 
-    /// Forgets the words that nothing has any more, the second time that this finds them so: until
-    /// then a record in a ring may have their numbers. Whether there was one.
+    /// Notes that whatever was in the rings lately is written.
+    pub fn note_all_told(&self) {
+        self.rounds.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Acquire)
+    }
+
+    /// Forgets the words that nothing has any more, the second time that this finds them so, and all that
+    /// was in the rings the first time is written: until then a record may have their numbers. Whether
+    /// there was one.
     pub fn forget_unused(
         &self,
         is_identity: impl Fn(&str) -> bool,
         is_scope: impl Fn(&str) -> bool,
         is_grant: impl Fn(&str) -> bool,
     ) -> bool {
+        let rounds = self.rounds();
         let mut words = self.write();
+        if rounds < words.asked + WHOLE_ROUNDS && words.count() < MOST_KEPT {
+            return false;
+        }
+        words.asked = rounds;
         let identities = words.identities.forget_unused(is_identity);
         let scopes = words.scopes.forget_unused(is_scope);
         let grants = words.grants.forget_unused(is_grant);
@@ -240,9 +279,25 @@ impl Names {
         }
     }
 
-    /// To be called a while after the workload is gone, when its last records are written.
-    pub fn forget_workload(&self, id: WorkloadId) {
-        self.write().workloads.remove(&id);
+    /// Notes that a workload is gone. Its name is kept for its last records.
+    pub fn workload_is_gone(&self, id: WorkloadId) {
+        let rounds = self.rounds();
+        self.write().gone.push_back((id, Instant::now(), rounds));
+    }
+
+    /// Forgets the workloads that are gone since `grace` at least and whose last records are written. Some
+    /// of those may have been put in a ring a moment after the end.
+    pub fn forget_gone(&self, grace: Duration) {
+        let rounds = self.rounds();
+        let mut words = self.write();
+        while let Some((id, since, before)) = words.gone.front().copied() {
+            let is_told = since.elapsed() >= grace && rounds >= before + WHOLE_ROUNDS;
+            if !is_told && words.gone.len() <= MOST_KEPT {
+                break;
+            }
+            words.gone.pop_front();
+            words.workloads.remove(&id);
+        }
     }
 
     #[must_use]
@@ -252,11 +307,11 @@ impl Names {
 
     // A thread that panicked while it held the lock left whole words: each change is one insert.
     fn read(&self) -> RwLockReadGuard<'_, Words> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.words.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Words> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        self.words.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -301,6 +356,8 @@ mod tests {
             names.grant(word);
         }
         let forget = |used: &'static [&'static str]| {
+            names.note_all_told();
+            names.note_all_told();
             names.forget_unused(|_| true, |_| true, |word| used.contains(&word))
         };
         assert!(!forget(&["a"]));
@@ -313,5 +370,61 @@ mod tests {
         let saved = serde_json::to_string(&names.save()).unwrap();
         let names = Names::restore(serde_json::from_str(&saved).unwrap());
         assert_eq!(names.grant("d"), GrantId(4 + NUMBERS_AHEAD + 1));
+    }
+
+    #[test]
+    fn nothing_is_forgotten_before_the_records_that_name_it_are_written() {
+        let (gone, name) = (WorkloadId(7), || WorkloadName {
+            name: "gone".to_owned(),
+            cgroup: "/gone".to_owned(),
+            unit: None,
+            pod: None,
+            containers: BTreeMap::new(),
+        });
+        let names = Names::default();
+        let grant = names.grant("a");
+        names.name_workload(gone, name());
+        names.workload_is_gone(gone);
+        let forget = || {
+            names.forget_gone(Duration::ZERO);
+            names.forget_unused(|_| false, |_| false, |_| false);
+        };
+        // However often it is asked while records wait; a round that goes on already may have read on.
+        for _ in 0..4 {
+            forget();
+            assert!(names.workload(gone).is_some() && names.grant_word(grant).is_some());
+        }
+        names.note_all_told();
+        forget();
+        assert!(names.workload(gone).is_some() && names.grant_word(grant).is_some());
+        names.note_all_told();
+        forget();
+        assert_eq!(names.workload(gone), None);
+        // Only now is it known to be unused.
+        assert_eq!(names.grant_word(grant).as_deref(), Some("a"));
+        names.note_all_told();
+        names.note_all_told();
+        forget();
+        assert_eq!(names.grant_word(grant), None);
+        // A moment is left to it where all is written, too.
+        names.name_workload(gone, name());
+        names.workload_is_gone(gone);
+        names.note_all_told();
+        names.note_all_told();
+        names.forget_gone(Duration::from_secs(3600));
+        assert!(names.workload(gone).is_some());
+    }
+
+    #[test]
+    fn what_is_kept_for_records_that_wait_is_bounded() {
+        let names = Names::default();
+        for number in 0..=MOST_KEPT as u32 {
+            names.workload_is_gone(WorkloadId(number));
+            names.grant(&number.to_string());
+        }
+        names.forget_gone(Duration::ZERO);
+        assert_eq!(names.read().gone.len(), MOST_KEPT);
+        assert!(!names.forget_unused(|_| true, |_| true, |_| false));
+        assert!(names.forget_unused(|_| true, |_| true, |_| false));
     }
 }

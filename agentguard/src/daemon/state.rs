@@ -149,6 +149,7 @@ impl From<&Workload> for SavedWorkload {
             pod,
             containers,
             owns_identity,
+            gives_way: _,
         } = workload.clone();
         Self {
             id: id.0,
@@ -223,6 +224,7 @@ impl SavedWorkload {
             pod: pod.map(PodName::from),
             containers: containers.into_iter().map(ContainerRef::from).collect(),
             owns_identity,
+            gives_way: false,
         })
     }
 }

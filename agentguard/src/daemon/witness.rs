@@ -115,6 +115,10 @@ impl Witness {
             if stopping {
                 return;
             }
+            // Told to stop meanwhile, it may have left some.
+            if !stop.load(Ordering::Acquire) {
+                self.names.note_all_told();
+            }
             if let Err(error) = rings.wait(NAP) {
                 tracing::error!(%error, "the rings of records can not be watched; reading on");
                 std::thread::sleep(NAP);

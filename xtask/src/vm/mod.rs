@@ -249,7 +249,7 @@ fn run_nowhere(suites: &[Suite]) -> Vec<String> {
         of_a_package
             || is_left_to_all(&suite.name, test)
             || given(suites::THIS_KERNEL)
-            || ROWS.iter().any(|row| given(row.promises) && row.tests.include(&suite.name, test))
+            || ROWS.iter().any(|row| given(row.promises) && row.include(&suite.name, test))
     };
     let of = |suite: &Suite| {
         let left_out = suite.tests().filter(|test| !is_run(suite, test));
@@ -370,7 +370,7 @@ impl<'a> Host<'a> {
             let matches = |test: &str| wanted.filter.is_none_or(|part| test.contains(part));
             let chosen = |test: &str| {
                 wanted.all
-                    || row.tests.include(&suite.name, test)
+                    || row.include(&suite.name, test)
                     || wanted.attacks && is_attack(&suite.name, test)
             };
             let selection = suite.select(row.promises, |test| matches(test) && chosen(test));
