@@ -213,12 +213,12 @@ fn a_change_of_mode_or_identity_leaves_no_gap() {
 }
 
 #[test]
-fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
+fn a_workload_around_others_and_those_in_another_take_over_without_a_gap() {
     let daemon = Daemon::started();
     let (server, other) = (Reachable::start(), Reachable::start());
     let (outer, inner) = (identity("outer"), identity("inner"));
     let around = daemon.cgroup("outer");
-    let cgroup = around.child("inner");
+    let cgroups = ["one", "two"].map(|name| around.child(name));
     let mut spec = scope("test:server", server.port())["spec"].clone();
     spec["exec"] = json!([{"path": "/bin/true"}]);
     daemon.write("scope", &[scope_of("test:server", spec)]);
@@ -229,13 +229,14 @@ fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
         let pattern = format!("/{}{below}", daemon.cgroup_name("outer"));
         workload(name, &pattern, agent, "enforce")
     };
-    daemon.write("inner", &[workload_of("inner", &inner, "/inner")]);
+    daemon.write("inner", &[workload_of("inner", &inner, "/*")]);
     let identities = || -> Vec<Value> {
         let workloads = daemon.json(["workloads"]);
         workloads.as_array().unwrap().iter().map(|known| known["identity"].clone()).collect()
     };
     let is_held_by = |agent: &str| {
-        until("it is the workload's", || identities() == [json!(agent)]);
+        let number = if agent == outer { 1 } else { cgroups.len() };
+        until("it is the workload's", || identities() == vec![json!(agent); number]);
     };
     is_held_by(&inner);
     let place = |port: u16| format!("127.0.0.1:{port}");
@@ -247,9 +248,12 @@ fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
     ];
     // Nobody's until it is moved.
     let at_first = targets.clone().map(|target| Target { expected: Expected::Either, ..target });
-    let mut traffic = Traffic::start(Command::new("env"), PAUSE, &at_first);
-    let procs = cgroup.join("cgroup.procs");
-    fs::write(&procs, traffic.pid().to_string()).unwrap();
+    let procs = cgroups.each_ref().map(|cgroup| cgroup.join("cgroup.procs"));
+    let mut traffics = procs.each_ref().map(|procs| {
+        let traffic = Traffic::start(Command::new("env"), PAUSE, &at_first);
+        fs::write(procs, traffic.pid().to_string()).unwrap();
+        traffic
+    });
     // One that runs and forks nothing until the end.
     let elsewhere = daemon.cgroup("elsewhere");
     let mut leaver = Command::new("bash")
@@ -260,21 +264,23 @@ fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
         .spawn()
         .unwrap();
     leaver.stdout.as_mut().unwrap().read_exact(&mut [0]).expect("it runs");
-    fs::write(&procs, leaver.id().to_string()).unwrap();
+    fs::write(&procs[1], leaver.id().to_string()).unwrap();
     for (number, target) in targets.iter().enumerate() {
-        traffic.expect(number, target.expected);
+        traffics.iter_mut().for_each(|traffic| traffic.expect(number, target.expected));
     }
     for _ in 0..10 {
         daemon.write("outer", &[workload_of("outer", &outer, "")]);
         is_held_by(&outer);
-        traffic.goes_on(20);
+        traffics.iter_mut().for_each(|traffic| traffic.goes_on(20));
         daemon.remove("outer");
         is_held_by(&inner);
-        traffic.goes_on(20);
+        traffics.iter_mut().for_each(|traffic| traffic.goes_on(20));
     }
-    let reports = traffic.stop();
-    assert_right(&targets, &reports);
-    println!("{reports:#?}");
+    for traffic in traffics {
+        let reports = traffic.stop();
+        assert_right(&targets, &reports);
+        println!("{reports:#?}");
+    }
     // It is tied to whose it is now: moving itself out ends it.
     let mut ask = leaver.stdin.take().unwrap();
     ask.write_all(b"go\n").unwrap();
@@ -282,7 +288,7 @@ fn a_workload_around_another_and_one_in_another_take_over_without_a_gap() {
     assert_eq!(ended.signal(), Some(9), "{ended}");
     drop(ask);
     daemon.remove("inner");
-    let mut prober = Prober::in_cgroup(&cgroup);
+    let mut prober = Prober::in_cgroup(&cgroups[0]);
     until("nobody's without a manifest", || prober.reaches(other.port()));
 }
 

@@ -120,7 +120,14 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
     // One that found no room among the tasks may have found it here.
     let by_move = || maps::moved(task.tgid()).map(|moved| moved.workload);
     let origin = match by_descent(task.address()).or_else(by_move) {
-        Some(origin) if destination.is_some() && maps::gives_way(origin) => None,
+        // As the daemon ties it to the workload whose the cgroup is now. Who moves itself leaves.
+        Some(origin)
+            if destination.is_some()
+                && maps::gives_way(origin)
+                && matches!(mover(), Mover::Host) =>
+        {
+            None
+        }
         origin => origin,
     };
     match (origin, destination) {
@@ -130,6 +137,7 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
             if !maps::tie(task.address(), workload) {
                 without_room(Full::Tasks, task, cgroup.id(), workload);
             }
+            maps::unfollow(task.tgid());
             entered(task);
         }
         (Some(origin), Some(destination)) if origin == destination => {

@@ -1013,38 +1013,14 @@ impl Engine {
         nested.map(|known| known.id).collect()
     }
 
-    /// Prepares workloads for another one around them, or in them. Of tasks that are tied to them the cgroup
-    /// says whose they are, as soon as it is the other's.
+    /// Prepares workloads for another one around them, or in them, or takes that back. Of tasks that are
+    /// tied to them the cgroup says whose they are, as soon as it is the other's. The hooks of both hold
+    /// what lies in both until the ones that gave way are removed.
     ///
     /// # Errors
     ///
     /// When a tag can not be switched.
-    pub fn let_give_way(&mut self, others: &[WorkloadId]) -> Result<(), EngineError> {
-        self.switch_giving_way(others, true)
-    }
-
-    /// Takes that back.
-    ///
-    /// # Errors
-    ///
-    /// As above.
-    pub fn let_stay(&mut self, others: &[WorkloadId]) -> Result<(), EngineError> {
-        self.switch_giving_way(others, false)
-    }
-
-    /// Holds a workload that may have given way, and whose cgroups may be another's.
-    ///
-    /// # Errors
-    ///
-    /// When it can not be held whole.
-    pub fn hold_again(&mut self, id: WorkloadId) -> Result<(), EngineError> {
-        if let Some(workload) = self.workloads.get_mut(&id) {
-            workload.gives_way = false;
-        }
-        self.hold(id)
-    }
-
-    fn switch_giving_way(
+    pub fn let_give_way(
         &mut self,
         others: &[WorkloadId],
         gives_way: bool,
@@ -1053,32 +1029,39 @@ impl Engine {
             let Some(workload) = self.workloads.get_mut(other) else { continue };
             workload.gives_way = gives_way;
             let Some(workload) = self.workloads.get(other) else { continue };
-            // One that is not held whole has a tag that allows nothing, until it is.
-            if !self.unfit.contains_key(other) {
-                self.datapath.switch(*other, workload.tag(self.installed_of(workload)))?;
-            }
+            let tag = match self.unfit.contains_key(other) {
+                true => self.tag_of_nothing(workload),
+                false => workload.tag(self.installed_of(workload)),
+            };
+            self.datapath.switch(*other, tag)?;
         }
         Ok(())
     }
 
-    /// Ends the workloads around a workload and in it that gave way to it. What they have in common is
-    /// held all the time: by the old one until allow-list, tag and hooks of the new one are in force,
-    /// by both for a moment, and by the new one from then on.
+    /// Holds a workload that may have given way, and whose cgroups may be another's. Where it can not be
+    /// held whole, it is refused everything until it can.
+    pub fn hold_again(&mut self, id: WorkloadId) {
+        if let Some(workload) = self.workloads.get_mut(&id) {
+            workload.gives_way = false;
+        }
+        if let Err(error) = self.hold(id) {
+            tracing::error!(%error, "a workload is refused everything; trying again");
+            self.unfit.insert(id, error.to_string());
+        }
+    }
+
+    /// Makes sure that a workload is held whole, so that those that give way to it can go.
     ///
     /// # Errors
     ///
-    /// When the new one is not held whole; all are held then.
-    pub fn give_way(&mut self, others: &[WorkloadId], to: WorkloadId) -> Result<(), EngineError> {
-        let Some(new) = self.workloads.get(&to) else { return Ok(()) };
-        if others.is_empty() {
-            return Ok(());
+    /// When it is not.
+    pub fn must_be_whole(&self, id: WorkloadId) -> Result<(), EngineError> {
+        match self.workloads.get(&id) {
+            Some(workload) if self.unfit.contains_key(&id) => {
+                Err(EngineError::Unfit { path: workload.cgroup.clone() })
+            }
+            Some(_) | None => Ok(()),
         }
-        if self.unfit.contains_key(&to) {
-            return Err(EngineError::Unfit { path: new.cgroup.clone() });
-        }
-        fault::point("give_way.added");
-        self.remove_all(others);
-        Ok(())
     }
 
     /// Notes a workload, of which nothing is in the kernel yet.
@@ -1348,7 +1331,8 @@ impl Engine {
         let installed = self.installed_of(workload);
         let (number, counters) = installed
             .map_or((IdentityId::NONE, OTHER), |installed| (installed.number, installed.counters));
-        Tag::new(number, workload.mode, AllowlistId::NONE, RuleSetId::NONE, counters)
+        let nothing = Tag::new(number, workload.mode, AllowlistId::NONE, RuleSetId::NONE, counters);
+        if workload.gives_way { nothing.giving_way() } else { nothing }
     }
 
     /// Puts this build in force in the place of another one, once it holds all that there is: at once
@@ -1983,6 +1967,17 @@ impl Engine {
             }
             self.reconcile();
         }
+        // What was begun and never written down goes when the last of its cgroups has gone. Tasks that are
+        // tied to it may lie in what is about to be another's again.
+        let in_kernel = self.datapath.workloads().into_iter();
+        let unknown: Vec<(WorkloadId, Tag)> =
+            in_kernel.filter(|(id, _)| !self.workloads.contains_key(id)).collect();
+        for (id, tag) in &unknown {
+            if let Err(error) = self.datapath.switch(*id, tag.giving_way()) {
+                tracing::error!(%error, "a workload that was begun does not give way");
+            }
+        }
+        self.orphans = unknown.into_iter().map(|(id, _)| id).collect();
         let ids: Vec<WorkloadId> = self.workloads.keys().copied().collect();
         for id in ids {
             if let Err(error) = self.hold(id) {
@@ -1991,9 +1986,6 @@ impl Engine {
                 whole = false;
             }
         }
-        // What was begun and never written down goes when the last of its cgroups has gone.
-        let in_kernel = self.datapath.workloads().into_iter().map(|(id, _)| id);
-        self.orphans = in_kernel.filter(|id| !self.workloads.contains_key(id)).collect();
         self.dirty = true;
         whole && !self.unsettled
     }
@@ -2142,13 +2134,13 @@ pub fn populated(cgroup: &Path) -> io::Result<Option<bool>> {
     }
 }
 
-/// Whether an error says that there is no such cgroup; one that is removed while it is read says so
-/// in its own way.
 /// Whether one cgroup lies in the other; none lies in itself.
 pub(super) fn are_nested(one: &Path, other: &Path) -> bool {
     one != other && (one.starts_with(other) || other.starts_with(one))
 }
 
+/// Whether an error says that there is no such cgroup; one that is removed while it is read says so
+/// in its own way.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)

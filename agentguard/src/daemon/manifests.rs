@@ -23,6 +23,7 @@ use super::last_good::{self, Files, Said};
 use super::service::Shared;
 use crate::audit::record::{ManifestErrorRecord, RecordBody};
 use crate::audit::text::Text;
+use crate::fault;
 use crate::identity::WorkloadDocument;
 use crate::identity::cgroup::{CgroupSource, CgroupWatch};
 use crate::identity::source::{Discovered, IdentityEvent, IdentitySource as _};
@@ -393,7 +394,7 @@ fn let_go(shared: &Shared, cgroups: &[PathBuf]) {
 /// Lets go the workloads of an earlier daemon that no manifest selects any more. With an error in
 /// a manifest of which it is not known what it said before, it is not known which those are, and
 /// all stay held.
-pub fn let_go_unselected(shared: &Shared, sources: &Sources) {
+pub fn let_go_unselected(shared: &Shared, sources: &mut Sources) {
     let mut engine = shared.engine();
     if !sources.remembers && !engine.manifests.errors.is_empty() {
         return;
@@ -404,21 +405,34 @@ pub fn let_go_unselected(shared: &Shared, sources: &Sources) {
         .workloads()
         .filter(|workload| workload.source == WorkloadSource::Manifest)
         .filter(|workload| !selected.contains(&workload.cgroup))
-        .map(|workload| workload.id)
+        .map(|workload| (workload.id, workload.cgroup.clone()))
         .collect();
-    for id in unselected {
-        engine.remove(id);
+    for (id, cgroup) in unselected {
+        let Ok(path) = cgroup.strip_prefix(engine.cgroup_root()) else { continue };
+        let path = Path::new("/").join(path);
+        if sources.waiting.iter().any(|found| are_nested(&path, &found.cgroup)) {
+            sources.leaving.push(path);
+        } else {
+            engine.remove(id);
+        }
     }
 }
 
 fn take_in(engine: &mut Engine, found: &Discovered) -> Result<(), EngineError> {
     let cgroup = below(engine, &found.cgroup);
     let before = engine.nested(&cgroup);
-    engine.let_give_way(&before)?;
-    match hold(engine, found, cgroup, !before.is_empty()) {
-        Ok(id) => engine.give_way(&before, id),
+    let held = engine
+        .let_give_way(&before, true)
+        .and_then(|()| hold(engine, found, cgroup, !before.is_empty()));
+    match held {
+        // It may hold part of their cgroups by now. They give way until it has all, and are let go then.
+        Ok(id) if !before.is_empty() => {
+            fault::point("give_way.added");
+            engine.must_be_whole(id)
+        }
+        Ok(_) => Ok(()),
         Err(error) => {
-            engine.let_stay(&before)?;
+            engine.let_give_way(&before, false)?;
             Err(error)
         }
     }
@@ -432,17 +446,19 @@ fn hold(
     cgroup: PathBuf,
     are_others: bool,
 ) -> Result<WorkloadId, EngineError> {
-    let known = engine.workload_at(&cgroup).map(|known| (known.id, known.cgroup_id));
+    let known = engine
+        .workload_at(&cgroup)
+        .map(|known| (known.id, known.cgroup_id, known.gives_way || are_others));
     match known {
-        Some((id, cgroup_id)) if cgroup_id == found.id => {
+        Some((id, cgroup_id, may_be_anothers)) if cgroup_id == found.id => {
             engine.change(id, Some(found.identity.clone()), found.mode)?;
-            if are_others {
-                engine.hold_again(id)?;
+            if may_be_anothers {
+                engine.hold_again(id);
             }
             Ok(id)
         }
         known => {
-            if let Some((id, _)) = known {
+            if let Some((id, ..)) = known {
                 // Another cgroup of the same name; the one that was held is gone.
                 engine.remove(id);
             }

@@ -329,7 +329,7 @@ fn set_up(
     containers::tell_runtimes(&shared);
     // Only now: what is new would be unknown to an earlier build in force.
     manifests::scan(&shared, &mut sources);
-    manifests::let_go_unselected(&shared, &sources);
+    manifests::let_go_unselected(&shared, &mut sources);
     save(&shared);
     fault::point("start.saved");
     Ok(Parts { shared, sources, witness, stop, lines, _locks: locks })
