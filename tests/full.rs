@@ -249,6 +249,50 @@ fn workloads_that_find_no_room_are_refused_everything() {
     wait_until("the denials are recorded", || without_room(&daemon) > 0);
 }
 
+#[test]
+fn what_takes_over_and_finds_no_room_lets_nothing_go() {
+    let mut daemon = small(&json!({"cgroups": 8, "workloads": 2}));
+    let (granted, other) = (Reachable::start(), Reachable::start());
+    let (inner, outer) = (identity("inner"), identity("outer"));
+    daemon.write("scope", &[scope("test:granted", granted.port())]);
+    let grants = [("inner", &inner), ("outer", &outer)]
+        .map(|(name, agent)| grant(name, agent, "test:granted"));
+    daemon.write("grant", &grants);
+    let around = daemon.cgroup("outer");
+    let cgroup = around.child("inner");
+    let pattern = format!("/{}", daemon.cgroup_name("outer"));
+    let selected = workload("inner", &format!("{pattern}/inner"), &inner, "enforce");
+    daemon.write("inner", &[selected]);
+    daemon.start();
+    let mut held = Prober::in_cgroup(&cgroup);
+    assert!(held.reaches(granted.port()) && !held.reaches(other.port()));
+    let names = |daemon: &Daemon| {
+        let listed = daemon.json(["workloads"]);
+        let names = listed.as_array().unwrap().iter().map(|one| one["name"].clone());
+        names.collect::<Vec<_>>()
+    };
+    for is_taken_back in [true, false] {
+        let more: Vec<_> = (0..24).map(|number| around.child(&format!("more-{number}"))).collect();
+        daemon.write("outer", &[workload("outer", &pattern, &outer, "enforce")]);
+        wait_until("it is said", || gaps(&daemon).contains("outer is refused everything"));
+        for _ in 0..20 {
+            assert!(!held.reaches(other.port()), "it is let go where there is no room");
+        }
+        if is_taken_back {
+            daemon.remove("outer");
+            wait_until("it is the first one's again", || names(&daemon) == ["inner"]);
+            assert!(!held.reaches(other.port()) && held.reaches(granted.port()));
+        }
+        for cgroup in more {
+            fs::remove_dir(cgroup).unwrap();
+        }
+    }
+    wait_until("it is taken over where there is room", || names(&daemon) == ["outer"]);
+    assert!(!held.reaches(other.port()) && held.reaches(granted.port()));
+    let tells = daemon.said().matches("a workload is not held; trying again").count();
+    assert_eq!(tells, 2, "once for each time: {}", daemon.said());
+}
+
 /// How many workloads of an identity a layer holds so far.
 fn protection(daemon: &Daemon, identity: &str, layer: &str, protection: &str) -> u64 {
     let rows = daemon.metrics("agentguard_workload_protection");

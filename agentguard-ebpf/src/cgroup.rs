@@ -68,6 +68,7 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
     let parent = Task(ctx.arg(0));
     let child = Task(ctx.arg(1));
     let workload = match by_descent(parent.address()) {
+        // The parent's cgroup may be another's by now, and not the child's alone.
         Some(tied) if maps::gives_way(tied) => maps::member(parent.cgroup()).or(Some(tied)),
         Some(tied) => Some(tied),
         None => maps::member(parent.cgroup()),

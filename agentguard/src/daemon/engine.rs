@@ -250,7 +250,7 @@ pub enum EngineError {
     #[error("a workload runs at {path} already")]
     Taken { path: PathBuf },
     #[error(
-        "the workload at {path} is not held whole yet; those around it and in it stay as they are until it is"
+        "the workload at {path} is not held whole yet, `agentguard status` says why; those around it and in it are not let go until it is"
     )]
     Unfit { path: PathBuf },
 }
@@ -1041,8 +1041,11 @@ impl Engine {
     /// Holds a workload that may have given way, and whose cgroups may be another's. Where it can not be
     /// held whole, it is refused everything until it can.
     pub fn hold_again(&mut self, id: WorkloadId) {
-        if let Some(workload) = self.workloads.get_mut(&id) {
-            workload.gives_way = false;
+        let Some(workload) = self.workloads.get_mut(&id) else { return };
+        let gave_way = std::mem::take(&mut workload.gives_way);
+        if !gave_way && self.unfit.contains_key(&id) {
+            // Each tick tries that.
+            return;
         }
         if let Err(error) = self.hold(id) {
             tracing::error!(%error, "a workload is refused everything; trying again");

@@ -332,6 +332,7 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
     }
     let mut gone = std::mem::take(&mut sources.leaving);
     let mut appeared = std::mem::take(&mut sources.waiting);
+    let told: BTreeSet<PathBuf> = appeared.iter().map(|found| found.cgroup.clone()).collect();
     for event in found.events {
         match event {
             IdentityEvent::Appeared(workload) => {
@@ -353,7 +354,10 @@ pub fn scan(shared: &Shared, sources: &mut Sources) {
     let_go(shared, &gone);
     for workload in appeared {
         if let Err(error) = take_in(&mut shared.engine(), &workload) {
-            tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
+            // Once, since an agent can have the tree looked through as often as it makes a cgroup.
+            if !told.contains(&workload.cgroup) {
+                tracing::error!(%error, workload = workload.name, "a workload is not held; trying again");
+            }
             sources.waiting.push(workload);
         }
     }
@@ -408,12 +412,13 @@ pub fn let_go_unselected(shared: &Shared, sources: &mut Sources) {
         .map(|workload| (workload.id, workload.cgroup.clone()))
         .collect();
     for (id, cgroup) in unselected {
-        let Ok(path) = cgroup.strip_prefix(engine.cgroup_root()) else { continue };
-        let path = Path::new("/").join(path);
-        if sources.waiting.iter().any(|found| are_nested(&path, &found.cgroup)) {
-            sources.leaving.push(path);
-        } else {
-            engine.remove(id);
+        // As a scan names it.
+        let path = cgroup.strip_prefix(engine.cgroup_root()).map(|path| Path::new("/").join(path));
+        let gives_way =
+            |path: &PathBuf| sources.waiting.iter().any(|found| are_nested(path, &found.cgroup));
+        match path.ok().filter(gives_way) {
+            Some(path) => sources.leaving.push(path),
+            None => engine.remove(id),
         }
     }
 }

@@ -20,8 +20,8 @@ use crate::identity::container::PodName;
 /// just before a daemon died is not written down, and the kernel or a record may remember it.
 pub(super) const NUMBERS_AHEAD: u32 = 1024;
 
-/// Words and workloads that are kept for records that wait, at the most: while the log can not be written
-/// nothing is forgotten otherwise.
+/// From how many words on, or workloads that are gone, those without a use are forgotten although records
+/// that name them may wait: while the log can not be written nothing else bounds them.
 const MOST_KEPT: usize = 65_536;
 /// Rounds of the witness after which all is told that was in the rings when they were counted: one was
 /// going on then.
