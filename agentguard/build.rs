@@ -34,7 +34,7 @@ fn build() -> anyhow::Result<PathBuf> {
     let toolchain = toolchain::find().map_err(|missing| {
         anyhow::anyhow!("no toolchain builds the kernel half: {missing}; run `cargo xtask setup`")
     })?;
-    let mut command = toolchain.command(&workspace.join("agentguard-ebpf"), &target_dir);
+    let mut command = toolchain.command(&workspace, &target_dir);
     if env::var_os("CARGO_FEATURE_NEXT_ABI").is_some() {
         command.args(["--features", "next-abi"]);
     }

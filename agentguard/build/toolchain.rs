@@ -109,16 +109,17 @@ impl Toolchain {
     /// The command that builds the kernel half into
     /// `<target_dir>/bpfel-unknown-none/release/agentguard-ebpf`.
     ///
-    /// `manifest_dir` is the directory of its `Cargo.toml`. `target_dir` must not be one that
-    /// a running cargo holds, or both wait for ever: a build script gives one below `OUT_DIR`.
-    pub(crate) fn command(&self, manifest_dir: &Path, target_dir: &Path) -> Command {
-        let mut command = self.cargo("build", target_dir);
-        command.current_dir(manifest_dir).args(["--release", "--package", PACKAGE]);
+    /// `workspace` is the directory that it lies in. `target_dir` must not be one that a running
+    /// cargo holds, or both wait for ever: a build script gives one below `OUT_DIR`.
+    pub(crate) fn command(&self, workspace: &Path, target_dir: &Path) -> Command {
+        let mut command = self.cargo("build", workspace, target_dir);
+        command.args(["--release", "--package", PACKAGE]);
         command
     }
 
-    /// `cargo <subcommand>` for the BPF target, with this toolchain and a clean environment.
-    pub(crate) fn cargo(&self, subcommand: &str, target_dir: &Path) -> Command {
+    /// `cargo <subcommand>` in a workspace, for the BPF target, with this toolchain and a clean
+    /// environment.
+    pub(crate) fn cargo(&self, subcommand: &str, workspace: &Path, target_dir: &Path) -> Command {
         let mut command = Command::new(&self.cargo);
         for variable in NOT_INHERITED {
             command.env_remove(variable);
@@ -131,6 +132,7 @@ impl Toolchain {
             }
         }
         command
+            .current_dir(workspace)
             .env("CARGO_INCREMENTAL", "0")
             .arg(subcommand)
             .args(["--target", TARGET])
@@ -140,7 +142,7 @@ impl Toolchain {
             // `core` for a tier 3 target, and the two inline assembly features of the BPF
             // crates, are unstable: both ways need what a nightly allows by itself.
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\u{1f}"))
+            .env("CARGO_ENCODED_RUSTFLAGS", self.flags(workspace).join("\u{1f}"))
             .env("PATH", prepend(&self.linker, "PATH"));
         if let Some(llvm) = &self.llvm {
             command.env("LD_LIBRARY_PATH", prepend(llvm, "LD_LIBRARY_PATH"));
@@ -152,6 +154,22 @@ impl Toolchain {
             Core::ReadyBuilt => {}
         }
         command
+    }
+}
+
+impl Toolchain {
+    /// What rustc is told. The object names the files it was made of: by where they are for everybody,
+    /// so that the same sources give the same object, wherever it is built.
+    fn flags(&self, workspace: &Path) -> Vec<String> {
+        let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let rust = self.rustc.parent().and_then(Path::parent).map(real);
+        let cargo = home("CARGO_HOME", ".cargo").map(|home| real(&home));
+        // The last that fits counts.
+        let known = [(rust, "/rust"), (cargo, "/cargo"), (Some(real(workspace)), "/agentguard")];
+        let remapped = known.into_iter().filter_map(|(path, name)| {
+            Some(format!("--remap-path-prefix={}={name}", path?.display()))
+        });
+        RUSTFLAGS.iter().map(|flag| (*flag).to_owned()).chain(remapped).collect()
     }
 }
 

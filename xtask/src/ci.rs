@@ -62,7 +62,7 @@ fn lints_for_the_host() -> Result<()> {
 /// that came with the compiler of the kernel half.
 fn lints_for_the_kernel_half() -> Result<()> {
     let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
-    let mut check = toolchain.cargo("check", &target_dir().join("kernel-lints"));
+    let mut check = toolchain.cargo("check", root(), &target_dir().join("kernel-lints"));
     let rustc = check
         .get_envs()
         .find(|(name, _)| *name == OsStr::new("RUSTC"))
@@ -77,7 +77,6 @@ fn lints_for_the_kernel_half() -> Result<()> {
         );
     }
     check
-        .current_dir(root())
         .args(["--locked", "--package", "agentguard-ebpf", "--package", "bench-ebpf"])
         .env("RUSTC_WORKSPACE_WRAPPER", linter)
         .env("CLIPPY_ARGS", "--deny__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");

@@ -20,7 +20,7 @@ use crate::{
 pub(crate) fn object() -> Result<PathBuf> {
     let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
     let target = target_dir().join("kernel");
-    run(toolchain.command(&root().join("agentguard-ebpf"), &target).arg("--locked"))?;
+    run(toolchain.command(root(), &target).arg("--locked"))?;
     Ok(target.join("bpfel-unknown-none/release/agentguard-ebpf"))
 }
 
@@ -32,8 +32,8 @@ pub(crate) fn object() -> Result<PathBuf> {
 pub(crate) fn empty_object() -> Result<PathBuf> {
     let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
     let target = target_dir().join("kernel");
-    let mut build = toolchain.cargo("build", &target);
-    build.current_dir(root()).args(["--locked", "--release", "--package", "bench-ebpf"]);
+    let mut build = toolchain.cargo("build", root(), &target);
+    build.args(["--locked", "--release", "--package", "bench-ebpf"]);
     run(&mut build)?;
     Ok(target.join("bpfel-unknown-none/release/bench-ebpf"))
 }
