@@ -2,7 +2,8 @@
 //!
 //! Its one job is to let a real `helm` lint the chart and render it: with its defaults into
 //! `deploy/kubernetes`, for those who apply manifests without helm, and with everything switched on,
-//! for every version of Kubernetes that the templates tell apart.
+//! for every version of Kubernetes that the templates tell apart. What the chart says that it refuses is
+//! refused.
 
 use std::{
     fs,
@@ -32,6 +33,27 @@ const NAME: &str = "agentguard";
 const OLDEST: &str = "1.20.0";
 const CURRENT: &str = "1.33.0";
 
+/// What an API server has from 1.30 on, and `helm template` does not know of by itself.
+const POLICIES: &str = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy";
+
+/// Values that are refused: what the chart sets itself, and what would be without effect or break it.
+const REFUSED: &[&str] = &[
+    "config.node=a",
+    "config.mode=enforce",
+    "config.pin_directory=/a",
+    "config.unknown=a",
+    "config.kubernetes.access=off",
+    "config.kubernetes.events=false",
+    "config.metrics.listen=off",
+    "config.containers.runtimes={/a/b}",
+    "config.containers.docker=/run/docker.sock",
+    "config.api.socket=/tmp/agentguard.sock",
+    "config.audit.output=/tmp/audit.log",
+    "metrics.address=127.0.0.1",
+    r"podLabels.app\.kubernetes\.io/name=a",
+    "remove=true,hook.install=true,hook.runtime=containerd",
+];
+
 /// What stands above the plain manifests.
 const HEAD: &str = "\
 # Rendered from deploy/helm/agentguard with its defaults by `cargo xtask chart`; do not edit.
@@ -43,6 +65,11 @@ metadata:
   labels:
     # The daemon's pods look into processes and file systems of the node.
     pod-security.kubernetes.io/enforce: privileged
+";
+
+/// What stands above the one that takes it off every node.
+const REMOVAL_HEAD: &str = "\
+# Rendered from deploy/helm/agentguard with `remove: true` by `cargo xtask chart`; do not edit.
 ";
 
 /// Arguments of `cargo xtask chart`.
@@ -65,23 +92,25 @@ pub(crate) fn chart(arguments: &Arguments) -> Result<()> {
     let values = ["--values", path(&everything)?];
     for more in [&[][..], &values] {
         output(Command::new(&helm).args(["lint", "--strict", path(&directory())?]).args(more))?;
-        for version in [OLDEST, CURRENT] {
-            render(&helm, version, more)?;
+        render(&helm, OLDEST, more)?;
+        render(&helm, CURRENT, &[more, &["--api-versions", POLICIES]].concat())?;
+    }
+    for values in REFUSED {
+        ensure!(render(&helm, CURRENT, &["--set", values]).is_err(), "the chart takes {values}");
+    }
+    for (file, rendered) in [(plain_file(), plain(&helm)?), (removal_file(), removal(&helm)?)] {
+        if arguments.check {
+            ensure!(
+                fs::read_to_string(&file).is_ok_and(|there| there == rendered),
+                "{} is not what the chart gives; run `cargo xtask chart`",
+                file.display()
+            );
+        } else {
+            fs::create_dir_all(root().join("deploy/kubernetes"))?;
+            fs::write(&file, rendered)?;
         }
+        println!("{}", file.display());
     }
-    let rendered = plain(&helm)?;
-    let file = plain_file();
-    if arguments.check {
-        ensure!(
-            fs::read_to_string(&file).is_ok_and(|there| there == rendered),
-            "{} is not what the chart gives; run `cargo xtask chart`",
-            file.display()
-        );
-    } else {
-        fs::create_dir_all(root().join("deploy/kubernetes"))?;
-        fs::write(&file, rendered)?;
-    }
-    println!("{}", file.display());
     Ok(())
 }
 
@@ -109,10 +138,21 @@ pub(crate) fn plain_file() -> PathBuf {
     root().join("deploy/kubernetes/agentguard.yaml")
 }
 
+/// Where the one is that takes it off every node again.
+fn removal_file() -> PathBuf {
+    root().join("deploy/kubernetes/agentguard-remove.yaml")
+}
+
 /// What [`plain_file`] has to hold.
 fn plain(helm: &Path) -> Result<String> {
     // The oldest: what newer ones have fields for, they read from annotations too.
     Ok(format!("{HEAD}{}", render(helm, OLDEST, &["--include-crds"])?))
+}
+
+/// What [`removal_file`] has to hold: nothing else differs.
+fn removal(helm: &Path) -> Result<String> {
+    let only = ["--set", "remove=true", "--show-only", "templates/daemonset.yaml"];
+    Ok(format!("{REMOVAL_HEAD}{}", render(helm, OLDEST, &only)?))
 }
 
 fn render(helm: &Path, version: &str, more: &[&str]) -> Result<String> {

@@ -322,9 +322,11 @@ fn alternatives(made: &mut Map<String, Value>, variants: &Value) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     use super::*;
+    use crate::identity::pod::{AGENT, MODE};
     use crate::manifest::{Creation, parse_text};
 
     /// What makes an API server refuse a definition, by the place in it.
@@ -495,5 +497,59 @@ mod tests {
             assert_eq!(errors.is_empty(), is_sound, "{errors:?}");
             assert_eq!(is_admitted(&grant), is_sound, "{grant}");
         }
+    }
+
+    /// What the chart's policy for pods says, without what helm fills in.
+    fn pod_rules() -> Vec<String> {
+        let text = include_str!("../../../deploy/helm/agentguard/templates/pod-policy.yaml");
+        let plain: Vec<&str> = text.lines().filter(|line| !line.contains("{{")).collect();
+        let plain = plain.join("\n");
+        let (policy, _binding) = plain.split_once("\n---\n").unwrap();
+        let policy: Value = serde_saphyr::from_str(policy).unwrap();
+        let rules = policy["spec"]["validations"].as_array().unwrap();
+        rules.iter().map(|rule| rule["expression"].as_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn a_pod_can_not_take_itself_out_of_what_its_namespace_says() {
+        let rules = pod_rules();
+        assert_eq!(rules.len(), 2);
+        let env = Arc::new(cel::Env::stdlib());
+        let rules: Vec<_> = rules.iter().map(|rule| env.compile(rule).unwrap()).collect();
+        let object = |labels: &[(&str, &str)]| {
+            let labels: BTreeMap<&str, &str> = labels.iter().copied().collect();
+            match labels.len() {
+                0 => json!({"metadata": {"name": "a"}}),
+                _ => json!({"metadata": {"name": "a", "labels": labels}}),
+            }
+        };
+        let takes = |namespace: &Value, before: Option<&Value>, pod: &Value| {
+            rules.iter().all(|rule| {
+                let mut context = cel::Context::with_env(Arc::clone(&env));
+                let operation = if before.is_some() { "UPDATE" } else { "CREATE" };
+                context.add_variable("object", pod).unwrap();
+                context.add_variable("oldObject", &before.cloned()).unwrap();
+                context.add_variable("namespaceObject", namespace).unwrap();
+                context.add_variable("request", &json!({"operation": operation})).unwrap();
+                match rule.execute(&context) {
+                    Ok(cel::Value::Bool(takes)) => takes,
+                    other => panic!("{other:?} for {pod} in {namespace}"),
+                }
+            })
+        };
+        let enforced = object(&[(AGENT, "true"), (MODE, "enforce")]);
+        let audited = object(&[(AGENT, "true"), (MODE, "audit")]);
+        let (plain, free) = (object(&[]), object(&[(AGENT, "false")]));
+        for pod in [&plain, &enforced, &object(&[("app", "a")])] {
+            assert!(takes(&enforced, None, pod), "{pod}");
+        }
+        for pod in [&free, &audited, &object(&[(MODE, "enforced")])] {
+            assert!(!takes(&enforced, None, pod), "{pod}");
+            assert!(!takes(&enforced, Some(&plain), pod), "it was not so before: {pod}");
+            assert!(takes(&enforced, Some(pod), pod), "it was so before: {pod}");
+            assert!(takes(&plain, None, pod), "the namespace says nothing: {pod}");
+        }
+        assert!(takes(&audited, None, &audited) && takes(&audited, None, &enforced));
+        assert!(!takes(&audited, None, &free));
     }
 }

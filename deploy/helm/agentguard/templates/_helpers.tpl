@@ -36,10 +36,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* The configuration file. What the chart mounts stands last, so that it is what counts. */}}
 {{- define "agentguard.config" -}}
-{{- $metrics := dict "listen" (printf "0.0.0.0:%d" (int .Values.metrics.port)) -}}
+{{- $metrics := dict "listen" (printf "%s:%d" .Values.metrics.address (int .Values.metrics.port)) -}}
 {{- $containers := dict
       "runtimes" (list .Values.runtimeSocket)
-      "exempt_namespaces" (append .Values.exemptNamespaces .Release.Namespace | uniq) -}}
+      "exempt_namespaces" (include "agentguard.exempt" . | fromJsonArray) -}}
 {{- $own := dict
       "trust_domain" .Values.trustDomain
       "mode" .Values.mode
@@ -53,6 +53,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
       "containers" $containers
       "metrics" $metrics -}}
 {{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- end -}}
+
+{{/* The namespaces that are exempt. */}}
+{{- define "agentguard.exempt" -}}
+{{- append .Values.exemptNamespaces .Release.Namespace | uniq | toJson -}}
+{{- end -}}
+
+{{/* Where the node has the daemon's socket. */}}
+{{- define "agentguard.socket" -}}
+{{ .Values.hostPaths.runtime }}/{{ base (dig "api" "socket" "agentguard.sock" .Values.config) }}
 {{- end -}}
 
 {{/* What the daemon may do, and what removes it from a node. */}}
