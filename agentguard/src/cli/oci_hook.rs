@@ -38,9 +38,10 @@ pub(super) struct Arguments {
     #[arg(long, value_enum, value_name = "deny|allow", default_value_t = OnFailure::Deny)]
     on_failure: OnFailure,
 
-    /// A namespace whose pods start without being told of; may be repeated. Name the one that the
-    /// daemon itself runs in
-    #[arg(long = "exempt-namespace", value_name = "NAMESPACE", default_values = EXEMPT_NAMESPACES)]
+    /// A namespace whose pods start without being told of, beside kube-system and agentguard; may be
+    /// repeated. Name the one that the daemon itself runs in, and that of the pods without which no pod
+    /// has a network
+    #[arg(long = "exempt-namespace", value_name = "NAMESPACE")]
     exempt: Vec<String>,
 
     /// How long the daemon may take, in seconds
@@ -178,7 +179,7 @@ fn tell(
     let pod = pod_of(&state.annotations)
         .map_err(|why| not_told(&format!("the container {}", state.id), &why))?;
     // Here and not in the daemon, which may be what is being started.
-    if pod.as_ref().is_some_and(|pod| arguments.exempt.contains(&pod.namespace)) {
+    if pod.as_ref().is_some_and(|pod| is_exempt(&pod.namespace, &arguments.exempt)) {
         return Ok(());
     }
     let whose = match &pod {
@@ -200,6 +201,10 @@ fn tell(
             None => refused,
         }
     })
+}
+
+fn is_exempt(namespace: &str, named: &[String]) -> bool {
+    EXEMPT_NAMESPACES.contains(&namespace) || named.iter().any(|exempt| exempt == namespace)
 }
 
 fn not_told(whose: &str, why: &str) -> Failure {
@@ -452,6 +457,15 @@ mod tests {
             name: "researcher-0".to_owned(),
             uid: "u-1".to_owned(),
         }
+    }
+
+    #[test]
+    fn a_namespace_that_is_named_takes_none_of_the_others_place() {
+        let named = ["cni".to_owned()];
+        for exempt in ["cni", "kube-system", "agentguard"] {
+            assert!(is_exempt(exempt, &named), "{exempt}");
+        }
+        assert!(!is_exempt("agents", &named) && !is_exempt("cni", &[]));
     }
 
     #[test]

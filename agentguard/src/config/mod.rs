@@ -352,8 +352,8 @@ impl Default for Api {
     }
 }
 
-/// Where runc and crun are installed, by distributions and by CRI-O.
-const RUNTIME_PROGRAMS: [&str; 10] = [
+/// Where runc and crun are installed, by distributions, by CRI-O, by k3s and by RKE2.
+const RUNTIME_PROGRAMS: [&str; 14] = [
     "/usr/bin/runc",
     "/usr/bin/crun",
     "/usr/sbin/runc",
@@ -364,6 +364,10 @@ const RUNTIME_PROGRAMS: [&str; 10] = [
     "/usr/local/sbin/crun",
     "/usr/libexec/crio/runc",
     "/usr/libexec/crio/crun",
+    "/var/lib/rancher/k3s/data/current/bin/runc",
+    "/var/lib/rancher/k3s/data/current/bin/crun",
+    "/var/lib/rancher/rke2/bin/runc",
+    "/var/lib/rancher/rke2/bin/crun",
 ];
 
 impl Default for Containers {

@@ -285,6 +285,7 @@ fn words(engine: &Engine) -> BTreeMap<String, Here> {
     let now = Timestamp::now();
     let identities: BTreeSet<&SpiffeId> =
         engine.workloads().filter_map(|workload| workload.identity.as_ref()).collect();
+    let not_in_force = engine.not_in_force();
     for stored in engine.store.grants().filter(|stored| stored.source == Source::Manifest) {
         let grant = &stored.document;
         if !identities.iter().any(|identity| grant.subject.matches(identity)) {
@@ -295,13 +296,25 @@ fn words(engine: &Engine) -> BTreeMap<String, Here> {
             (None, name) => (ObjectKind::ClusterGrant, ObjectName::new("", name)),
         };
         let phase = Phase::from(&engine.store.state_of(stored, now));
-        words.insert(kind.path(&name), Here::Grant(phase));
+        let unfit = || {
+            let held = engine.workloads().filter(|workload| {
+                workload.identity.as_ref().is_some_and(|identity| grant.subject.matches(identity))
+            });
+            held.filter_map(|workload| engine.unfit_of(workload)).next()
+        };
+        let wrong = not_in_force.map(str::to_owned).or_else(unfit).map(Here::Wrong);
+        words.insert(kind.path(&name), wrong.clone().unwrap_or(Here::Grant(phase)));
         if phase == Phase::Active {
             let scopes =
                 grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
-            words.extend(scopes.map(|scope| {
-                (ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str())), Here::InForce)
-            }));
+            for scope in scopes {
+                let path = ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str()));
+                let word = wrong.clone().unwrap_or(Here::InForce);
+                // What one grant lacks is said, whatever is in force for others.
+                if !matches!(words.get(&path), Some(Here::Wrong(_))) {
+                    words.insert(path, word);
+                }
+            }
         }
     }
     for error in &engine.manifests.errors {

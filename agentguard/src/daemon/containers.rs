@@ -199,9 +199,10 @@ impl Containers {
         let input = inputs.runtimes.entry(endpoint.to_owned()).or_default();
         match listing {
             Ok(listing) => {
-                let is_new = input.listing.as_ref() != Some(&listing) || input.failure.is_some();
+                let untold = listing.untold.as_ref().map(ToString::to_string);
+                let is_new = input.listing.as_ref() != Some(&listing) || input.failure != untold;
+                input.failure = untold;
                 input.listing = Some(listing);
-                input.failure = None;
                 if !is_new {
                     return;
                 }
@@ -337,7 +338,9 @@ impl Inputs {
         let Some(cluster) = &self.cluster else { return Known::No };
         let pod = cluster.pods.get(&sandbox.pod.uid);
         let namespace = pod.map_or(&sandbox.pod.namespace, |pod| &pod.namespace);
-        match (cluster.namespaces.contains_key(namespace), pod) {
+        // One that found no room is taken for the strictest there is.
+        let is_labelled = cluster.namespaces.contains_key(namespace) || cluster.lacks_namespaces;
+        match (is_labelled, pod) {
             (true, Some(_)) => Known::Whole,
             (true, None) if by_runtime() => Known::ByRuntime,
             (true, None) | (false, _) => Known::No,
@@ -372,6 +375,7 @@ impl Inputs {
                 node.containers.insert(id.clone(), container);
             }
         }
+        node.has_cluster = self.has_cluster;
         if let Some(Cluster { pods, namespaces, lacks_namespaces }) = &self.cluster {
             node.pods.clone_from(pods);
             node.namespaces.clone_from(namespaces);
@@ -383,7 +387,9 @@ impl Inputs {
     /// Whether every source has spoken: what none of them knows of is not there.
     fn is_complete(&self) -> bool {
         (!self.has_cluster || self.cluster.is_some())
-            && self.runtimes.values().all(|runtime| runtime.listing.is_some())
+            && self.runtimes.values().all(|runtime| {
+                runtime.listing.as_ref().is_some_and(|listing| listing.untold.is_none())
+            })
     }
 
     /// Forgets announced containers that ended.
@@ -408,19 +414,21 @@ async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
         match runtime.list().await {
             Ok(listing) => {
                 pause = RETRY.0;
+                let is_short = listing.untold.is_some();
+                if let Some(error) = &listing.untold
+                    && !is_failing(&containers, runtime.endpoint())
+                {
+                    tracing::error!(%error, "nothing is let go until the runtime tells");
+                }
                 containers.set_runtime(runtime.endpoint(), Ok(listing));
                 tokio::select! {
                     () = runtime.changed() => {}
                     () = containers.wanted.notified() => {}
+                    () = tokio::time::sleep(RETRY.1), if is_short => {}
                 }
             }
             Err(error) => {
-                let is_new = {
-                    let inputs = containers.inputs();
-                    let known = inputs.runtimes.get(runtime.endpoint());
-                    known.is_none_or(|known| known.failure.is_none())
-                };
-                if is_new {
+                if !is_failing(&containers, runtime.endpoint()) {
                     tracing::error!(%error, "what the container runtime said last stays in force");
                 }
                 containers.set_runtime(runtime.endpoint(), Err(error.to_string()));
@@ -429,6 +437,12 @@ async fn follow(containers: Arc<Containers>, mut runtime: impl Runtime) {
             }
         }
     }
+}
+
+/// Whether it is known that a runtime does not say all that there is.
+fn is_failing(containers: &Containers, endpoint: &str) -> bool {
+    let inputs = containers.inputs();
+    inputs.runtimes.get(endpoint).is_some_and(|known| known.failure.is_some())
 }
 
 /// Says that a runtime is to be heard before anything is let go.
@@ -577,6 +591,7 @@ fn hold(shared: &Shared, version: u64) -> bool {
             placement.containers.iter().map(|container| containers.reference(&root, container));
         wanted.push(new_workload(placement, &root, references.collect()));
     }
+    keep_said(&shared.engine(), &node, &mut wanted);
     if !is_complete {
         keep_known(&shared.engine(), &mut wanted);
     }
@@ -615,6 +630,26 @@ fn untold_and_alive(known: &[ContainerRef], told: &[ContainerRef]) -> Vec<Contai
     untold.cloned().collect()
 }
 
+/// What the cluster last said of a pod holds for as long as the pod runs. Of one that it does not know any
+/// more (it was deleted by force, or grew beyond the room there is), the runtime knows only the labels that
+/// it was made with.
+fn keep_said(engine: &Engine, node: &Node, wanted: &mut [NewWorkload]) {
+    for new in wanted.iter_mut().filter(|new| is_unsaid(node, new.pod.as_ref())) {
+        let known = engine.workload_at(&new.cgroup).filter(|known| known.pod == new.pod);
+        if let Some(known) = known {
+            new.identity.clone_from(&known.identity);
+            new.mode = known.mode;
+        }
+    }
+}
+
+/// Whether there is a cluster, and it does not know this pod.
+fn is_unsaid(node: &Node, pod: Option<&PodName>) -> bool {
+    let is_said =
+        |pod: &PodName| PodUid::new(&pod.uid).is_some_and(|uid| node.pods.contains_key(&uid));
+    node.has_cluster && pod.is_some_and(|pod| !is_said(pod))
+}
+
 fn new_workload(placement: &Placement, root: &Path, containers: Vec<ContainerRef>) -> NewWorkload {
     NewWorkload {
         name: placement.name.clone(),
@@ -644,10 +679,8 @@ fn let_go(shared: &Shared, node: &Node, wanted: &BTreeSet<PathBuf>) -> bool {
         .workloads()
         .filter(|workload| workload.source == WorkloadSource::Container)
         .filter(|workload| !wanted.contains(&workload.cgroup))
-        // A runtime that has forgotten what still runs does not free it. One that knows it says that
-        // it is no agent any more.
         .filter(|workload| {
-            is_known(node, workload) || !matches!(populated(&workload.cgroup), Ok(Some(true)))
+            is_no_agents(node, workload) || !matches!(populated(&workload.cgroup), Ok(Some(true)))
         })
         .map(|workload| workload.id)
         .collect();
@@ -655,12 +688,16 @@ fn let_go(shared: &Shared, node: &Node, wanted: &BTreeSet<PathBuf>) -> bool {
     !gone.is_empty()
 }
 
-/// Whether what a workload was made of is still there.
-fn is_known(node: &Node, workload: &Workload) -> bool {
-    let of_pod =
+/// Whether what a workload that is not wanted was made of is still there, so that somebody says that it is
+/// no agent any more. A runtime that has forgotten what still runs does not free it, and neither does a
+/// cluster that has forgotten the pod.
+fn is_no_agents(node: &Node, workload: &Workload) -> bool {
+    let Workload { pod, containers, .. } = workload;
+    let is_of =
         |pod: &PodName| node.sandboxes.values().any(|sandbox| sandbox.pod.uid.as_str() == pod.uid);
-    workload.pod.as_ref().is_some_and(of_pod)
-        || workload.containers.iter().any(|container| node.containers.contains_key(&container.id))
+    let is_there = pod.as_ref().is_some_and(is_of)
+        || containers.iter().any(|container| node.containers.contains_key(&container.id));
+    is_there && !is_unsaid(node, pod.as_ref())
 }
 
 /// Takes in a container whose first process waits for the answer.
@@ -989,7 +1026,7 @@ mod tests {
 
     fn listed() -> RuntimeInput {
         let sandboxes = BTreeMap::from([("s".to_owned(), sandbox())]);
-        let listing = Listing { sandboxes, containers: BTreeMap::new() };
+        let listing = Listing { sandboxes, ..Listing::default() };
         RuntimeInput { listing: Some(listing), failure: None }
     }
 
@@ -1010,6 +1047,36 @@ mod tests {
         let told = [container("told", alive), container("new", alive)];
         let kept = untold_and_alive(&known, &told);
         assert_eq!(kept, [container("untold", alive)], "with the files that it was started by");
+    }
+
+    #[test]
+    fn what_a_runtime_can_not_tell_of_is_not_taken_for_gone() {
+        let mut inputs = Inputs::default();
+        inputs.runtimes.insert("r".to_owned(), listed());
+        assert!(inputs.is_complete());
+        let untold =
+            RuntimeError { endpoint: "r".to_owned(), what: "fails".to_owned(), remedy: "" };
+        let mut short = listed();
+        short.listing.as_mut().unwrap().untold = Some(untold);
+        inputs.runtimes.insert("r".to_owned(), short);
+        assert!(!inputs.is_complete());
+        assert!(inputs.node().sandboxes.contains_key("s"), "the others are listed all the same");
+    }
+
+    #[test]
+    fn a_pod_that_the_cluster_has_forgotten_is_not_said_to_be_no_agents() {
+        let name = |uid: &str| PodName {
+            namespace: "agents".to_owned(),
+            name: "researcher-0".to_owned(),
+            uid: uid.to_owned(),
+        };
+        let mut node = Node::default();
+        assert!(!is_unsaid(&node, Some(&name(UID))), "there is nobody to say it");
+        node.has_cluster = true;
+        assert!(is_unsaid(&node, Some(&name(UID))));
+        assert!(!is_unsaid(&node, None), "it is no pod's");
+        node.pods.insert(pod().uid, pod());
+        assert!(!is_unsaid(&node, Some(&name(UID))));
     }
 
     #[test]
@@ -1045,8 +1112,11 @@ mod tests {
         inputs.cluster = Some(cluster.clone());
         assert_eq!(inputs.knows(&sandbox()), Known::Whole);
         cluster.pods.clear();
-        inputs.cluster = Some(cluster);
+        inputs.cluster = Some(cluster.clone());
         assert_eq!(inputs.knows(&sandbox()), Known::ByRuntime);
+        cluster.namespaces.clear();
+        inputs.cluster = Some(Cluster { lacks_namespaces: true, ..cluster });
+        assert_eq!(inputs.knows(&sandbox()), Known::ByRuntime, "it is held as strictly as can be");
         inputs.runtimes.clear();
         assert_eq!(inputs.knows(&sandbox()), Known::No);
     }

@@ -73,7 +73,7 @@ impl GrantSource for CustomResources {
 
     fn read(&self, last: &Files) -> (Files, Vec<ManifestError>) {
         let mut errors = Vec::new();
-        let Some(known) = self.objects.known() else {
+        let Some(known) = self.objects.take() else {
             // Before the first answer nothing is known to be gone.
             return (last.clone(), errors);
         };

@@ -1382,10 +1382,14 @@ impl Engine {
 
     /// What does not fit into the kernel's tables, one sentence each.
     pub fn unfit(&self) -> impl Iterator<Item = String> {
-        self.unfit.iter().filter_map(|(id, why)| {
-            let workload = self.workloads.get(id)?;
-            Some(format!("workload {} is refused everything: {why}", workload.name))
-        })
+        self.unfit.keys().filter_map(|id| self.unfit_of(self.workloads.get(id)?))
+    }
+
+    /// What of a workload does not fit into the kernel's tables.
+    #[must_use]
+    pub fn unfit_of(&self, workload: &Workload) -> Option<String> {
+        let why = self.unfit.get(&workload.id)?;
+        Some(format!("workload {} is refused everything: {why}", workload.name))
     }
 
     /// How much of the promise is kept for a workload. It may be less than this kernel gives: a hook may

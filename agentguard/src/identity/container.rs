@@ -102,6 +102,8 @@ pub struct Command {
 /// All that is known of this node's pods and containers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
+    /// Whether there is a cluster that speaks of the pods.
+    pub has_cluster: bool,
     /// What the cluster says.
     pub pods: BTreeMap<PodUid, Pod>,
     /// Labels of the namespaces, as the cluster says.

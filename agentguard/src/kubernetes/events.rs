@@ -132,8 +132,9 @@ impl Limits {
         }
         let earned = now.duration_since(self.since).as_millis() / PER_NODE.as_millis();
         let earned = u32::try_from(earned).unwrap_or(BURST).min(BURST);
-        self.since += PER_NODE * earned;
         self.left = (self.left + earned).min(BURST);
+        // Nothing is saved up beyond a burst.
+        self.since = if self.left == BURST { now } else { self.since + PER_NODE * earned };
         let of_pod = self.of_pod.get(&denial.uid).filter(|(since, _)| is_recent(since));
         let (since, of_pod) = of_pod.copied().unwrap_or((now, 0));
         if self.left == 0 || of_pod >= PER_POD {
@@ -232,6 +233,10 @@ mod tests {
         let told = (200..300).filter(|pod| limits.admits(&denial(*pod, 0), later)).count();
         assert_eq!(told, 3, "as time goes by");
         assert!(limits.admits(&denial(1, 0), begin + ONCE_IN), "the same an hour later");
+        // What was not told for a day is not told in a day's number afterwards.
+        let later = begin + ONCE_IN * 24;
+        let told = (300..5000).filter(|pod| limits.admits(&denial(*pod, 0), later)).count();
+        assert_eq!(told as u32, BURST, "after a while without any");
     }
 
     #[test]

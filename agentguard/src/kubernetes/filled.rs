@@ -92,8 +92,9 @@ impl<P: Part, K: Clone> Filled<P, K> {
         let mut state = self.state();
         let State { known, listed, lost, left_out, fresh } = &mut *state;
         let has_changed = match seen {
-            Seen::Lost(error) => {
-                if lost.note(part, error.clone()) {
+            Seen::Lost(loss) => {
+                let error = loss.error.clone();
+                if lost.note(part, loss) {
                     tracing::warn!(
                         error,
                         what = part.as_str(),
@@ -165,6 +166,7 @@ pub(super) fn change_map<N: Ord, V: PartialEq>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::watch::Loss;
     use super::*;
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -196,6 +198,10 @@ mod tests {
         });
     }
 
+    fn refused() -> Loss {
+        Loss::from(&std::io::Error::other("refused"))
+    }
+
     fn all(pairs: &[(&str, u8)]) -> Seen<u8> {
         let all = pairs.iter().map(|(name, value)| (ObjectName::new("", name), *value));
         Seen::Whole(all.collect(), LeftOut::default())
@@ -213,7 +219,7 @@ mod tests {
             (all(&[("a", 1)]), false),
             (Seen::Put(name("a"), 1), false),
             (Seen::Gone(name("b")), false),
-            (Seen::Lost("no".to_owned()), false),
+            (Seen::Lost(refused()), false),
             (Seen::Put(name("a"), 2), true),
             (Seen::Put(name("b"), 3), true),
             (Seen::Gone(name("b")), true),
@@ -228,7 +234,7 @@ mod tests {
     #[test]
     fn what_is_lost_is_said_until_it_answers() {
         let filled = Filled::<Side, Sides>::default();
-        see(&filled, Side::Right, Seen::Lost("refused".to_owned()));
+        see(&filled, Side::Right, Seen::Lost(refused()));
         assert_eq!(filled.problems(), ["the right ones are as they were last known: refused"]);
         see(&filled, Side::Right, all(&[]));
         assert_eq!(filled.problems(), [""; 0]);

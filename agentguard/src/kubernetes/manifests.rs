@@ -19,7 +19,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::resources::group_and_version;
 use super::status::{Due, Nodes, ObjectStatus, Watchers, Word, shortened};
-use super::watch::{Bound, Kept, LeftOut, Lost, Seen, bytes_of_texts, everything, follow};
+use super::watch::{Bound, Kept, LeftOut, Lost, Seen, bytes_of_texts, ended, everything, follow};
 use crate::grant::store::Phase;
 use crate::manifest::API_VERSION;
 use crate::scope::cluster::ObjectName;
@@ -62,7 +62,7 @@ pub struct Object {
 /// What an object comes to on this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Here {
-    /// Its newest generation counts.
+    /// The generation that was last taken counts.
     InForce,
     /// That of a grant does, which is so far in its life.
     Grant(Phase),
@@ -91,6 +91,8 @@ struct State {
     lost: Lost<Watched>,
     left_out: BTreeMap<Watched, LeftOut>,
     statuses: BTreeMap<(ObjectKind, ObjectName), ObjectStatus>,
+    /// The generation of each that was last brought into force, or had an error then.
+    taken: BTreeMap<(ObjectKind, ObjectName), i64>,
     /// What this node says of each, by what errors call it.
     words: BTreeMap<String, Word>,
     /// The nodes of the cluster, once they are known.
@@ -197,6 +199,17 @@ impl State {
         [Watched::Scopes, Watched::ClusterGrants].into_iter().chain(grants)
     }
 
+    fn known(&mut self) -> Option<BTreeMap<String, Object>> {
+        if !self.is_whole {
+            let has_all = self.watches().all(|watched| self.listed.contains(&watched));
+            self.is_whole = self.namespaces.is_some() && has_all;
+        }
+        let all = self.objects.iter().flat_map(|(watched, objects)| {
+            objects.iter().map(|(name, object)| (watched.kind().path(name), object.clone()))
+        });
+        self.is_whole.then(|| all.collect())
+    }
+
     /// Whether a watch is one of a namespace that nobody is in any more.
     fn is_over(&self, watched: &Watched) -> bool {
         match watched {
@@ -214,15 +227,17 @@ impl Objects {
     /// later holds nobody else up.
     #[must_use]
     pub fn known(&self) -> Option<BTreeMap<String, Object>> {
+        self.state().known()
+    }
+
+    /// The same, for whoever brings it into force: of these generations it is said from now on.
+    #[must_use]
+    pub fn take(&self) -> Option<BTreeMap<String, Object>> {
         let mut state = self.state();
-        if !state.is_whole {
-            let has_all = state.watches().all(|watched| state.listed.contains(&watched));
-            state.is_whole = state.namespaces.is_some() && has_all;
-        }
-        let all = state.objects.iter().flat_map(|(watched, objects)| {
-            objects.iter().map(|(name, object)| (watched.kind().path(name), object.clone()))
-        });
-        state.is_whole.then(|| all.collect())
+        let known = state.known()?;
+        let State { statuses, taken, .. } = &mut *state;
+        *taken = statuses.iter().map(|(key, status)| (key.clone(), status.generation)).collect();
+        Some(known)
     }
 
     /// Takes the namespaces in which this node has pods: their grants are watched.
@@ -302,17 +317,15 @@ impl Objects {
     /// Says of every object that concerns this node, by what errors call it, what it comes to there.
     pub fn say(&self, here: &BTreeMap<String, Here>) {
         let mut state = self.state();
-        let State { statuses, words, .. } = &mut *state;
+        let State { statuses, words, taken, .. } = &mut *state;
         let mut said = BTreeMap::new();
-        for ((kind, name), status) in &*statuses {
+        for key in statuses.keys() {
+            let (kind, name) = key;
             let path = kind.path(name);
+            let generation = taken.get(key).copied();
             let word = here.get(&path).map(|here| match here {
-                Here::InForce => Word { generation: Some(status.generation), ..Word::default() },
-                Here::Grant(state) => Word {
-                    generation: Some(status.generation),
-                    state: Some(*state),
-                    ..Word::default()
-                },
+                Here::InForce => Word { generation, ..Word::default() },
+                Here::Grant(state) => Word { generation, state: Some(*state), ..Word::default() },
                 Here::Wrong(error) => Word { error: Some(shortened(error)), ..Word::default() },
             });
             said.extend(word.map(|word| (path, word)));
@@ -403,8 +416,9 @@ impl Objects {
         let own = objects.entry(watched.clone()).or_default();
         // A status that somebody wrote changes nothing that is said.
         let is_same = match seen {
-            Seen::Lost(error) => {
-                if lost.note(watched.clone(), error.clone()) {
+            Seen::Lost(loss) => {
+                let error = loss.error.clone();
+                if lost.note(watched.clone(), loss) {
                     tracing::warn!(
                         error,
                         objects = watched.told(),
@@ -461,11 +475,7 @@ pub async fn run(client: Client, objects: Arc<Objects>, bound: Bound) {
         tokio::select! {
             () = objects.moved.notified() => {}
             () = tokio::time::sleep(LOOK) => {}
-            Some(Err(error)) = watches.join_next() => {
-                if !error.is_cancelled() {
-                    tracing::error!(%error, "a watch broke off; what it last said stays");
-                }
-            }
+            Some(watch) = watches.join_next() => ended(watch),
         }
     }
 }
@@ -590,5 +600,38 @@ mod tests {
         // The watch may have had something to say yet.
         see("a");
         assert_eq!(names(&objects).unwrap(), ["grant/b/g", "grant/c/g"]);
+    }
+
+    #[test]
+    fn the_generation_that_is_said_to_count_is_the_one_that_was_taken() {
+        let objects = Objects::default();
+        let scopes = Watched::Scopes;
+        let name = ObjectName::new("", "git");
+        let come = |generation| {
+            let status = ObjectStatus::read(generation, &json!({}));
+            objects.see_status(&scopes, Seen::Put(name.clone(), status));
+            let object = Object {
+                text: generation.to_string().into_bytes().into(),
+                created: Timestamp::UNIX_EPOCH,
+                namespace: None,
+            };
+            let all = BTreeMap::from([(name.clone(), object)]);
+            objects.see(&scopes, Seen::Whole(all, LeftOut::default()));
+        };
+        let said = || {
+            objects.say(&BTreeMap::from([("scope/git".to_owned(), Here::InForce)]));
+            objects.state().words["scope/git"].generation
+        };
+        objects.concern(&BTreeSet::new());
+        come(1);
+        assert!(objects.take().is_none(), "not all is listed");
+        assert_eq!(said(), None, "what counts is what an earlier daemon was told");
+        objects.see(&Watched::ClusterGrants, Seen::Whole(BTreeMap::new(), LeftOut::default()));
+        assert!(objects.take().is_some());
+        assert_eq!(said(), Some(1));
+        come(2);
+        assert_eq!(said(), Some(1), "nobody has taken the next one");
+        assert!(objects.take().is_some());
+        assert_eq!(said(), Some(2));
     }
 }

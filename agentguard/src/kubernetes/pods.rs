@@ -12,7 +12,7 @@ use kube::{Client, ResourceExt as _};
 use tokio::task::JoinSet;
 
 use super::filled::{self, Change, Filled, change_map};
-use super::watch::{Bound, Kept, Seen, bytes_of_texts, everything, follow};
+use super::watch::{Bound, Kept, Seen, bytes_of_texts, ended, everything, follow};
 use crate::identity::pod::{AGENT, Labels, MODE, Pod, PodUid};
 use crate::scope::cluster::ObjectName;
 
@@ -146,10 +146,8 @@ pub async fn run(client: Client, node: String, feed: Arc<PodFeed>, bound: Bound)
     watches.spawn(follow(Api::all(client), everything(), bound, marks, move |seen| {
         feed.see_namespace(seen);
     }));
-    while let Some(ended) = watches.join_next().await {
-        if let Err(error) = ended {
-            tracing::error!(%error, "a watch broke off; what it last said stays");
-        }
+    while let Some(watch) = watches.join_next().await {
+        ended(watch);
     }
 }
 

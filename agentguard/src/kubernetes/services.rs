@@ -19,7 +19,7 @@ use kube::{Client, ResourceExt as _};
 use tokio::task::JoinSet;
 
 use super::filled::{self, Change, Filled, change_map};
-use super::watch::{Bound, Kept, Retry, Seen, bytes_of_texts, everything, follow};
+use super::watch::{Bound, Kept, Loss, Retry, Seen, bytes_of_texts, ended, everything, follow};
 use crate::scope::cluster::{
     ClusterView, Endpoints, NodeAddresses, ObjectName, PodAddresses, PodNetwork, PortProtocol,
     Service, ServicePort, namespace_labels,
@@ -244,11 +244,8 @@ pub async fn run(client: Client, feed: Arc<Feed>, bound: Bound) {
         own.see_node(seen);
     }));
     watches.spawn(follow_endpoints(client, feed, bound));
-    // None ends; one that breaks off is no reason to let go of the others.
-    while let Some(ended) = watches.join_next().await {
-        if let Err(error) = ended {
-            tracing::error!(%error, "a watch broke off; what it last said stays");
-        }
+    while let Some(watch) = watches.join_next().await {
+        ended(watch);
     }
 }
 
@@ -258,7 +255,7 @@ async fn follow_endpoints(client: Client, feed: Arc<Feed>, bound: Bound) {
     let has_slices = loop {
         match has_endpoint_slices(&client).await {
             Ok(has) => break has,
-            Err(error) => feed.see_endpoints(Seen::Lost(error.to_string())),
+            Err(error) => feed.see_endpoints(Seen::Lost(Loss::from(&error))),
         }
         tokio::time::sleep(pauses.pause()).await;
     };

@@ -6,8 +6,10 @@
 //! none that is known.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io;
 use std::time::{Duration, Instant};
 
 use backon::ExponentialBackoff;
@@ -19,7 +21,9 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
+use tokio::task::JoinError;
 
+use super::{CONNECT, SILENCE};
 use crate::retry;
 use crate::scope::cluster::ObjectName;
 
@@ -47,7 +51,27 @@ pub enum Seen<V> {
     /// There was no room for it as it was, or is, which counts as gone; all that is left out now.
     NoRoom(ObjectName, LeftOut),
     /// The API server did not answer, or refused; it is asked again.
-    Lost(String),
+    Lost(Loss),
+}
+
+/// A failure to hear from the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loss {
+    pub error: String,
+    /// Whether it took the request and then said nothing: it takes as long to find that out again.
+    is_silence: bool,
+}
+
+impl<E: Error + 'static> From<&E> for Loss {
+    fn from(error: &E) -> Self {
+        Self { error: error.to_string(), is_silence: is_timeout(error) }
+    }
+}
+
+fn is_timeout(error: &(dyn Error + 'static)) -> bool {
+    let own = error.downcast_ref::<io::Error>();
+    own.is_some_and(|own| own.kind() == io::ErrorKind::TimedOut)
+        || error.source().is_some_and(is_timeout)
 }
 
 /// What is kept of an object.
@@ -332,7 +356,7 @@ pub async fn follow<K, V>(
                     });
                 }
                 Ok(Event::Delete(object)) => sink(known.gone(name_of(&object))),
-                Err(error) => sink(Seen::Lost(error.to_string())),
+                Err(error) => sink(Seen::Lost(Loss::from(&error))),
             }
         }
     }
@@ -378,31 +402,49 @@ impl Backoff for Retry {
     }
 }
 
+/// One of the watches ended. If it panicked, so does who waits for it: the rest would go on by what it said
+/// last, as if nothing changed any more.
+pub(super) fn ended(watch: Result<(), JoinError>) {
+    if let Err(error) = watch
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a watch broke off");
+        std::panic::resume_unwind(error.into_panic());
+    }
+}
+
 /// How long the API server is taken for lost after its last failure. A watch that goes on where it
 /// was says nothing by itself, and one that does not fails again before this.
 const LOST: Duration = Duration::from_secs(30);
+/// The same after a failure that was found out by waiting.
+const LOST_IN_SILENCE: Duration = LOST.saturating_add(CONNECT).saturating_add(SILENCE);
 
 /// What can not be watched at present.
 #[derive(Debug)]
-pub(super) struct Lost<P>(BTreeMap<P, (String, Instant)>);
+pub(super) struct Lost<P>(BTreeMap<P, (Loss, Instant)>);
 
 impl<P: Ord> Lost<P> {
     /// Takes note of a failure; whether it is the first of an outage.
-    pub(super) fn note(&mut self, part: P, error: String) -> bool {
-        let before = self.0.insert(part, (error, Instant::now()));
-        before.is_none_or(|(_, since)| since.elapsed() >= LOST)
+    pub(super) fn note(&mut self, part: P, loss: Loss) -> bool {
+        let before = self.0.insert(part, (loss, Instant::now()));
+        before.is_none_or(|before| !counts(&before))
     }
 
     /// Takes note of an answer; whether it ended an outage.
     pub(super) fn answered(&mut self, part: &P) -> bool {
-        self.0.remove(part).is_some_and(|(_, since)| since.elapsed() < LOST)
+        self.0.remove(part).is_some_and(|loss| counts(&loss))
     }
 
     /// Each part that is lost, with the last failure.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&P, &str)> {
-        let lost = self.0.iter().filter(|(_, (_, since))| since.elapsed() < LOST);
-        lost.map(|(part, (error, _))| (part, error.as_str()))
+        let lost = self.0.iter().filter(|(_, loss)| counts(loss));
+        lost.map(|(part, (loss, _))| (part, loss.error.as_str()))
     }
+}
+
+/// Whether a failure is recent enough that nothing may have been heard since.
+fn counts((loss, since): &(Loss, Instant)) -> bool {
+    since.elapsed() < if loss.is_silence { LOST_IN_SILENCE } else { LOST }
 }
 
 impl<P> Default for Lost<P> {
@@ -502,5 +544,42 @@ mod tests {
         assert!(left_out.reserved.iter().any(|block| block.contains(&six)));
         assert!(left_out.reserved.iter().all(|block| block.prefix_len() >= 16));
         assert_eq!(LeftOut::new(1).told("pods", "nothing"), None);
+    }
+
+    /// A failure is told until the next one of its kind would have come.
+    #[test]
+    fn who_takes_connections_and_says_nothing_is_lost_for_as_long_as_it_takes_to_see() {
+        let now = Instant::now();
+        let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).unwrap();
+        let loss = |is_silence| Loss { error: String::new(), is_silence };
+        let next = SILENCE + CONNECT + PAUSES.1;
+        assert!(counts(&(loss(true), now.checked_sub(next).unwrap())));
+        assert!(!counts(&(loss(true), ago(3600))));
+        assert!(counts(&(loss(false), now.checked_sub(CONNECT + PAUSES.1).unwrap())));
+        assert!(!counts(&(loss(false), ago(31))));
+    }
+
+    #[tokio::test]
+    async fn silence_is_told_from_a_refusal() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let lose = async || {
+            let mut config = kube::Config::new(format!("http://{address}").parse().unwrap());
+            config.read_timeout = Some(Duration::from_millis(200));
+            let client = kube::Client::try_from(config).unwrap();
+            let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::all(client);
+            let mut events = std::pin::pin!(watcher(pods, everything()).backoff(Retry::default()));
+            loop {
+                if let Some(Err(error)) = events.next().await {
+                    return Loss::from(&error);
+                }
+            }
+        };
+        // Takes connections, by its queue, and never answers.
+        let silence = lose().await;
+        assert!(silence.is_silence, "{silence:?}");
+        drop(listener);
+        let refusal = lose().await;
+        assert!(!refusal.is_silence, "{refusal:?}");
     }
 }

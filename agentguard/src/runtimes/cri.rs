@@ -46,6 +46,8 @@ pub struct Cri {
     is_complete: bool,
     /// Whether something is there that was not asked for yet.
     is_behind: bool,
+    /// Why it can not be told what something is.
+    untold: Option<RuntimeError>,
     changes: Changes,
 }
 
@@ -147,6 +149,7 @@ impl Cri {
             idle: BTreeSet::new(),
             is_complete: false,
             is_behind: false,
+            untold: None,
             changes: Changes::default(),
         })
     }
@@ -206,6 +209,7 @@ impl Cri {
         let mut wanted = wanted.peekable();
         let mut asked = JoinSet::new();
         self.is_behind = false;
+        self.untold = None;
         loop {
             let is_late = until.is_some_and(|until| Instant::now() >= until);
             while asked.len() < AT_ONCE && !is_late {
@@ -236,15 +240,26 @@ impl Cri {
                     self.idle.insert(id);
                 }
                 Asked::Sandbox(_, Ok(None)) => {}
-                Asked::Sandbox(_, Err(status)) => {
-                    return Err(self.failed("PodSandboxStatus", &status));
+                Asked::Sandbox(id, Err(status)) => {
+                    self.note_untold(&format!("PodSandboxStatus of {id}"), &status)?;
                 }
-                Asked::Container(_, Err(status)) => {
-                    return Err(self.failed("ContainerStatus", &status));
+                Asked::Container(id, Err(status)) => {
+                    self.note_untold(&format!("ContainerStatus of {id}"), &status)?;
                 }
             }
         }
         self.is_behind = wanted.peek().is_some();
+        Ok(())
+    }
+
+    /// One of which the runtime can not speak takes nothing from the others, and is asked for again; a
+    /// runtime that does not answer is asked for nothing more.
+    fn note_untold(&mut self, call: &str, status: &Status) -> Result<(), RuntimeError> {
+        let error = self.failed(call, status);
+        if matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled) {
+            return Err(error);
+        }
+        self.untold.get_or_insert(error);
         Ok(())
     }
 
@@ -315,7 +330,7 @@ impl Runtime for Cri {
         self.ask_statuses(version, new_sandboxes, new_containers, until).await?;
         self.is_complete = true;
 
-        let mut listing = Listing::default();
+        let mut listing = Listing { untold: self.untold.clone(), ..Listing::default() };
         for listed in sandboxes {
             let facts = self.sandboxes.get(&listed.id).cloned().unwrap_or_default();
             if let Some(sandbox) = sandbox(listed, facts) {

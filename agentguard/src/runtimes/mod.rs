@@ -24,6 +24,9 @@ pub struct Listing {
     pub sandboxes: BTreeMap<String, Sandbox>,
     /// Those that have a process, by their ids.
     pub containers: BTreeMap<String, Container>,
+    /// Why it can not be told what something is, the first where there are several: what it may be is not
+    /// gone.
+    pub untold: Option<RuntimeError>,
 }
 
 /// Why a runtime did not answer. What it said before stays.

@@ -37,6 +37,9 @@ pub(super) const LATER: &str = "10.96.77.77/80";
 /// Labels of an agent that is held.
 pub(super) const ENFORCED: &str = ", agentguard.dev/agent: \"true\", agentguard.dev/mode: enforce";
 
+/// How long after its first request a pod may be held where no hook has it wait.
+const HELD_WITHIN: Duration = Duration::from_secs(1);
+
 /// An address outside of the cluster.
 const NOBODY: &str = "192.0.2.1/80";
 
@@ -60,11 +63,12 @@ pub(super) struct Targets {
     /// The service of the web server, and its pod at the port that the service leads to.
     pub(super) service: String,
     pub(super) endpoint: String,
-    /// Ports of its pod at which nothing listens: one that is granted, one that is not, and one that
-    /// the scope `more` has.
+    /// Ports of its pod at which nothing listens: one that is granted, one that is not, and those that
+    /// the scopes `more` and `chosen` have.
     pub(super) granted: String,
     pub(super) ungranted: String,
     pub(super) more: String,
+    pub(super) chosen: String,
 }
 
 impl Targets {
@@ -79,18 +83,20 @@ impl Targets {
             granted: format!("{pod}/4444"),
             ungranted: format!("{pod}/4445"),
             more: format!("{pod}/4446"),
+            chosen: format!("{pod}/4447"),
         })
     }
 
     pub(super) fn all(&self) -> String {
-        let Self { service, endpoint, granted, ungranted, more } = self;
-        [service, endpoint, granted, ungranted, more, LATER].join(" ")
+        let Self { service, endpoint, granted, ungranted, more, chosen } = self;
+        [service, endpoint, granted, ungranted, more, chosen, LATER].join(" ")
     }
 
     /// What the grant `researcher` comes to while there is nothing else.
     pub(super) fn of_researcher_alone(&self) -> BTreeMap<String, Outcome> {
         let mut all = self.of_researcher();
-        all.extend(expected(&[(&self.more, Outcome::Refused), (LATER, Outcome::Refused)]));
+        let refused = [self.more.as_str(), &self.chosen, LATER];
+        all.extend(refused.map(|target| (target.to_owned(), Outcome::Refused)));
         all
     }
 
@@ -204,10 +210,12 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let first = researcher.all()?.first().map(|asked| asked.at);
     let held = researcher.first(&targets.ungranted, Outcome::Refused, Timestamp::UNIX_EPOCH)?;
     if let Some(first) = first {
+        let late = Duration::try_from(held - first).unwrap_or_default();
         println!(
             "seen      an agent is held {} after its first request, without the runtime's hook",
-            seconds(Duration::try_from(held - first).unwrap_or_default())
+            seconds(late)
         );
+        ensure!(late <= cluster.pace().allows(HELD_WITHIN), "an agent was held {late:?} late");
     }
     wide.first(&format!("{ADDRESS}/6443"), Outcome::Refused, Timestamp::UNIX_EPOCH)?;
     let since = Timestamp::now();

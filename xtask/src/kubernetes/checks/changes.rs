@@ -45,6 +45,32 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
         let change = || told(cluster, &delete);
         note("a service is deleted", measured(researcher, LATER, Outcome::Refused, change)?);
 
+        let chosen = targets.chosen.as_str();
+        let grant = [("$NAME", "chosen"), ("$SCOPE", "chosen"), ("$EXPIRES", "never")];
+        apply(cluster, GRANT, &grant)?;
+        let choose = |label: &'static str| {
+            move || {
+                told(cluster, &["label", "--overwrite", "pod", "--selector", "app=server", label])
+            }
+        };
+        let change = choose("chosen=yes");
+        note("a scope selects a pod", measured(researcher, chosen, Outcome::Passed, change)?);
+        let ports = |ports: &'static str| {
+            let patch = format!(
+                r#"[{{"op": "replace", "path": "/spec/egress/0/ports/0/port", "value": {ports}}}]"#
+            );
+            move || {
+                told(cluster, &["patch", "scope", "chosen", "--type", "json", "--patch", &patch])
+            }
+        };
+        let change = ports("4448");
+        note("a scope loses a port", measured(researcher, chosen, Outcome::Refused, change)?);
+        let change = ports("4447");
+        note("a scope gets a port", measured(researcher, chosen, Outcome::Passed, change)?);
+        let change = choose("chosen-");
+        note("a scope selects it no more", measured(researcher, chosen, Outcome::Refused, change)?);
+        told(cluster, &["--namespace", "agents", "delete", "grant", "chosen"])?;
+
         let label = |label: &'static str| {
             move || {
                 let to = ["--namespace", "agents", "label", "--overwrite", "pod", "audited", label];

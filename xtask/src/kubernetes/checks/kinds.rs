@@ -19,7 +19,7 @@ use crate::{
     interrupt,
     kubernetes::{
         cluster::{Cluster, NODE},
-        traffic::{Outcome, Traffic},
+        traffic::{Asked, Outcome, Traffic},
     },
 };
 
@@ -103,6 +103,47 @@ pub(super) fn on_the_nodes_network(cluster: &mut Cluster<'_>, agents: &Agents) -
     );
     gone(cluster, "on-node")?;
     kubectl(cluster, &["--namespace", "agents", "delete", "pod", "not-on-node"]).map(drop)
+}
+
+/// An agent whose pod the API server has forgotten is held until it has ended, also where the runtime knows
+/// only labels by which it would be none: it became one later.
+pub(super) fn deleted_by_force_is_held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
+    let targets = &agents.targets;
+    let asks = targets.all();
+    let name = "forgotten";
+    apply(cluster, POD, &asking(cluster, name, "researcher", "", &asks))?;
+    runs(cluster, name)?;
+    let pod = traffic(cluster, name)?;
+    pod.first(&targets.ungranted, Outcome::Passed, Timestamp::UNIX_EPOCH)?;
+    let of_agents = ["--namespace", "agents"];
+    let marks = ["label", "pod", name, "agentguard.dev/agent=true", "agentguard.dev/mode=enforce"];
+    kubectl(cluster, &[&of_agents[..], &marks].concat())?;
+    let held = pod.first(&targets.ungranted, Outcome::Refused, Timestamp::UNIX_EPOCH)?;
+    let delete = ["delete", "pod", name, "--force", "--grace-period=0", "--wait=false"];
+    kubectl(cluster, &[&of_agents[..], &delete].concat())?;
+    let forgotten = Timestamp::now();
+    // The kubelet leaves it two seconds, and takes away its log some time after.
+    let begin = Instant::now();
+    let mut asked = pod.since(held)?;
+    while begin.elapsed() < cluster.pace().patience(LOOK) {
+        let Ok(more) = pod.since(held) else { break };
+        asked = more;
+        interrupt::sleep(Duration::from_millis(100))?;
+    }
+    let expected = targets.of_researcher_alone();
+    let mut after = 0;
+    for Asked { at, target, outcome } in asked.iter().filter(|asked| asked.target != "curl") {
+        let wanted = expected.get(target).context("it is asked for what is known")?;
+        ensure!(outcome == wanted, "{target} was {outcome} at {at}, forgotten at {forgotten}");
+        after += usize::from(*at > forgotten && *outcome == Outcome::Refused);
+    }
+    ensure!(after > 0, "it was refused nothing after it was deleted, and may have ended before");
+    is_let_go(cluster, &format!("agents/{name}"))?;
+    println!(
+        "seen      an agent that was labelled later is held to its end when its pod is deleted by force: \
+         {after} requests refused after that"
+    );
+    Ok(())
 }
 
 /// A static pod has no service account. Where identities are made of it, it is none that has a grant and

@@ -42,6 +42,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("without an API server", outage::is_survived),
     ("what kubectl shows", agents::shown),
     ("init containers", kinds::init_container_is_held),
+    ("a pod deleted by force", kinds::deleted_by_force_is_held),
     ("the node's network", kinds::on_the_nodes_network),
     ("static pods", kinds::static_pod_is_held),
     ("the runtime's hook", hook::holds_and_goes),
