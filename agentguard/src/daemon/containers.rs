@@ -49,6 +49,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// for how long: kubelet makes it before anything else of the pod.
 const LOOK: Duration = Duration::from_millis(20);
 const LOOKED_FOR: Duration = Duration::from_secs(60);
+/// The same for a pod that the cluster has forgotten: kubelet may start it again before it sees that.
+const STARTED_AGAIN: Duration = Duration::from_secs(5);
 /// What is wrong where no program is found that runs containers.
 const NO_PROGRAM: &str = "none of containers.runtime_programs is on this node: its steps are judged as the \
     agents', and without the runtime's hook no container of an agent starts in enforce mode; name the \
@@ -57,6 +59,9 @@ const NO_PROGRAM: &str = "none of containers.runtime_programs is on this node: i
 const PROGRAMS_CHANGE: Duration = Duration::from_secs(10);
 /// Containers that were announced and never listed are believed in for this long.
 const BELIEVED: Duration = Duration::from_secs(600);
+
+/// How long it is remembered what a pod was that neither the cluster nor a runtime knows any more.
+const REMEMBERED: Duration = Duration::from_secs(60);
 
 /// What is known of containers, shared by all who hear of them.
 #[derive(Debug)]
@@ -74,7 +79,8 @@ pub struct Containers {
     pub nri: nri::Health,
     /// What the kernel half was told to be programs that run containers.
     programs: Mutex<Option<BTreeSet<FileId>>>,
-    /// Where the cgroups may appear of pods that no runtime has told of yet, and since when.
+    /// Where the cgroups may appear of pods that no runtime has told of yet, and how long that is looked
+    /// for.
     awaited: Mutex<BTreeMap<PodUid, (Instant, Vec<PathBuf>)>>,
     /// Held while what should be is compared with what is: of two views the later must stay. Up to
     /// which version of what is known that is done.
@@ -93,6 +99,9 @@ pub struct Report {
 #[derive(Debug, Default)]
 struct Inputs {
     cluster: Option<Cluster>,
+    /// What the cluster said last of pods that it does not know any more, and when somebody last knew the
+    /// pod.
+    forgotten: BTreeMap<PodUid, (Instant, Pod)>,
     /// Whether there is a cluster to hear of.
     has_cluster: bool,
     runtimes: BTreeMap<String, RuntimeInput>,
@@ -170,7 +179,7 @@ impl Containers {
     pub fn set_cluster(&self, cluster: Cluster) {
         let mut inputs = self.inputs();
         if inputs.cluster.as_ref() != Some(&cluster) {
-            inputs.cluster = Some(cluster);
+            inputs.set_cluster(cluster);
             inputs.version += 1;
             drop(inputs);
             self.heard.notify_one();
@@ -255,13 +264,22 @@ impl Containers {
         let mut still = BTreeMap::new();
         let mut found = BTreeMap::new();
         for Pod { uid, .. } in self.rules.awaited(node) {
+            let is_known = node.pods.contains_key(uid);
+            let looked_for = if is_known { LOOKED_FOR } else { STARTED_AGAIN };
+            let until = awaited.get(uid).map_or(now + looked_for, |(until, _)| *until);
             let paths = node.cgroups_of(uid);
             match paths.iter().find(|path| below(root, path).is_dir()) {
-                Some(path) => drop(found.insert(uid.clone(), path.clone())),
+                Some(path) if is_known => drop(found.insert(uid.clone(), path.clone())),
+                // What kubelet leaves behind of one that nobody knows any more holds nothing.
+                Some(path) => {
+                    if now < until || matches!(populated(&below(root, path)), Ok(Some(true))) {
+                        found.insert(uid.clone(), path.clone());
+                    }
+                    still.insert(uid.clone(), (until, Vec::new()));
+                }
                 None => {
-                    let since = awaited.get(uid).map_or(now, |(since, _)| *since);
                     let paths = paths.iter().map(|path| below(root, path)).collect();
-                    still.insert(uid.clone(), (since, paths));
+                    still.insert(uid.clone(), (until, paths));
                 }
             }
         }
@@ -279,7 +297,7 @@ impl Containers {
         while Instant::now() < end {
             let paths: Vec<PathBuf> = {
                 let awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-                let lately = awaited.values().filter(|(since, _)| since.elapsed() < LOOKED_FOR);
+                let lately = awaited.values().filter(|(until, _)| Instant::now() < *until);
                 lately.flat_map(|(_, paths)| paths.clone()).collect()
             };
             if paths.iter().any(|path| path.is_dir()) {
@@ -323,6 +341,14 @@ enum Known {
 }
 
 impl Inputs {
+    fn set_cluster(&mut self, cluster: Cluster) {
+        let before = self.cluster.replace(cluster).unwrap_or_default();
+        let now = Instant::now();
+        self.forgotten.extend(before.pods.into_iter().map(|(uid, pod)| (uid, (now, pod))));
+        let Some(cluster) = &self.cluster else { return };
+        self.forgotten.retain(|uid, _| !cluster.pods.contains_key(uid));
+    }
+
     /// What is known of a sandbox's pod. Where there is a cluster, that is nothing as long as the
     /// labels of its namespace are not known, which can make an agent of it.
     fn knows(&self, sandbox: &Sandbox) -> Known {
@@ -376,6 +402,8 @@ impl Inputs {
             }
         }
         node.has_cluster = self.has_cluster;
+        let forgotten = self.forgotten.iter();
+        node.forgotten = forgotten.map(|(uid, (_, pod))| (uid.clone(), pod.clone())).collect();
         if let Some(Cluster { pods, namespaces, lacks_namespaces }) = &self.cluster {
             node.pods.clone_from(pods);
             node.namespaces.clone_from(namespaces);
@@ -392,8 +420,20 @@ impl Inputs {
             })
     }
 
-    /// Forgets announced containers that ended.
-    fn prune(&mut self) {
+    /// Forgets announced containers that ended, and pods that nobody has known for a while.
+    fn prune(&mut self, now: Instant) {
+        let listings = self.runtimes.values().filter_map(|runtime| runtime.listing.as_ref());
+        let listed: BTreeSet<PodUid> = listings
+            .flat_map(|listing| listing.sandboxes.values())
+            .chain(self.announced.values().filter_map(|heard| heard.sandbox.as_ref()))
+            .map(|sandbox| sandbox.pod.uid.clone())
+            .collect();
+        self.forgotten.retain(|uid, (known, _)| {
+            if listed.contains(uid) {
+                *known = now;
+            }
+            now.saturating_duration_since(*known) < REMEMBERED
+        });
         let listed: BTreeSet<String> = self
             .runtimes
             .values()
@@ -401,7 +441,7 @@ impl Inputs {
             .flat_map(|listing| listing.containers.keys().cloned())
             .collect();
         self.announced.retain(|id, heard| {
-            let is_young = heard.at.elapsed() < BELIEVED;
+            let is_young = now.saturating_duration_since(heard.at) < BELIEVED;
             heard.container.process.is_alive() && (is_young || listed.contains(id))
         });
     }
@@ -562,7 +602,7 @@ fn hold(shared: &Shared, version: u64) -> bool {
     }
     let (mut node, is_complete, failures, seen) = {
         let mut inputs = containers.inputs();
-        inputs.prune();
+        inputs.prune(Instant::now());
         let failures: Vec<String> =
             inputs.runtimes.values().filter_map(|runtime| runtime.failure.clone()).collect();
         (inputs.node(), inputs.is_complete(), failures, inputs.version)
@@ -632,7 +672,7 @@ fn untold_and_alive(known: &[ContainerRef], told: &[ContainerRef]) -> Vec<Contai
 
 /// What the cluster last said of a pod holds for as long as the pod runs. Of one that it does not know any
 /// more (it was deleted by force, or grew beyond the room there is), the runtime knows only the labels that
-/// it was made with.
+/// it was made with. What an earlier daemon was told is known by what is held.
 fn keep_said(engine: &Engine, node: &Node, wanted: &mut [NewWorkload]) {
     for new in wanted.iter_mut().filter(|new| is_unsaid(node, new.pod.as_ref())) {
         let known = engine.workload_at(&new.cgroup).filter(|known| known.pod == new.pod);
@@ -1006,6 +1046,8 @@ fn first_process(pid: u32, container: &str) -> Result<(ProcessRef, PathBuf), Ser
 mod tests {
     use super::*;
 
+    use crate::identity::pod::AGENT;
+
     const UID: &str = "5c1a6f0e-7e0e-4b5e-9a52-8a1f0f6f3b11";
 
     fn pod() -> Pod {
@@ -1061,6 +1103,42 @@ mod tests {
         inputs.runtimes.insert("r".to_owned(), short);
         assert!(!inputs.is_complete());
         assert!(inputs.node().sandboxes.contains_key("s"), "the others are listed all the same");
+    }
+
+    /// kubelet may start a pod again whose deletion it has not seen yet.
+    #[test]
+    fn what_was_said_of_a_pod_is_remembered_while_it_is_listed_and_a_while_after() {
+        let labels = [(AGENT.to_owned(), "true".to_owned())];
+        let labelled = Pod { labels: labels.into(), ..pod() };
+        let mut inputs = Inputs { has_cluster: true, ..Inputs::default() };
+        inputs.set_cluster(Cluster {
+            pods: [(labelled.uid.clone(), labelled.clone())].into(),
+            ..Cluster::default()
+        });
+        assert!(inputs.node().forgotten.is_empty());
+        inputs.set_cluster(Cluster::default());
+        let rules = Containers::new(&Configuration::default()).rules;
+        let is_agent = |inputs: &Inputs| rules.is_agent(&inputs.node(), &sandbox());
+        assert!(is_agent(&inputs), "the runtime's labels say nothing");
+        inputs.runtimes.insert("r".to_owned(), listed());
+        let mut now = Instant::now();
+        for _ in 0..10 {
+            now += REMEMBERED;
+            inputs.prune(now);
+            assert!(is_agent(&inputs), "a runtime lists it");
+        }
+        inputs.runtimes.clear();
+        inputs.prune(now + REMEMBERED / 2);
+        assert!(is_agent(&inputs), "it may be started again");
+        inputs.prune(now + REMEMBERED);
+        assert!(!is_agent(&inputs) && inputs.forgotten.is_empty());
+        // One that comes back is what it is said to be.
+        inputs.set_cluster(Cluster {
+            pods: [(labelled.uid.clone(), labelled)].into(),
+            ..Cluster::default()
+        });
+        inputs.set_cluster(Cluster { pods: [(pod().uid, pod())].into(), ..Cluster::default() });
+        assert!(inputs.forgotten.is_empty() && !is_agent(&inputs));
     }
 
     #[test]

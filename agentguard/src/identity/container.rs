@@ -106,6 +106,8 @@ pub struct Node {
     pub has_cluster: bool,
     /// What the cluster says.
     pub pods: BTreeMap<PodUid, Pod>,
+    /// What the cluster said last of pods that it does not know any more, and which may still run.
+    pub forgotten: BTreeMap<PodUid, Pod>,
     /// Labels of the namespaces, as the cluster says.
     pub namespaces: BTreeMap<String, Labels>,
     /// Whether there was no room for some: one that is missing may have any labels.
@@ -118,6 +120,12 @@ pub struct Node {
 }
 
 impl Node {
+    /// The pod of a sandbox. The cluster knows more of it than the runtime, and its labels as they are now.
+    fn pod_of<'a>(&'a self, sandbox: &'a Sandbox) -> &'a Pod {
+        let uid = &sandbox.pod.uid;
+        self.pods.get(uid).or_else(|| self.forgotten.get(uid)).unwrap_or(&sandbox.pod)
+    }
+
     /// Where the cgroup of a pod may be, of which only its number is known: below where kubelet has
     /// put others, or where it puts them unless told otherwise.
     #[must_use]
@@ -253,7 +261,7 @@ impl Rules {
         placements.into_values().collect()
     }
 
-    /// The pods that the cluster says are agents, and of which no runtime has told yet where they are:
+    /// The pods that the cluster says are agents, or did, and of which no runtime tells where they are:
     /// a sandbox that has ended is made anew, and its pod is nobody's as little in between. Not those
     /// with a runtime of their own, which may be one whose system calls this kernel does not see.
     pub fn awaited<'a>(&'a self, node: &'a Node) -> impl Iterator<Item = &'a Pod> {
@@ -264,7 +272,7 @@ impl Rules {
             .map(|sandbox| &sandbox.pod.uid)
             .collect();
         let by_pod = !self.template.tells_containers_apart();
-        node.pods.values().filter(move |pod| {
+        node.pods.values().chain(node.forgotten.values()).filter(move |pod| {
             by_pod
                 && !told.contains(&pod.uid)
                 && pod.runtime_class.is_none()
@@ -292,7 +300,7 @@ impl Rules {
     /// Whether the pod of a sandbox is an agent.
     #[must_use]
     pub fn is_agent(&self, node: &Node, sandbox: &Sandbox) -> bool {
-        let pod = node.pods.get(&sandbox.pod.uid).unwrap_or(&sandbox.pod);
+        let pod = node.pod_of(sandbox);
         !matches!(self.judge(node, pod), Marked::No)
     }
 
@@ -312,8 +320,7 @@ impl Rules {
         sandbox: &Sandbox,
         container: Option<&Container>,
     ) -> Option<Placement> {
-        // The cluster knows more of the pod, and its labels as they are now.
-        let pod = node.pods.get(&sandbox.pod.uid).unwrap_or(&sandbox.pod);
+        let pod = node.pod_of(sandbox);
         let inside = container.map(|container| container.cgroup.as_path());
         let of_pod = inside
             .or(sandbox.cgroup.as_deref())
@@ -663,6 +670,13 @@ mod tests {
             (&cgroup, "research/researcher-0")
         );
         assert!(placed[0].unseen.is_none() && placed[0].containers.is_empty());
+
+        // Also one that the cluster has forgotten: kubelet may start it again before it knows.
+        let mut forgotten = known.clone();
+        forgotten.forgotten = std::mem::take(&mut forgotten.pods);
+        assert_eq!((rules.awaited(&forgotten).count(), rules.place(&forgotten)), (1, placed));
+        forgotten.pod_cgroups.clear();
+        assert!(rules.place(&forgotten).is_empty());
 
         // What a runtime tells of is placed by what it tells.
         let mut told = node(agent(), "");

@@ -93,8 +93,9 @@ struct State {
     statuses: BTreeMap<(ObjectKind, ObjectName), ObjectStatus>,
     /// The generation of each that was last brought into force, or had an error then.
     taken: BTreeMap<(ObjectKind, ObjectName), i64>,
-    /// What this node says of each, by what errors call it.
-    words: BTreeMap<String, Word>,
+    /// What this node says of each, by what errors call it. `None` until it has said something: what an
+    /// earlier daemon said stays until then.
+    words: Option<BTreeMap<String, Word>>,
     /// The nodes of the cluster, once they are known.
     nodes: Option<BTreeSet<String>>,
 }
@@ -330,8 +331,8 @@ impl Objects {
             });
             said.extend(word.map(|word| (path, word)));
         }
-        let is_same = *words == said;
-        *words = said;
+        let is_same = words.as_ref() == Some(&said);
+        *words = Some(said);
         drop(state);
         if !is_same {
             self.reporting.notify_one();
@@ -351,8 +352,9 @@ impl Objects {
     /// What is to be written of the status of objects.
     pub(super) fn due(&self, node: &str, now: Timestamp) -> Vec<Due> {
         let state = self.state();
+        let Some(words) = &state.words else { return Vec::new() };
         let due = state.statuses.iter().flat_map(|((kind, name), status)| {
-            let word = state.words.get(&kind.path(name));
+            let word = words.get(&kind.path(name));
             let nodes = Nodes {
                 cluster: state.nodes.as_ref(),
                 watch: match kind {
@@ -620,10 +622,12 @@ mod tests {
         };
         let said = || {
             objects.say(&BTreeMap::from([("scope/git".to_owned(), Here::InForce)]));
-            objects.state().words["scope/git"].generation
+            objects.state().words.as_ref().unwrap()["scope/git"].generation
         };
         objects.concern(&BTreeSet::new());
         come(1);
+        let due = || objects.due("one", Timestamp::UNIX_EPOCH).len();
+        assert_eq!(due(), 0, "before anything was said, nothing is taken back");
         assert!(objects.take().is_none(), "not all is listed");
         assert_eq!(said(), None, "what counts is what an earlier daemon was told");
         objects.see(&Watched::ClusterGrants, Seen::Whole(BTreeMap::new(), LeftOut::default()));
@@ -633,5 +637,6 @@ mod tests {
         assert_eq!(said(), Some(1), "nobody has taken the next one");
         assert!(objects.take().is_some());
         assert_eq!(said(), Some(2));
+        assert_eq!(due(), 1);
     }
 }

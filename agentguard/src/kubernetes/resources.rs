@@ -160,6 +160,8 @@ fn status() -> Value {
             },
             "nodes": {
                 "type": "array",
+                // An old API server makes null of a list from which the last entry is taken.
+                "nullable": true,
                 "description": "The nodes on which it is in force, or should be.",
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["name"],
