@@ -357,7 +357,7 @@ impl Rules {
         });
         // What the API server says of a static pod is all that there will be.
         let has_no_account = pod.service_account.is_none()
-            && node.pods.contains_key(&pod.uid)
+            && [&node.pods, &node.forgotten].iter().any(|pods| pods.contains_key(&pod.uid))
             && self.template.names_service_account();
         Some(Placement {
             name,
