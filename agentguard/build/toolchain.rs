@@ -163,7 +163,8 @@ impl Toolchain {
     fn flags(&self, workspace: &Path) -> Vec<String> {
         let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let rust = self.rustc.parent().and_then(Path::parent).map(real);
-        let cargo = home("CARGO_HOME", ".cargo").map(|home| real(&home));
+        // As it is written: cargo names what it has unpacked there by that.
+        let cargo = home("CARGO_HOME", ".cargo");
         // The last that fits counts.
         let known = [(rust, "/rust"), (cargo, "/cargo"), (Some(real(workspace)), "/agentguard")];
         let remapped = known.into_iter().filter_map(|(path, name)| {

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use flate2::read::GzDecoder;
+use serde_json::Value;
 
 use crate::{
     run::{heading, output, root, target_dir, which},
@@ -52,6 +53,19 @@ const REFUSED: &[&str] = &[
     "metrics.address=127.0.0.1",
     r"podLabels.app\.kubernetes\.io/name=a",
     "remove=true,hook.install=true,hook.runtime=containerd",
+];
+
+/// Keys of the configuration that the chart sets, and nobody else.
+const OWN: &[&str] = &[
+    "node",
+    "trust_domain",
+    "mode",
+    "require",
+    "cgroup_root",
+    "pin_directory",
+    "state_directory",
+    "runtime_directory",
+    "manifests_directory",
 ];
 
 /// What stands above the plain manifests.
@@ -95,6 +109,7 @@ pub(crate) fn chart(arguments: &Arguments) -> Result<()> {
         render(&helm, OLDEST, more)?;
         render(&helm, CURRENT, &[more, &["--api-versions", POLICIES]].concat())?;
     }
+    every_key_is_known()?;
     for values in REFUSED {
         ensure!(render(&helm, CURRENT, &["--set", values]).is_err(), "the chart takes {values}");
     }
@@ -136,6 +151,25 @@ pub(crate) fn with_values(version: &str, values: &Path) -> Result<String> {
 /// Where the plain manifests are.
 pub(crate) fn plain_file() -> PathBuf {
     root().join("deploy/kubernetes/agentguard.yaml")
+}
+
+/// What the daemon can be told is allowed in the chart's `config`, or is the chart's own to say.
+fn every_key_is_known() -> Result<()> {
+    let file = directory().join("values.schema.json");
+    let schema: Value = serde_json::from_str(&fs::read_to_string(&file)?)
+        .with_context(|| format!("{}: is no JSON", file.display()))?;
+    let allowed = &schema["properties"]["config"]["properties"];
+    let defaults = fs::read_to_string(root().join("deploy/agentguard.yaml"))?;
+    let keys = defaults.lines().filter(|line| line.starts_with(|first: char| first.is_lowercase()));
+    for key in keys.filter_map(|line| Some(line.split_once(':')?.0)) {
+        ensure!(
+            allowed.get(key).is_some() != OWN.contains(&key),
+            "{}: has to allow the key {key} of the configuration, or xtask has to know it as one that \
+             the chart sets, and not both",
+            file.display()
+        );
+    }
+    Ok(())
 }
 
 /// Where the one is that takes it off every node again.

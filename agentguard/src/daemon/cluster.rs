@@ -285,7 +285,11 @@ fn words(engine: &Engine) -> BTreeMap<String, Here> {
     let now = Timestamp::now();
     let identities: BTreeSet<&SpiffeId> =
         engine.workloads().filter_map(|workload| workload.identity.as_ref()).collect();
-    let not_in_force = engine.not_in_force();
+    // Few, if any.
+    let unfit: Vec<(&SpiffeId, String)> = engine
+        .workloads()
+        .filter_map(|workload| Some((workload.identity.as_ref()?, engine.unfit_of(workload)?)))
+        .collect();
     for stored in engine.store.grants().filter(|stored| stored.source == Source::Manifest) {
         let grant = &stored.document;
         if !identities.iter().any(|identity| grant.subject.matches(identity)) {
@@ -296,23 +300,18 @@ fn words(engine: &Engine) -> BTreeMap<String, Here> {
             (None, name) => (ObjectKind::ClusterGrant, ObjectName::new("", name)),
         };
         let phase = Phase::from(&engine.store.state_of(stored, now));
-        let unfit = || {
-            let held = engine.workloads().filter(|workload| {
-                workload.identity.as_ref().is_some_and(|identity| grant.subject.matches(identity))
-            });
-            held.filter_map(|workload| engine.unfit_of(workload)).next()
-        };
-        let wrong = not_in_force.map(str::to_owned).or_else(unfit).map(Here::Wrong);
-        words.insert(kind.path(&name), wrong.clone().unwrap_or(Here::Grant(phase)));
+        let of_grant = unfit.iter().find(|(identity, _)| grant.subject.matches(identity));
+        let why = engine.not_in_force().or(of_grant.map(|(_, why)| why.as_str()));
+        let why = why.map(str::to_owned);
+        words.insert(kind.path(&name), Here::Grant(phase, why.clone()));
         if phase == Phase::Active {
             let scopes =
                 grant.scopes.iter().filter_map(|scope| engine.manifests.catalogue.get(scope));
             for scope in scopes {
                 let path = ObjectKind::Scope.path(&ObjectName::new("", scope.name.as_str()));
-                let word = wrong.clone().unwrap_or(Here::InForce);
-                // What one grant lacks is said, whatever is in force for others.
-                if !matches!(words.get(&path), Some(Here::Wrong(_))) {
-                    words.insert(path, word);
+                // What one grant of it lacks is said, whatever is in force for others.
+                if why.is_some() || !words.contains_key(&path) {
+                    words.insert(path, Here::Scope(why.clone()));
                 }
             }
         }

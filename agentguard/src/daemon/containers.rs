@@ -342,11 +342,12 @@ enum Known {
 
 impl Inputs {
     fn set_cluster(&mut self, cluster: Cluster) {
-        let before = self.cluster.replace(cluster).unwrap_or_default();
         let now = Instant::now();
-        self.forgotten.extend(before.pods.into_iter().map(|(uid, pod)| (uid, (now, pod))));
-        let Some(cluster) = &self.cluster else { return };
+        // Before its first word there is nothing to forget.
+        let before = self.cluster.take().into_iter().flat_map(|before| before.pods);
+        self.forgotten.extend(before.map(|(uid, pod)| (uid, (now, pod))));
         self.forgotten.retain(|uid, _| !cluster.pods.contains_key(uid));
+        self.cluster = Some(cluster);
     }
 
     /// What is known of a sandbox's pod. Where there is a cluster, that is nothing as long as the
@@ -672,7 +673,8 @@ fn untold_and_alive(known: &[ContainerRef], told: &[ContainerRef]) -> Vec<Contai
 
 /// What the cluster last said of a pod holds for as long as the pod runs. Of one that it does not know any
 /// more (it was deleted by force, or grew beyond the room there is), the runtime knows only the labels that
-/// it was made with. What an earlier daemon was told is known by what is held.
+/// it was made with. That is remembered (`Inputs::forgotten`); what only an earlier daemon was told, or what
+/// was forgotten since, is known by what is held.
 fn keep_said(engine: &Engine, node: &Node, wanted: &mut [NewWorkload]) {
     for new in wanted.iter_mut().filter(|new| is_unsaid(node, new.pod.as_ref())) {
         let known = engine.workload_at(&new.cgroup).filter(|known| known.pod == new.pod);
@@ -683,10 +685,12 @@ fn keep_said(engine: &Engine, node: &Node, wanted: &mut [NewWorkload]) {
     }
 }
 
-/// Whether there is a cluster, and it does not know this pod.
+/// Whether there is a cluster, and it is not known what it says of this pod, or said last.
 fn is_unsaid(node: &Node, pod: Option<&PodName>) -> bool {
-    let is_said =
-        |pod: &PodName| PodUid::new(&pod.uid).is_some_and(|uid| node.pods.contains_key(&uid));
+    let is_said = |pod: &PodName| {
+        PodUid::new(&pod.uid)
+            .is_some_and(|uid| node.pods.contains_key(&uid) || node.forgotten.contains_key(&uid))
+    };
     node.has_cluster && pod.is_some_and(|pod| !is_said(pod))
 }
 
@@ -1153,6 +1157,10 @@ mod tests {
         node.has_cluster = true;
         assert!(is_unsaid(&node, Some(&name(UID))));
         assert!(!is_unsaid(&node, None), "it is no pod's");
+        // What was said last counts, also that it is no agent any more, and before what is held.
+        node.forgotten.insert(pod().uid, pod());
+        assert!(!is_unsaid(&node, Some(&name(UID))));
+        node.forgotten.clear();
         node.pods.insert(pod().uid, pod());
         assert!(!is_unsaid(&node, Some(&name(UID))));
     }

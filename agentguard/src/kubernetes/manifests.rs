@@ -62,10 +62,10 @@ pub struct Object {
 /// What an object comes to on this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Here {
-    /// The generation that was last taken counts.
-    InForce,
+    /// The generation of a scope that was last taken counts; what keeps it from being in force all the same.
+    Scope(Option<String>),
     /// That of a grant does, which is so far in its life.
-    Grant(Phase),
+    Grant(Phase, Option<String>),
     /// The error that keeps it from counting.
     Wrong(String),
 }
@@ -325,8 +325,12 @@ impl Objects {
             let path = kind.path(name);
             let generation = taken.get(key).copied();
             let word = here.get(&path).map(|here| match here {
-                Here::InForce => Word { generation, ..Word::default() },
-                Here::Grant(state) => Word { generation, state: Some(*state), ..Word::default() },
+                Here::Scope(why) => {
+                    Word { generation, error: why.as_deref().map(shortened), state: None }
+                }
+                Here::Grant(state, why) => {
+                    Word { generation, error: why.as_deref().map(shortened), state: Some(*state) }
+                }
                 Here::Wrong(error) => Word { error: Some(shortened(error)), ..Word::default() },
             });
             said.extend(word.map(|word| (path, word)));
@@ -621,7 +625,7 @@ mod tests {
             objects.see(&scopes, Seen::Whole(all, LeftOut::default()));
         };
         let said = || {
-            objects.say(&BTreeMap::from([("scope/git".to_owned(), Here::InForce)]));
+            objects.say(&BTreeMap::from([("scope/git".to_owned(), Here::Scope(None))]));
             objects.state().words.as_ref().unwrap()["scope/git"].generation
         };
         objects.concern(&BTreeSet::new());

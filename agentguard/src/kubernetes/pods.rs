@@ -55,7 +55,9 @@ impl filled::Part for Part {
 
     fn without_room(self) -> &'static str {
         match self {
-            Self::Pods => "those that are agents have no identity, and may do nothing",
+            Self::Pods => {
+                "those of them that are agents have no identity, and may do nothing; one that was known before stays as it was until it ends"
+            }
             Self::Namespaces => "their pods are held as agents in enforce mode",
         }
     }

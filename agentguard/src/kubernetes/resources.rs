@@ -180,7 +180,7 @@ fn status() -> Value {
                         },
                         "error": {
                             "type": "string",
-                            "description": "Why it is not the newest one.",
+                            "description": "Why it is not the newest one, or not in force.",
                         },
                     },
                 },

@@ -36,7 +36,7 @@ const MAX_ERROR_CHARACTERS: usize = 1024;
 pub struct Word {
     /// The generation that counts there.
     pub generation: Option<i64>,
-    /// Why it is not the newest one.
+    /// Why it is not the newest one; or, where it is, why it is not in force.
     pub error: Option<String>,
     /// Where a grant is in its life.
     pub state: Option<Phase>,
@@ -202,9 +202,13 @@ impl ObjectStatus {
     fn summed(&self, nodes: &[(&String, &Word)], now: Timestamp) -> Summary {
         let enforced =
             nodes.iter().filter(|(_, word)| word.enforces(self.generation)).count() as i64;
-        let error = nodes
-            .iter()
-            .find_map(|(node, word)| word.error.as_ref().map(|error| format!("{node}: {error}")));
+        let error = |is_newest: bool| {
+            let is = |word: &Word| (word.generation == Some(self.generation)) == is_newest;
+            let mut words = nodes.iter().filter(|(_, word)| is(word));
+            words.find_map(|(node, word)| Some(format!("{node}: {}", word.error.as_ref()?)))
+        };
+        let (invalid, not_in_force) = (error(false), error(true));
+        let on_nodes = format!("on {enforced} of {} nodes that it concerns", nodes.len());
         let words = |name: &str, holds: bool| match holds {
             true => ("True", name.to_owned()),
             false => ("False", format!("Not{name}")),
@@ -213,9 +217,13 @@ impl ObjectStatus {
             (
                 "Enforced",
                 words("Enforced", enforced > 0),
-                format!("on {enforced} of {} nodes that it concerns", nodes.len()),
+                not_in_force.map_or(on_nodes.clone(), |why| format!("{on_nodes}; {why}")),
             ),
-            ("Valid", words("Valid", error.is_none()), error.unwrap_or_else(|| FINE.to_owned())),
+            (
+                "Valid",
+                words("Valid", invalid.is_none()),
+                invalid.unwrap_or_else(|| FINE.to_owned()),
+            ),
         ];
         // Clocks differ by a little: what permits somewhere is not said to be over.
         let order = [Phase::Active, Phase::Pending, Phase::Expired, Phase::Revoked];
@@ -419,6 +427,24 @@ mod tests {
             status = written(&status, &due);
         }
         assert_eq!((&status["enforced"], &status["nodes"]), (&json!(0), &json!([])));
+    }
+
+    #[test]
+    fn what_is_valid_and_finds_no_room_is_not_in_force_and_not_invalid() {
+        let word = Word { error: Some("a table is full".to_owned()), ..word(2) };
+        let mut status = json!({});
+        for _round in 0..2 {
+            let due = ObjectStatus::read(2, &status).due("a", Some(&word), of(None), at(1));
+            status = written(&status, &due);
+        }
+        assert_eq!(status["enforced"], 0);
+        let said = |index: usize| {
+            let condition = &status["conditions"][index];
+            ["type", "status", "message"].map(|field| condition[field].as_str().unwrap().to_owned())
+        };
+        let why = "on 0 of 1 nodes that it concerns; a: a table is full";
+        assert_eq!(said(0), ["Enforced", "False", why]);
+        assert_eq!(said(1), ["Valid", "True", FINE]);
     }
 
     #[test]

@@ -582,4 +582,15 @@ mod tests {
         let refusal = lose().await;
         assert!(!refusal.is_silence, "{refusal:?}");
     }
+
+    #[tokio::test]
+    #[should_panic(expected = "of a watch")]
+    async fn who_waits_for_a_watch_that_panics_does_too() {
+        let mut watches = tokio::task::JoinSet::new();
+        let cancelled = watches.spawn(std::future::pending());
+        cancelled.abort();
+        ended(watches.join_next().await.unwrap());
+        watches.spawn(async { panic!("of a watch") });
+        ended(watches.join_next().await.unwrap());
+    }
 }

@@ -210,7 +210,7 @@ pub(super) fn held(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let first = researcher.all()?.first().map(|asked| asked.at);
     let held = researcher.first(&targets.ungranted, Outcome::Refused, Timestamp::UNIX_EPOCH)?;
     if let Some(first) = first {
-        let late = Duration::try_from(held - first).unwrap_or_default();
+        let late = Duration::try_from(held - first)?;
         println!(
             "seen      an agent is held {} after its first request, without the runtime's hook",
             seconds(late)
