@@ -1,12 +1,6 @@
 //! Attacks on the guard itself: rows G3, G4, G5 and G8 of the threat model.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, net::SocketAddr, time::Duration};
 
 use agentguard_tests::{
     Attack, BASE_SCOPE, Guard, Layer, Mode, Outcome, Protocol, Report, Running, WayOut, World,
@@ -288,8 +282,7 @@ fn no_kind_of_invalid_manifest_changes_anything_that_is_enforced() {
 fn change_nothing(invalid: Vec<(&'static str, Vec<u8>)>) {
     requires(Layer::Portable);
     let world = World::new();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let metrics = format!("127.0.0.1:{port}");
+    let metrics = scrape::unused_address();
     let guard = Guard::start_with(&world, &[], &json!({"metrics": {"listen": metrics}}));
     let mut enter = world.enter();
     let line = guard.exec_line("spiffe://agentguard.test/held", &[BASE_SCOPE], Mode::Enforce);
@@ -311,7 +304,7 @@ fn change_nothing(invalid: Vec<(&'static str, Vec<u8>)>) {
     let (before, none) = enforced();
     assert_eq!(before.1, [json!("allow"), json!("deny")]);
     assert_eq!(none, Vec::<Value>::new());
-    let counted = || metric(&metrics, "agentguard_manifest_errors");
+    let counted = || scrape::row(metrics, "agentguard_manifest_errors", &[]);
     for (what, text) in invalid {
         guard.write_manifest_text("bad", &text);
         wait_until(&format!("{what} is counted"), || counted() > 0.0);
@@ -337,16 +330,6 @@ fn change_nothing(invalid: Vec<(&'static str, Vec<u8>)>) {
             && record["source"].as_str().is_some_and(|file| file.ends_with("/base.yaml"))
             && record["line"].as_u64().is_some_and(|line| line > 0)
     });
-}
-
-/// One value of `/metrics`.
-fn metric(address: &str, name: &str) -> f64 {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
 }
 
 /// The word by which records and gauges tell how many of a layer's hooks are in force.

@@ -2,18 +2,34 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    ops::Range,
+    process,
+    sync::atomic::{AtomicU16, Ordering},
 };
 
-/// An address of loopback that nothing listens on yet.
+/// Ports that the kernel gives to nobody who did not ask for them: below the range that it chooses
+/// from (`net.ipv4.ip_local_port_range`, 32768 to 60999 by default).
+const NEVER_CHOSEN: Range<u16> = 20_000..32_000;
+
+/// An address of loopback that nothing listens on, and that nothing will which lets the kernel
+/// choose its port: it is still free when a daemon is started a second time.
 ///
 /// # Panics
 ///
 /// When loopback is down.
 #[must_use]
 pub fn unused_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is up");
-    listener.local_addr().expect("it is bound")
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    let count = u32::from(NEVER_CHOSEN.end - NEVER_CHOSEN.start);
+    // Test programs that run side by side begin at different places.
+    let first = process::id().wrapping_mul(97);
+    let mut tried = (0..count).map(|_| {
+        let next = u32::from(TAKEN.fetch_add(1, Ordering::Relaxed));
+        let offset = u16::try_from(first.wrapping_add(next) % count).expect("the range is in u16");
+        SocketAddr::from((Ipv4Addr::LOCALHOST, NEVER_CHOSEN.start + offset))
+    });
+    tried.find(|address| TcpListener::bind(address).is_ok()).expect("loopback is up")
 }
 
 /// What a path of the metrics address answers: status and body.
