@@ -212,9 +212,12 @@ impl Node {
     ) -> Result<Duration> {
         let begin = Instant::now();
         loop {
+            let asked = Instant::now();
             if done(self)? {
                 return Ok(begin.elapsed());
             }
+            // What is waited for shall have more of the processors than the asking.
+            let rest = asked.elapsed().max(Duration::from_millis(200));
             for index in 0..self.running.len() {
                 if let Some(status) = self.running[index].1.try_wait()? {
                     let name = self.running[index].0.clone();
@@ -227,7 +230,7 @@ impl Node {
                 limit.as_secs(),
                 self.scratch.display()
             );
-            interrupt::sleep(Duration::from_millis(200))?;
+            interrupt::sleep(rest)?;
         }
     }
 

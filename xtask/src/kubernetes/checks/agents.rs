@@ -436,9 +436,14 @@ fn is_over_in_time(cluster: &mut Cluster<'_>) -> Result<()> {
     cluster.wait_for("it is in force nowhere", &nodes, "0").map(drop)
 }
 
-/// What an ordinary pod asked for from beginning to end, it got.
+/// What an ordinary pod asked for from beginning to end, it got; and nothing else became of what agents
+/// asked for than what is looked for.
 pub(super) fn bystander_saw_nothing(_: &mut Cluster<'_>, agents: &Agents) -> Result<()> {
     let count = agents.bystander.judge(Timestamp::UNIX_EPOCH, &agents.targets.of_free())?;
     println!("seen      none of {count} requests of an ordinary pod was refused");
+    // Also between what was looked at nothing became of a request that is not known.
+    for agent in [&agents.researcher, &agents.wide, &agents.audited] {
+        agent.all()?;
+    }
     Ok(())
 }
