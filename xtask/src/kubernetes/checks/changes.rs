@@ -13,7 +13,7 @@ use crate::{
     interrupt,
     kubernetes::{
         cluster::Cluster,
-        traffic::{Outcome, Traffic},
+        traffic::{Asked, Outcome, Traffic},
     },
 };
 
@@ -30,6 +30,7 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let cluster: &Cluster<'_> = cluster;
     let Agents { researcher, audited, targets, .. } = agents;
     let more = targets.more.as_str();
+    let limit = cluster.pace().allows(LIMIT);
     let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     for round in 0..ROUNDS {
         if round > 0 && took.values().all(|each| each.len() >= MEASURED) {
@@ -38,16 +39,16 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
         let mut note = |what, took_this| took.entry(what).or_default().extend(took_this);
         let grant = [("$NAME", "changing"), ("$SCOPE", "more"), ("$EXPIRES", "never")];
         let change = || apply(cluster, GRANT, &grant);
-        note("a grant is added", measured(researcher, more, Outcome::Passed, change)?);
+        note("a grant is added", measured(limit, researcher, more, Outcome::Passed, change)?);
         let delete = ["--namespace", "agents", "delete", "grant", "changing"];
         let change = || told(cluster, &delete);
-        note("a grant is deleted", measured(researcher, more, Outcome::Refused, change)?);
+        note("a grant is deleted", measured(limit, researcher, more, Outcome::Refused, change)?);
 
         let change = || apply(cluster, SERVICE, &[]);
-        note("a service is added", measured(researcher, LATER, Outcome::Passed, change)?);
+        note("a service is added", measured(limit, researcher, LATER, Outcome::Passed, change)?);
         let delete = ["delete", "service", "later"];
         let change = || told(cluster, &delete);
-        note("a service is deleted", measured(researcher, LATER, Outcome::Refused, change)?);
+        note("a service is deleted", measured(limit, researcher, LATER, Outcome::Refused, change)?);
 
         let chosen = targets.chosen.as_str();
         let grant = [("$NAME", "chosen"), ("$SCOPE", "chosen"), ("$EXPIRES", "never")];
@@ -58,7 +59,10 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
             }
         };
         let change = choose("chosen=yes");
-        note("a scope selects a pod", measured(researcher, chosen, Outcome::Passed, change)?);
+        note(
+            "a scope selects a pod",
+            measured(limit, researcher, chosen, Outcome::Passed, change)?,
+        );
         let ports = |ports: &'static str| {
             let patch = format!(
                 r#"[{{"op": "replace", "path": "/spec/egress/0/ports/0/port", "value": {ports}}}]"#
@@ -68,11 +72,17 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
             }
         };
         let change = ports("4448");
-        note("a scope loses a port", measured(researcher, chosen, Outcome::Refused, change)?);
+        note(
+            "a scope loses a port",
+            measured(limit, researcher, chosen, Outcome::Refused, change)?,
+        );
         let change = ports("4447");
-        note("a scope gets a port", measured(researcher, chosen, Outcome::Passed, change)?);
+        note("a scope gets a port", measured(limit, researcher, chosen, Outcome::Passed, change)?);
         let change = choose("chosen-");
-        note("a scope selects it no more", measured(researcher, chosen, Outcome::Refused, change)?);
+        note(
+            "a scope selects it no more",
+            measured(limit, researcher, chosen, Outcome::Refused, change)?,
+        );
         told(cluster, &["--namespace", "agents", "delete", "grant", "chosen"])?;
 
         let label = |label: &'static str| {
@@ -83,20 +93,31 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
         };
         let ungranted = targets.ungranted.as_str();
         let change = label("agentguard.dev/mode=enforce");
-        note("the mode becomes enforce", measured(audited, ungranted, Outcome::Refused, change)?);
+        note(
+            "the mode becomes enforce",
+            measured(limit, audited, ungranted, Outcome::Refused, change)?,
+        );
         let change = label("agentguard.dev/agent-");
-        note("a pod is no agent any more", measured(audited, ungranted, Outcome::Passed, change)?);
+        note(
+            "a pod is no agent any more",
+            measured(limit, audited, ungranted, Outcome::Passed, change)?,
+        );
         let change = label("agentguard.dev/agent=true");
-        note("a pod becomes an agent", measured(audited, ungranted, Outcome::Refused, change)?);
+        note(
+            "a pod becomes an agent",
+            measured(limit, audited, ungranted, Outcome::Refused, change)?,
+        );
         let change = label("agentguard.dev/mode=audit");
-        note("the mode becomes audit", measured(audited, ungranted, Outcome::Passed, change)?);
+        note(
+            "the mode becomes audit",
+            measured(limit, audited, ungranted, Outcome::Passed, change)?,
+        );
     }
     for (what, took) in &took {
         ensure!(took.len() >= MEASURED, "{what}: measured only {} times", took.len());
         let each: Vec<String> = took.iter().map(|took| took.as_millis().to_string()).collect();
         println!("seen      {what}: in force {} ms after kubectl returned", each.join(", "));
     }
-    let limit = cluster.pace().allows(LIMIT);
     let late: Vec<&str> = took
         .iter()
         .filter(|(_, took)| took.iter().any(|took| *took > limit))
@@ -109,6 +130,7 @@ pub(super) fn take_effect(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
 /// How long after `change` a pod saw it, and fails if what it saw does not stay so. `None` where the
 /// pod could not see it: it was waiting for an answer to what it had asked a moment before.
 fn measured(
+    limit: Duration,
     pod: &Traffic,
     target: &str,
     outcome: Outcome,
@@ -120,12 +142,18 @@ fn measured(
     let seen = pod.first(target, outcome, begin)?;
     interrupt::sleep(Duration::from_millis(300))?;
     pod.judge(seen, &BTreeMap::from([(target.to_owned(), outcome)]))?;
-    let mut meanwhile = pod.since(begin)?;
-    meanwhile.retain(|asked| asked.at <= seen && asked.outcome == Outcome::Unanswered);
-    if let Some(asked) = meanwhile.first() {
-        // What is refused of a connection that has begun is each of its packets.
-        ensure!(outcome == Outcome::Refused, "{} was {}", asked.target, asked.outcome);
-        println!("seen      a connection to {} was caught by a change as it began", asked.target);
+    let meanwhile = pod.since(begin)?;
+    let caught =
+        meanwhile.iter().position(|asked| asked.at <= seen && asked.outcome == Outcome::Unanswered);
+    if let Some(index) = caught {
+        let Asked { target, outcome: became, .. } = &meanwhile[index];
+        // What is refused of a connection that has begun is each of its packets. It began after what the
+        // pod had asked for before it.
+        ensure!(outcome == Outcome::Refused, "{target} was {became}");
+        let before = index.checked_sub(1).map_or(begin, |index| meanwhile[index].at);
+        let late = Duration::try_from(before - returned).unwrap_or_default();
+        ensure!(late <= limit, "{target} was let through {} ms after a change", late.as_millis());
+        println!("seen      a connection to {target} was caught by a change as it began");
         return Ok(None);
     }
     Ok(Some(Duration::try_from(seen - returned).unwrap_or_default()))
