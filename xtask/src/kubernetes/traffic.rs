@@ -130,6 +130,7 @@ impl Traffic {
                 all.extend(asked(line).with_context(|| format!("{}: {line}", self.name))?);
             }
         }
+        all.retain(|asked| asked.at >= time);
         Ok(all)
     }
 

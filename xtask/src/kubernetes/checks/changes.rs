@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Result, ensure};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::{
     agents::{Agents, GRANT, LATER},
@@ -145,21 +145,80 @@ fn measured(
     let meanwhile = pod.since(begin)?;
     let caught =
         meanwhile.iter().position(|asked| asked.at <= seen && asked.outcome == Outcome::Unanswered);
-    if let Some(index) = caught {
-        let Asked { target, outcome: became, .. } = &meanwhile[index];
-        // What is refused of a connection that has begun is each of its packets. It began after what the
-        // pod had asked for before it.
-        ensure!(outcome == Outcome::Refused, "{target} was {became}");
-        let before = index.checked_sub(1).map_or(begin, |index| meanwhile[index].at);
-        let late = Duration::try_from(before - returned).unwrap_or_default();
-        ensure!(late <= limit, "{target} was let through {} ms after a change", late.as_millis());
-        println!("seen      a connection to {target} was caught by a change as it began");
-        return Ok(None);
-    }
-    Ok(Some(Duration::try_from(seen - returned).unwrap_or_default()))
+    let Some(index) = caught else { return Ok(Some(later(seen, returned))) };
+    // What is refused of a connection that has begun is each of its packets. It is one that is refused from
+    // then on, and began after what the pod had asked for before it.
+    let Asked { target, outcome: became, .. } = &meanwhile[index];
+    ensure!(outcome == Outcome::Refused, "{target} was {became}");
+    pod.judge(seen, &BTreeMap::from([(target.clone(), Outcome::Refused)]))?;
+    let before = index.checked_sub(1).map_or(begin, |index| meanwhile[index].at);
+    let late = later(before, returned);
+    ensure!(late <= limit, "{target} was let through {} ms after a change", late.as_millis());
+    println!("seen      a connection to {target} was caught by a change as it began");
+    Ok(None)
+}
+
+/// How long after `returned`; nothing where it was before: a change is often in force before `kubectl`
+/// returns.
+fn later(at: Timestamp, returned: Timestamp) -> Duration {
+    at.duration_since(returned).max(SignedDuration::ZERO).unsigned_abs()
 }
 
 fn told(cluster: &Cluster<'_>, arguments: &[&str]) -> Result<Timestamp> {
     kubectl(cluster, arguments)?;
     Ok(Timestamp::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::kubernetes::cluster::Pace;
+
+    /// What is measured of a change after which a pod's log says these: milliseconds after the change,
+    /// port, and what became of it.
+    fn measured_of(said: &[(i64, u16, &str)]) -> Result<Option<Duration>> {
+        let logs = tempfile::tempdir()?;
+        let container = logs.path().join("agents_pod_uid/agent");
+        fs::create_dir_all(&container)?;
+        let pod = Traffic::of(logs.path(), "agents", "pod", Pace::Own)?;
+        let change = || {
+            let returned = Timestamp::now();
+            let lines = said.iter().map(|(after, port, became)| {
+                let at = returned + SignedDuration::from_millis(*after);
+                format!("{at} stdout F bash: line 5: /dev/tcp/10.0.0.1/{port}: {became}\n")
+            });
+            fs::write(container.join("0.log"), lines.collect::<String>())?;
+            Ok(returned)
+        };
+        measured(Duration::from_secs(1), &pod, "10.0.0.1/2", Outcome::Refused, change)
+    }
+
+    const REFUSED: &str = "Operation not permitted";
+    const REACHED: &str = "Connection refused";
+    const SILENT: &str = "Connection timed out";
+
+    #[test]
+    fn a_change_is_measured_by_the_first_request_that_saw_it() {
+        let took = measured_of(&[(100, 2, REACHED), (200, 2, REFUSED), (300, 2, REFUSED)]).unwrap();
+        assert_eq!(took, Some(Duration::from_millis(200)));
+        let error = measured_of(&[(200, 2, REFUSED), (300, 2, REACHED)]).unwrap_err();
+        assert!(error.to_string().contains("it has to be refused"), "{error}");
+    }
+
+    #[test]
+    fn a_measurement_is_void_only_where_the_change_caught_a_connection_that_it_refuses() {
+        let then = 131_000;
+        let caught = [(100, 1, REACHED), (then, 2, SILENT), (then + 10, 2, REFUSED)];
+        assert_eq!(measured_of(&caught).unwrap(), None);
+        // It was let through long after the change.
+        let late = [(1100, 1, REACHED), (then, 2, SILENT), (then + 10, 2, REFUSED)];
+        let error = measured_of(&late).unwrap_err();
+        assert!(error.to_string().contains("let through 1100 ms after a change"), "{error}");
+        // What is left without an answer is granted.
+        let granted = [(then, 1, SILENT), (then + 10, 2, REFUSED), (then + 20, 1, REACHED)];
+        let error = measured_of(&granted).unwrap_err();
+        assert!(error.to_string().contains("10.0.0.1/1 was let through"), "{error}");
+    }
 }

@@ -66,7 +66,7 @@ pub(super) fn is_survived(cluster: &mut Cluster<'_>, agents: &Agents) -> Result<
     let grant = [("$NAME", "after"), ("$SCOPE", "more"), ("$EXPIRES", "never")];
     let applied = apply(cluster, GRANT, &grant)?;
     let seen = researcher.first(&targets.more, Outcome::Passed, applied)?;
-    let took = Duration::try_from(seen - applied).unwrap_or_default();
+    let took = Duration::try_from(seen - applied)?;
     ensure!(
         took <= cluster.pace().allows(AGAIN),
         "a grant was in force only {} after the outage",
