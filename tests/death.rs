@@ -245,6 +245,57 @@ fn a_killed_daemon() {
     scene.tells_all(since);
 }
 
+/// What was written down before the daemon died is not written again by the next, and what was not is:
+/// of both rings.
+#[test]
+fn a_daemon_that_dies_between_writing_a_record_and_taking_it_off_its_ring() {
+    const GRANTED: u16 = 1000;
+    let mut daemon = Daemon::installed();
+    let permits = json!({"egress": [{
+        "to": [{"ipBlock": {"cidr": "127.0.0.1/32"}}],
+        "ports": [{"protocol": "TCP", "port": GRANTED, "endPort": 2 * GRANTED}],
+    }]});
+    daemon.write("scope", &[scope_of("test:granted", permits)]);
+    daemon.write("grant", &[grant("granted", &identity("held"), "test:granted")]);
+    daemon.start();
+    let exec = ["exec", "--identity", &identity("held"), "--name", "held"];
+    let mut held = Prober::start_by(daemon.command(exec));
+    let (mut denied, mut allowed) = (1.., GRANTED..);
+    for written in 1..=4_u16 {
+        for ports in [&mut denied, &mut allowed] {
+            wait_until("the log has all", || is_all_told(&daemon));
+            daemon.kill();
+            let verdicts = |daemon: &Daemon| -> Vec<Value> {
+                let records = daemon.records().into_iter();
+                records.filter(|record| record["kind"] == "verdict").collect()
+            };
+            let before = verdicts(&daemon).len();
+            // Nobody listens anywhere: what is allowed is answered by a reset.
+            for port in ports.by_ref().take(usize::from(written) + 2) {
+                assert!(!held.reaches(port));
+            }
+            daemon.launch(&[(fault::VARIABLE, &format!("witness.written@{written}"))]);
+            let ended = daemon.ended(3 * PATIENCE).expect("it wrote a record");
+            assert_eq!(ended.status.signal(), Some(Signal::SIGKILL as i32), "{ended:?}");
+            assert_eq!(verdicts(&daemon).len() - before, usize::from(written));
+
+            daemon.start();
+            wait_until("the log has all that the kernel wrote, once", || is_all_told(&daemon));
+            let told: Vec<Value> = verdicts(&daemon).split_off(before);
+            let mut once: Vec<String> = told
+                .iter()
+                .map(|record| {
+                    format!("{} {} {}", record["boot_ns"], record["hook"], record["request"])
+                })
+                .collect();
+            once.sort_unstable();
+            once.dedup();
+            assert_eq!(once.len(), told.len(), "{told:#?}");
+        }
+    }
+    assert_chain(&daemon);
+}
+
 /// While no daemon reads, the rings fill up. What does not fit is counted as lost, no more and no less, and
 /// is refused as all else.
 #[test]

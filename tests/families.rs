@@ -136,7 +136,7 @@ fn joined(guarded: bool) {
     }]});
     let guard = Guard::start_knowing(&world, &[attack_binary()], &[("test:mptcp", permits)]);
     let scopes = [BASE_SCOPE, "test:mptcp"];
-    let report = attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+    let report = attack.patient().run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
     assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
     assert_eq!(world.servers().arrived(DATABASE), 0, "the kernel joined");
     guard.recorded("the join", |record| {

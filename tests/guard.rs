@@ -96,7 +96,7 @@ fn a_flood_of_allowed_requests_costs_no_denial_its_record() {
             .option("count", count.to_string())
     };
     let scopes = [BASE_SCOPE, "test:every-port"];
-    let mut noise = flood(api, 60_000).start_as_workload(
+    let mut noise = flood(api, 60_000).patient().start_as_workload(
         &world,
         &guard,
         "spiffe://agentguard.test/noise",

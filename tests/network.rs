@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use agentguard::grant::clock::boot_ns;
 use agentguard_tests::{
     Attack, BASE_SCOPE, Facility, Guard, Layer, Mode, Outcome, Proof, Protocol, Report, Running,
     WayOut, World,
@@ -19,7 +20,7 @@ use agentguard_tests::{
 };
 use serde_json::json;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 const fn at(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
@@ -456,32 +457,43 @@ fn stopped_flow_from(
     let mut attack = Attack::new("n10-flow")
         .option("to", FORBIDDEN.to_string())
         .option("protocol", protocol.as_str())
-        .option("milliseconds", "3000");
+        .option("milliseconds", "15000");
     let mut scopes = vec![BASE_SCOPE];
     if let Some(port) = port {
         guard.define("test:listen", &json!({"listen": [{"protocol": "TCP", "port": port}]}));
         scopes.push("test:listen");
         attack = attack.option("bind", port.to_string());
     }
+    let given = boot_ns();
     guard.grant("flow", IDENTITY, "test:database", lasts);
     let mut flow = attack.start_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
     flow.said("{\"ms\":", PATIENCE);
+    // When what permits it ends, and how long after that it may be stopped.
+    let (ends, within) = if lasts == LONG {
+        (boot_ns(), Duration::from_millis(2500))
+    } else {
+        (given + lasts.as_nanos() as u64, Duration::from_secs(1))
+    };
     meanwhile(&mut guard);
-    let report = Report::of(&flow.wait(PATIENCE).expect("a flow ends within three seconds"));
+    let report = Report::of(&flow.wait(PATIENCE).expect("a flow that is stopped ends"));
     assert_eq!(report.outcome, Outcome::Refused, "{report:?}");
     let acknowledged = acknowledged(&report.output);
     assert!(acknowledged.last().is_some_and(|bytes| *bytes > 0), "it never began: {report:?}");
     afterwards(&mut guard);
-    guard.recorded("the flow's denial", |record| {
+    let denial = guard.recorded("the flow's denial", |record| {
         record["kind"] == "verdict"
             && record["verdict"] == "deny"
             && record["refused"] == true
             && record["workload"]["identity"] == IDENTITY
             && record["request"]["address"] == FORBIDDEN.ip().to_string()
     });
+    let denied = denial["boot_ns"].as_u64().expect("the kernel's time");
+    let late = Duration::from_nanos(denied.saturating_sub(ends));
+    assert!(late <= within, "it was stopped {late:?} after the end: {denial:#}");
 }
 
-const SOON: Duration = Duration::from_millis(2000);
+/// Time for the flow to begin, on a busy machine too.
+const SOON: Duration = Duration::from_secs(4);
 const LONG: Duration = Duration::from_secs(3600);
 
 fn nothing(_: &mut Guard) {}
@@ -588,8 +600,8 @@ fn what_is_granted_works_in_enforce_mode() {
     let guard = Guard::start(&world, &[attack_binary()]);
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         for address in [API, API6] {
-            let mut granted = to("n1-connect", protocol, at(address, GRANTED_PORT));
-            let report = granted.attack.run_as_workload(
+            let granted = to("n1-connect", protocol, at(address, GRANTED_PORT));
+            let report = granted.attack.patient().run_as_workload(
                 &world,
                 &guard,
                 IDENTITY,
@@ -696,7 +708,8 @@ fn a_received_listener_on_a_granted_port_serves() {
     way_out.scopes.push(("test:listen", listen));
     let guard = Guard::start_knowing(&world, &[attack_binary()], &way_out.scopes);
     let scopes = [BASE_SCOPE, "test:lender", "test:listen"];
-    let report = way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+    let report =
+        way_out.attack.patient().run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
     assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
 }
 
@@ -705,12 +718,17 @@ fn a_listener_on_a_granted_port_serves() {
     requires(Layer::Portable);
     for how in ["bind", "bind6"] {
         let mut world = World::new();
-        let mut way_out = listening(&mut world, how);
+        let way_out = listening(&mut world, how);
         let listen = json!({"listen": [{"protocol": "TCP", "port": 8080}]});
         let guard = Guard::start_knowing(&world, &[attack_binary()], &[("test:listen", listen)]);
         let scopes = [BASE_SCOPE, "test:listen"];
-        let report =
-            way_out.attack.run_as_workload(&world, &guard, IDENTITY, &scopes, Mode::Enforce);
+        let report = way_out.attack.patient().run_as_workload(
+            &world,
+            &guard,
+            IDENTITY,
+            &scopes,
+            Mode::Enforce,
+        );
         assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
         let denied: Vec<_> = guard
             .audit_records()

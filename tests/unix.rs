@@ -13,7 +13,7 @@ use agentguard_tests::{
 };
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 const IDENTITY: &str = "spiffe://agentguard.test/unix";
 
 /// What `status` says where nothing looks at unix sockets.
@@ -189,11 +189,11 @@ ways_out! {
 }
 
 /// Runs the attack as a workload with `scopes`, which must let it through, unseen.
-fn goes_on(world: &World, scopes: &[(&'static str, Value)], mut attack: Attack) {
+fn goes_on(world: &World, scopes: &[(&'static str, Value)], attack: Attack) {
     let guard = Guard::start_knowing(world, &[attack_binary()], scopes);
     let names: Vec<&str> =
         [BASE_SCOPE].into_iter().chain(scopes.iter().map(|(name, _)| *name)).collect();
-    let report = attack.run_as_workload(world, &guard, IDENTITY, &names, Mode::Enforce);
+    let report = attack.patient().run_as_workload(world, &guard, IDENTITY, &names, Mode::Enforce);
     assert_eq!(report.outcome, Outcome::Worked, "{report:?}");
     let denied: Vec<_> =
         guard.audit_records().into_iter().filter(|record| record["verdict"] == "deny").collect();
@@ -239,7 +239,7 @@ fn a_granted_socket_that_is_made_anew_is_reached() {
     let guard = Guard::start_knowing(&world, &[attack_binary()], &scopes);
     for _ in 0..3 {
         let server = server("stream", &name, &["--again"]);
-        let report = attack(&world, "stream", &name, "name", "connect").run_as_workload(
+        let report = attack(&world, "stream", &name, "name", "connect").patient().run_as_workload(
             &world,
             &guard,
             IDENTITY,
@@ -261,7 +261,8 @@ fn a_granted_socket_whose_daemon_starts_later_is_reached() {
     let path = docker(&world);
     let name = Name::Path(path.clone());
     let guard = Guard::start_knowing(&world, &[attack_binary()], &granted_path(&name));
-    let mut late = attack(&world, "stream", &name, "name", "connect").option("wait", "1500");
+    let mut late =
+        attack(&world, "stream", &name, "name", "connect").option("wait", "3000").patient();
     let mut running = late.start_as_workload(
         &world,
         &guard,

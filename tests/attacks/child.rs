@@ -21,8 +21,10 @@ use nix::{
 
 use crate::outcome::{Attempt, Failure};
 
-/// How long a child may take.
-const LIFETIME: Duration = Duration::from_millis(2800);
+/// How long a child may take: what it waits for itself, and what a busy machine takes to start it.
+const LIFETIME: Duration = Duration::from_secs(20);
+/// How long a process may take to end that has nothing more to do.
+const END: Duration = Duration::from_secs(10);
 
 /// How a child ended.
 pub(crate) struct End {
@@ -66,7 +68,7 @@ pub(crate) fn in_orphan(body: impl FnOnce() -> Attempt) -> Attempt {
             // SAFETY: as above; the child of a fork has one thread too.
             match unsafe { fork() } {
                 Ok(ForkResult::Child) => speak(writer, || {
-                    let deadline = Instant::now() + Duration::from_secs(1);
+                    let deadline = Instant::now() + END;
                     while getppid() == middle {
                         if Instant::now() > deadline {
                             return Err(Failure::unfit("the parent did not go away"));
@@ -81,7 +83,7 @@ pub(crate) fn in_orphan(body: impl FnOnce() -> Attempt) -> Attempt {
         }
         ForkResult::Parent { child } => {
             drop(writer);
-            let middle = reap(child, Instant::now() + Duration::from_secs(1))?;
+            let middle = reap(child, Instant::now() + END)?;
             let said = read_within(reader, LIFETIME)?;
             match (said, middle) {
                 (Some(attempt), _) => attempt,

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     outcome::{Attempt, Failure},
-    sockets::{PATIENCE, Protocol, await_return, number},
+    sockets::{Protocol, await_return, number, patience},
 };
 
 /// How long to flood at most.
@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
 fn probe(to: SocketAddr) -> Attempt {
     let socket = Protocol::Udp.socket(to)?;
     socket
-        .set_read_timeout(Some(PATIENCE / 8))
+        .set_read_timeout(Some(patience() / 8))
         .map_err(|error| Failure::setup("setsockopt", error))?;
     let number = number();
     let mut last = Failure::unfit("no attempt");

@@ -20,7 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::{
     outcome::{Attempt, Failure},
     passing,
-    sockets::{PATIENCE, Protocol, connect, converse},
+    sockets::{Protocol, connect, converse, patience},
     transport::Transport,
 };
 
@@ -152,7 +152,7 @@ fn serve(
         }
         let (stream, _) = listener.accept().map_err(|error| Failure::setup("accept", error))?;
         stream
-            .set_read_timeout(Some(PATIENCE))
+            .set_read_timeout(Some(patience()))
             .map_err(|error| Failure::setup("setsockopt", error))?;
         answer(&stream)?;
     }

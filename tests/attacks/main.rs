@@ -2,8 +2,8 @@
 //!
 //! Each prints one JSON line, `{"attack", "outcome", "errno", "detail"}`, and exits with 0 when it
 //! *worked* (it reached the target and has the proof), 1 when it was refused, and 2 when the set-up
-//! was broken, so that a broken set-up never reads as a refusal. Every loop and wait ends within
-//! three seconds.
+//! was broken, so that a broken set-up never reads as a refusal. Every loop and wait is bounded: by three
+//! seconds where only a refusal ends it, by what a busy machine may need where it is to work.
 //!
 //! Must not know: whether there is a guard, and how it refuses. One thread, except where a way out
 //! is a race; so `fork` is safe wherever it is used.

@@ -1,7 +1,7 @@
 //! N10: a flow that was allowed when it began, and goes on.
 //!
 //! Prints `{"ms", "acknowledged"}` every 100 ms: the bytes that the peer sent back so far. It
-//! worked when the flow still moved at the end.
+//! worked when the flow still moved at the end, and is refused once it stands still.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -15,13 +15,15 @@ use socket2::Socket;
 
 use crate::{
     outcome::{Attempt, Failure},
-    sockets::{Protocol, connect},
+    sockets::{Protocol, connect, patience},
 };
 
 const TICK: Duration = Duration::from_millis(10);
 const REPORT: Duration = Duration::from_millis(100);
-/// A flow that did not move for this long at the end was stopped.
-const STILL: Duration = Duration::from_millis(500);
+/// A flow that moved this long ago moves still.
+const MOVING: Duration = Duration::from_millis(500);
+/// A flow that did not move for this long was stopped; longer where it is to go on.
+const STOPPED: Duration = Duration::from_millis(1500);
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -29,8 +31,8 @@ pub(crate) struct Arguments {
     to: SocketAddr,
     #[arg(long)]
     protocol: Protocol,
-    /// How long to go on.
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1000..=3000))]
+    /// How long to go on, unless it is stopped before.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1000..=20_000))]
     milliseconds: u64,
     /// Bind to this port before connecting, and try once more when connected.
     #[arg(long)]
@@ -62,7 +64,15 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
     let mut reported = Duration::ZERO;
     let mut moved = Duration::ZERO;
     let mut acknowledged = 0;
-    while start.elapsed() < Duration::from_millis(arguments.milliseconds) {
+    let lasts = Duration::from_millis(arguments.milliseconds);
+    let is_stopped = loop {
+        let still = start.elapsed() - moved;
+        if still >= STOPPED.max(patience()) {
+            break true;
+        }
+        if still < MOVING && start.elapsed() >= lasts {
+            break false;
+        }
         send(&mut socket)?;
         thread::sleep(TICK);
         let heard = drain(&mut socket)?;
@@ -77,11 +87,11 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
                 .map_err(|error| Failure::unfit(error.to_string()))?;
             println!("{line}");
         }
-    }
+    };
     let detail = format!("{acknowledged} bytes, the last after {} ms", moved.as_millis());
     if acknowledged == 0 {
         Err(Failure::refused("no byte came back"))
-    } else if start.elapsed() - moved > STILL {
+    } else if is_stopped {
         Err(Failure::refused(detail))
     } else {
         Ok(detail)

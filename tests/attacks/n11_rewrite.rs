@@ -14,11 +14,11 @@ use socket2::Socket;
 use crate::{
     n3_datagram::dissolve,
     outcome::{Attempt, Failure},
-    sockets::{Protocol, converse},
+    sockets::{Protocol, converse, patience},
 };
 
-/// How long to race.
-const RACE: Duration = Duration::from_secs(1);
+/// How long a busy machine may take until both threads run and a call meets the other's address.
+const BEGIN: Duration = Duration::from_secs(20);
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -75,7 +75,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
 fn began(rewritten: &AtomicU64) -> Result<(), Failure> {
     let start = Instant::now();
     while rewritten.load(Ordering::Relaxed) < 2 {
-        if start.elapsed() > RACE {
+        if start.elapsed() > BEGIN {
             return Err(Failure::unfit("the rewriting thread did not start"));
         }
         thread::yield_now();
@@ -91,7 +91,11 @@ fn race(arguments: &Arguments, shared: &Shared) -> Attempt {
     let start = Instant::now();
     let mut rounds = 0_u64;
     let mut refused = 0_u64;
-    while start.elapsed() < RACE {
+    let mut first_refused = None;
+    // Once it is refused, as long as it takes to see that it always is.
+    while first_refused
+        .map_or_else(|| start.elapsed() < BEGIN, |at: Instant| at.elapsed() < patience())
+    {
         rounds += 1;
         // Where there is one CPU only, the other thread gets its turn between two calls.
         thread::yield_now();
@@ -112,6 +116,7 @@ fn race(arguments: &Arguments, shared: &Shared) -> Attempt {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 refused += 1;
+                first_refused.get_or_insert_with(Instant::now);
                 continue;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,

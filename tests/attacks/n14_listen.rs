@@ -19,7 +19,7 @@ use crate::{
     n5_io_uring::{ring, submit},
     outcome::{Attempt, Failure},
     passing,
-    sockets::{PATIENCE, Protocol, await_return, converse, number},
+    sockets::{Protocol, await_return, converse, number, patience},
     transport::Transport,
 };
 
@@ -122,13 +122,15 @@ fn by_ring(at: SocketAddr) -> Result<Socket, Failure> {
 fn received(arguments: &Arguments) -> Result<Socket, Failure> {
     let path = arguments.lender.as_ref().ok_or_else(|| Failure::unfit("no lender"))?;
     let stream = UnixStream::connect(path).map_err(|error| Failure::at(path.display(), error))?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(|error| Failure::setup("setsockopt", error))?;
+    stream
+        .set_read_timeout(Some(patience()))
+        .map_err(|error| Failure::setup("setsockopt", error))?;
     passing::receive(&stream).map(Socket::from)
 }
 
 /// Waits until somebody has come.
 fn await_somebody(socket: &Socket) -> Result<(), Failure> {
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::ZERO);
+    let timeout = PollTimeout::try_from(patience()).unwrap_or(PollTimeout::ZERO);
     let ready = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout)
         .map_err(|errno| Failure::setup("poll", errno))?;
     if ready == 0 { Err(Failure::refused("nobody got through")) } else { Ok(()) }
@@ -158,7 +160,7 @@ fn hear(listener: Socket) -> Attempt {
 fn datagrams(at: SocketAddr) -> Attempt {
     let socket = Protocol::Udp.socket(at)?;
     socket.bind(&at.into()).map_err(|error| Failure::at("bind", error))?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
     let (_, from) = socket.recv_from(&mut buffer).map_err(|error| {
         let late = Instant::now() >= deadline;

@@ -16,7 +16,7 @@ use socket2::{Domain, SockAddr, Socket};
 
 use crate::{
     outcome::{Attempt, Failure},
-    sockets::{self, PATIENCE, Protocol, await_return, number},
+    sockets::{self, Protocol, await_return, number, patience},
 };
 
 /// Builds an entry on either form of a target.
@@ -186,7 +186,7 @@ pub(crate) fn submit(
     unsafe { ring.submission().push(entry) }
         .map_err(|_| Failure::unfit("the submission queue is full"))?;
     // Before 5.11 the kernel takes no time limit for a wait.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let result = loop {
         ring.submit().map_err(|error| Failure::setup("io_uring_enter", error))?;
         if let Some(completion) = ring.completion().next() {

@@ -22,7 +22,7 @@ use crate::{
     n7_family::udp_packet,
     outcome::{Attempt, Failure},
     passing,
-    sockets::{PATIENCE, Protocol, await_return, be_patient, converse, number},
+    sockets::{Protocol, await_return, be_patient, converse, number, patience},
     transport::option,
 };
 
@@ -101,7 +101,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
             let stream =
                 UnixStream::connect(path).map_err(|error| Failure::at(path.display(), error))?;
             stream
-                .set_read_timeout(Some(PATIENCE))
+                .set_read_timeout(Some(patience()))
                 .map_err(|error| Failure::setup("setsockopt", error))?;
             passing::receive(&stream)?
         }
@@ -270,7 +270,7 @@ fn inherited(fd: RawFd) -> Result<OwnedFd, Failure> {
 
 fn accept(listener: OwnedFd) -> Result<OwnedFd, Failure> {
     let listener = TcpListener::from(listener);
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::ZERO);
+    let timeout = PollTimeout::try_from(patience()).unwrap_or(PollTimeout::ZERO);
     let ready = poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout)
         .map_err(|errno| Failure::setup("poll", errno))?;
     if ready == 0 {

@@ -5,7 +5,7 @@ use std::{io::Read, net::SocketAddr, os::unix::net::UnixStream, path::PathBuf};
 use crate::{
     outcome::{Attempt, Failure},
     passing,
-    sockets::{PATIENCE, Protocol},
+    sockets::{Protocol, patience},
 };
 
 #[derive(clap::Args)]
@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
         .map_err(|error| Failure::at(arguments.helper.display(), error))?;
     stream
         // Twice, because the helper waits for its peer first.
-        .set_read_timeout(Some(PATIENCE * 2))
+        .set_read_timeout(Some(patience() * 2))
         .map_err(|error| Failure::setup("setsockopt", error))?;
     passing::send(&stream, &socket)?;
     let mut answer = Vec::new();

@@ -8,6 +8,7 @@ use std::{
     net::{SocketAddr, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     process,
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
@@ -15,8 +16,19 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::outcome::{Attempt, Failure};
 
+/// How long an answer may take, in milliseconds, for an attack that is to work.
+const PATIENT: &str = "AGENTGUARD_ATTACK_PATIENCE_MS";
+/// The same where nothing is said: an attack that is refused may have to wait as long as this.
+const HASTE: Duration = Duration::from_millis(1200);
+
 /// How long an answer may take before its absence counts as a refusal.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(1200);
+pub(crate) fn patience() -> Duration {
+    static PATIENCE: LazyLock<Duration> = LazyLock::new(|| {
+        let said = std::env::var(PATIENT).ok().and_then(|text| text.parse().ok());
+        said.map_or(HASTE, Duration::from_millis)
+    });
+    *PATIENCE
+}
 
 /// Which transport an attack uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -26,7 +38,7 @@ pub(crate) enum Protocol {
 }
 
 impl Protocol {
-    /// An unconnected socket of the family of `peer`. Calls on it give up after [`PATIENCE`].
+    /// An unconnected socket of the family of `peer`. Calls on it give up after [`patience`].
     pub(crate) fn socket(self, peer: SocketAddr) -> Result<Socket, Failure> {
         let kind = match self {
             Self::Tcp => Type::STREAM,
@@ -42,8 +54,8 @@ impl Protocol {
 /// Bounds every blocking call on `socket`.
 pub(crate) fn be_patient(socket: &Socket) -> Result<(), Failure> {
     socket
-        .set_read_timeout(Some(PATIENCE))
-        .and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
+        .set_read_timeout(Some(patience()))
+        .and_then(|()| socket.set_write_timeout(Some(patience())))
         .map_err(|error| Failure::setup("setsockopt", error))
 }
 
@@ -97,7 +109,7 @@ pub(crate) fn number() -> Vec<u8> {
 }
 
 fn until_returned(number: &[u8], mut read: impl FnMut(&mut [u8]) -> io::Result<usize>) -> Attempt {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let mut received = Vec::new();
     let mut buffer = [0; 2048];
     while Instant::now() < deadline && received.len() < 1 << 20 {

@@ -27,7 +27,7 @@ use crate::{
     own_mounts::{bind, unshare_mounts},
     passing,
     serve::echo,
-    sockets::{PATIENCE, await_return, be_patient, number},
+    sockets::{await_return, be_patient, number, patience},
     unix::{Kind, Name, at_path},
 };
 
@@ -53,7 +53,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     serve: bool,
     /// Wait so many milliseconds first.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=2000))]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=5000))]
     wait: u64,
 }
 
@@ -171,7 +171,7 @@ fn talk(arguments: &Arguments) -> Attempt {
         let stream = UnixStream::connect(arguments.name.path()?)
             .map_err(|error| Failure::setup("the helper", error))?;
         stream
-            .set_read_timeout(Some(PATIENCE))
+            .set_read_timeout(Some(patience()))
             .map_err(|error| Failure::setup("setsockopt", error))?;
         let socket = Socket::from(passing::receive(&stream)?);
         be_patient(&socket)?;

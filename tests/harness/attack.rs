@@ -14,8 +14,11 @@ use crate::{
     process::{Finished, Running, run},
 };
 
-/// Attacks end within three seconds; the rest is for a busy machine and for the launch.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Attacks that are refused end within three seconds; the rest is for a busy machine and for the launch.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long an answer may take for an attack that is to work (`sockets.rs` of the attacks).
+const PATIENT: (&str, &str) = ("AGENTGUARD_ATTACK_PATIENCE_MS", "10000");
 
 /// What to run.
 #[derive(Debug)]
@@ -23,6 +26,7 @@ pub struct Attack {
     arguments: Vec<OsString>,
     /// To be found as descriptor 3.
     descriptor: Option<OwnedFd>,
+    is_patient: bool,
 }
 
 /// What became of it.
@@ -52,7 +56,7 @@ impl Attack {
     /// The subcommand of that name.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        Self { arguments: vec![name.into()], descriptor: None }
+        Self { arguments: vec![name.into()], descriptor: None, is_patient: false }
     }
 
     /// Adds an argument.
@@ -82,17 +86,26 @@ impl Attack {
         self
     }
 
-    /// Runs it on the client side, in a cgroup of its own, with no guard.
+    /// Has it wait for answers for as long as a busy machine may take. For an attack that is to work: one
+    /// that is refused may have to wait as long.
+    #[must_use]
+    pub const fn patient(mut self) -> Self {
+        self.is_patient = true;
+        self
+    }
+
+    /// Runs it on the client side, in a cgroup of its own, with no guard: it is to work there.
     #[track_caller]
     #[must_use]
     pub fn run_without_the_guard(&mut self, world: &World) -> Report {
         let mut command = world.enter();
         let cgroup = world.cgroup().child("work");
         command.arg("--cgroup").arg(cgroup);
+        self.is_patient = true;
         self.finish(command, &[])
     }
 
-    /// Runs it on the client side, as a workload.
+    /// Runs it on the client side, as a workload; in audit mode, where it is to work, patiently.
     #[track_caller]
     #[must_use]
     pub fn run_as_workload(
@@ -103,6 +116,7 @@ impl Attack {
         scopes: &[&str],
         mode: Mode,
     ) -> Report {
+        self.is_patient |= mode == Mode::Audit;
         self.finish(world.enter(), &guard.exec_line(identity, scopes, mode))
     }
 
@@ -129,6 +143,10 @@ impl Attack {
     fn command(&mut self, mut command: Command, launcher: &[OsString]) -> Command {
         if let Some(descriptor) = self.descriptor.take() {
             command.stdin(Stdio::from(descriptor)).arg("--hand-on-stdin");
+        }
+        if self.is_patient {
+            let (name, milliseconds) = PATIENT;
+            command.env(name, milliseconds);
         }
         command.arg("--").args(launcher).arg(attack_binary()).args(&self.arguments);
         command

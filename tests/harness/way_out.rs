@@ -270,6 +270,9 @@ pub fn is_refused_in_enforce_mode(needs: &[Facility], way_out: impl FnOnce(&mut 
     }
     let mut guarded = Guarded::start(way_out);
     let left_open = guarded.is_left_open();
+    if left_open {
+        guarded.way_out.attack = guarded.way_out.attack.patient();
+    }
     let report = guarded.run(Mode::Enforce);
     if left_open {
         assert_worked(&guarded.way_out, &guarded.world, &report);

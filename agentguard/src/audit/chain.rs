@@ -26,7 +26,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::record::{Record, RecordBody};
+use super::record::{Record, RecordBody, VerdictRecord};
 use super::text::Text;
 
 /// Longest line that the log writes, in bytes. What records hold is bounded, so that no line
@@ -294,6 +294,22 @@ pub(crate) mod nanoseconds {
 pub fn parse(line: &str) -> Result<Record, ParseError> {
     read(line.as_bytes()).map_err(|fault| ParseError::Broken(fault.to_string()))?;
     Ok(serde_json::from_str(line)?)
+}
+
+/// The verdict that a line tells of; `None` where it tells of something else, or can not be read back.
+pub(crate) fn verdict(line: &[u8]) -> Option<VerdictRecord> {
+    /// Of a line of another kind no more is read.
+    #[derive(Deserialize)]
+    struct Kind {
+        kind: String,
+    }
+    let line = str::from_utf8(line).ok()?;
+    let kind: Kind = serde_json::from_str(line).ok()?;
+    if kind.kind != "verdict" {
+        return None;
+    }
+    let RecordBody::Verdict(record) = parse(line).ok()?.body else { return None };
+    Some(*record)
 }
 
 /// Why a line can not be read back.

@@ -36,7 +36,7 @@ pub use text::Text;
 pub use verify::{VerifyReport, verify};
 
 use chain::LineError;
-use record::{Class, LossCause, LossRecord, RecoveredRecord, RotatedRecord};
+use record::{Class, LossCause, LossRecord, RecoveredRecord, RotatedRecord, VerdictRecord};
 use sink::{RotatingFile, Sink, Torn};
 
 /// How long the writer waits before it tries a failed write again, and how often losses are
@@ -286,6 +286,19 @@ impl AuditLog {
                     }
                 }
             }
+        }
+    }
+
+    /// The last verdict in the log, also one from before it was opened; `None` where there is none, or the
+    /// log can not be read back.
+    ///
+    /// # Errors
+    /// When a file of the log can not be read.
+    pub fn last_verdict(&self) -> io::Result<Option<VerdictRecord>> {
+        // Nothing is written, and so no file renamed, meanwhile.
+        match self.handle.shared.writer().as_ref().map(|writer| &writer.sink) {
+            Some(Sink::File(file)) => file.last(chain::verdict),
+            Some(Sink::Stream(_)) | None => Ok(None),
         }
     }
 

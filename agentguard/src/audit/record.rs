@@ -122,6 +122,24 @@ pub struct VerdictRecord {
     pub folded: u64,
 }
 
+impl VerdictRecord {
+    /// Whether both tell of the same decision of the kernel: all is the same that the kernel itself tells.
+    /// What was looked up may differ: words for what it knows by number, and what else is told of the process.
+    #[must_use]
+    pub(crate) fn is_of_one_decision_with(&self, other: &Self) -> bool {
+        let when = |of: &Self| (of.boot_ns, of.hook, of.allowlist_generation, of.folded);
+        let who = |of: &Self| {
+            let Process { pid, tid, uid, comm, detached, .. } = of.process.clone();
+            (of.workload.cgroup_id, pid, tid, uid, comm, detached)
+        };
+        let what = |of: &Self| (of.outcome.verdict, of.outcome.reason, of.outcome.mode);
+        when(self) == when(other)
+            && who(self) == who(other)
+            && what(self) == what(other)
+            && self.request == other.request
+    }
+}
+
 /// What was decided, and what was done about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Outcome {

@@ -215,6 +215,18 @@ impl RotatingFile {
         Ok(None)
     }
 
+    /// What `read` makes of the last line that it makes something of, in whichever file that is.
+    pub(crate) fn last<T>(&self, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Option<T>> {
+        for path in files(&self.path)?.into_iter().rev() {
+            let mut file = File::open(path)?;
+            let length = file.metadata()?.len();
+            if let Some((found, _)) = last_line(&mut file, length, &read)?.found {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether the newest file holds nothing yet.
     pub(crate) fn is_empty(&self) -> bool {
         self.current.as_ref().is_some_and(|current| current.length == 0)
@@ -377,42 +389,60 @@ impl End {
     /// Finds the last whole line. Reads backwards, and usually no more than one window.
     fn of(file: &mut File) -> io::Result<Self> {
         let length = file.metadata()?.len();
-        let mut window = 2 * MAX_LINE_BYTES as u64;
-        loop {
-            let start = length.saturating_sub(window);
-            file.seek(SeekFrom::Start(start))?;
-            let mut bytes = Vec::new();
-            file.take(length - start).read_to_end(&mut bytes)?;
-            let found = last_line(&bytes);
-            if found.is_none() && start > 0 {
-                window *= 8;
-                continue;
-            }
-            let (head, end) = found.map_or((None, 0), |(head, end)| (Some(head), end));
-            let rest = &bytes[end..];
-            let rest = if head.is_some() { rest.strip_prefix(b"\n").unwrap_or(rest) } else { rest };
-            let torn = rest.strip_suffix(b"\n").unwrap_or(rest);
-            return Ok(Self {
-                head,
-                length,
-                lacks_newline: !bytes.is_empty() && !bytes.ends_with(b"\n"),
-                torn: (!rest.is_empty()).then(|| Torn {
-                    bytes: torn.len() as u64,
-                    sha256: Hash::of(torn),
-                    text: Text::new(torn),
-                }),
-            });
-        }
+        let Tail { bytes, found } = last_line(file, length, |line| chain::read(line).ok())?;
+        let (head, end) = found.map_or((None, 0), |(link, end)| (Some(link.head), end));
+        let rest = &bytes[end..];
+        let rest = if head.is_some() { rest.strip_prefix(b"\n").unwrap_or(rest) } else { rest };
+        let torn = rest.strip_suffix(b"\n").unwrap_or(rest);
+        Ok(Self {
+            head,
+            length,
+            lacks_newline: !bytes.is_empty() && !bytes.ends_with(b"\n"),
+            torn: (!rest.is_empty()).then(|| Torn {
+                bytes: torn.len() as u64,
+                sha256: Hash::of(torn),
+                text: Text::new(torn),
+            }),
+        })
     }
 }
 
-/// The last line of `bytes` that is whole, and where it ends.
-fn last_line(bytes: &[u8]) -> Option<(Head, usize)> {
+/// The last bytes of a file.
+struct Tail<T> {
+    /// All of them where nothing was found.
+    bytes: Vec<u8>,
+    /// What was made of the last line of which anything could be made, and where that line ends in `bytes`.
+    found: Option<(T, usize)>,
+}
+
+/// The end of a file of `length` bytes from the last line on that `read` makes something of. Reads
+/// backwards, and usually no more than one window.
+fn last_line<T>(
+    file: &mut File,
+    length: u64,
+    read: impl Fn(&[u8]) -> Option<T>,
+) -> io::Result<Tail<T>> {
+    let mut window = 2 * MAX_LINE_BYTES as u64;
+    loop {
+        let start = length.saturating_sub(window);
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = Vec::new();
+        file.take(length - start).read_to_end(&mut bytes)?;
+        let found = last_line_of(&bytes, &read);
+        if found.is_some() || start == 0 {
+            return Ok(Tail { bytes, found });
+        }
+        window *= 8;
+    }
+}
+
+/// The last line of `bytes` that `read` makes something of, and where it ends.
+fn last_line_of<T>(bytes: &[u8], read: impl Fn(&[u8]) -> Option<T>) -> Option<(T, usize)> {
     let mut end = bytes.len();
     loop {
         let start = bytes[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        if let Ok(link) = chain::read(&bytes[start..end]) {
-            return Some((link.head, end));
+        if let Some(found) = read(&bytes[start..end]) {
+            return Some((found, end));
         }
         end = start.checked_sub(1)?;
     }

@@ -374,6 +374,78 @@ async fn crash_after_crash_is_closed_off() {
     assert_eq!((kinds(&report), report.recovered), (vec![], 3));
 }
 
+/// Of one decision, as a daemon wrote it.
+fn decided(boot_ns: u64) -> VerdictRecord {
+    let RecordBody::Verdict(record) = denied("/usr/bin/curl") else { unreachable!() };
+    VerdictRecord { boot_ns, ..*record }
+}
+
+#[tokio::test]
+async fn the_last_verdict_is_found_wherever_it_stands() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("audit.log");
+    let last = |log: &AuditLog| log.last_verdict().unwrap();
+    let last_of = async |path: &Path| {
+        let log = open(path);
+        let found = last(&log);
+        log.close().await.unwrap();
+        found
+    };
+    let verdict = |boot_ns| RecordBody::Verdict(Box::new(decided(boot_ns)));
+    write(&path, [stop("first")]).await;
+    assert_eq!(last_of(&path).await, None, "there is none");
+    write(&path, [verdict(1), verdict(2), stop("second")]).await;
+    assert_eq!(last_of(&path).await, Some(decided(2)), "from before it was opened");
+    let log = open(&path);
+    assert_eq!(log.write_at(Timestamp::now(), &verdict(3), || true), Ok(()));
+    assert_eq!(last(&log), Some(decided(3)));
+    // More of other kinds than a file holds.
+    for _ in 0..1500 {
+        log.append(stop("x".repeat(2000)));
+    }
+    log.flush().await.unwrap();
+    assert!(log.counts().rotations > 0, "{:?}", log.counts());
+    assert_eq!(last(&log), Some(decided(3)), "in a file before the newest");
+    log.close().await.unwrap();
+    assert_eq!(last(&log), None, "a closed log is not read");
+    write(&path, [verdict(4)]).await;
+    // A line that was not written whole is none; one that lacks its newline alone is whole.
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    assert_eq!(last_of(&path).await, Some(decided(4)));
+    fs::write(&path, &whole[..whole.len() - 2]).unwrap();
+    assert_eq!(last_of(&path).await, Some(decided(3)));
+}
+
+#[test]
+fn the_same_decision_is_known_whatever_was_looked_up_meanwhile() {
+    let known = decided(7);
+    let process = Process { start: None, executable: None, ..known.process.clone() };
+    let workload = Workload { name: "gone".into(), pod: None, ..known.workload.clone() };
+    let later = VerdictRecord { scope: None, process, workload, ..known.clone() };
+    assert!(known != later && known.is_of_one_decision_with(&later));
+    let others = [
+        VerdictRecord { boot_ns: 8, ..known.clone() },
+        VerdictRecord { hook: Word(Hook::Connect6), ..known.clone() },
+        VerdictRecord { request: Request::Leave, ..known.clone() },
+        VerdictRecord { allowlist_generation: 4, ..known.clone() },
+        VerdictRecord { folded: 13, ..known.clone() },
+        VerdictRecord { outcome: Outcome::new(Verdict::Allow, Mode::Enforce), ..known.clone() },
+        VerdictRecord {
+            process: Process { comm: "other".into(), ..known.process.clone() },
+            ..known.clone()
+        },
+        VerdictRecord { process: Process { tid: 44, ..known.process.clone() }, ..known.clone() },
+        VerdictRecord {
+            workload: Workload { cgroup_id: 1, ..known.workload.clone() },
+            ..known.clone()
+        },
+    ];
+    for other in others {
+        assert!(!known.is_of_one_decision_with(&other), "{other:?}");
+    }
+}
+
 /// The bound holds, or the log takes no more and says so; after a restart too.
 #[tokio::test]
 async fn what_can_not_be_removed_stops_the_log_until_it_can() {

@@ -3,6 +3,7 @@
 //! Runs on a thread of its own, so that nothing the daemon does holds it up. It changes nothing
 //! that is enforced.
 
+use std::cell::LazyCell;
 use std::collections::VecDeque;
 use std::fs;
 use std::ops::ControlFlow;
@@ -109,6 +110,7 @@ pub struct Witness {
 impl Witness {
     /// Reads until told to stop, then what is left. What can not be written down stays in its ring.
     pub fn run(&mut self, mut rings: Rings, stop: &AtomicBool) {
+        self.pass_over_written(&mut rings);
         loop {
             let stopping = stop.load(Ordering::Acquire);
             while self.drain(&mut rings, stop) == BATCH {}
@@ -124,6 +126,30 @@ impl Witness {
                 std::thread::sleep(NAP);
             }
         }
+    }
+
+    /// Takes off its ring what a daemon wrote down that died before it could: of all that is in the rings
+    /// that can only be the last verdict of the log.
+    fn pass_over_written(&self, rings: &mut Rings) {
+        // Not read where the rings are empty.
+        let last = LazyCell::new(|| {
+            self.audit.last_verdict().unwrap_or_else(|error| {
+                tracing::warn!(
+                    %error,
+                    "the audit log can not be read back; what a daemon that died wrote last may be written again"
+                );
+                None
+            })
+        });
+        rings.pass_over(|record| {
+            let Some(last) = &*last else { return false };
+            let Ok(told) = self.tell(record) else { return false };
+            let is_written = told.is_of_one_decision_with(last);
+            if is_written {
+                self.remember(record, self.clock.at(record.event().time), &told);
+            }
+            is_written
+        });
     }
 
     fn drain(&mut self, rings: &mut Rings, stop: &AtomicBool) -> usize {

@@ -62,21 +62,47 @@ pub fn decode(bytes: &[u8]) -> Result<KernelRecord, UnknownRecord> {
 pub struct Rings {
     denied: Ring,
     allowed: Ring,
-    may_have_lost: bool,
 }
 
 /// A ring of records.
 pub(super) struct Ring {
-    pub(super) records: RingBuf<MapData>,
+    records: RingBuf<MapData>,
     /// In bytes.
-    pub(super) capacity: u32,
+    capacity: u32,
     /// Bytes taken since so many were taken that it may have been full.
-    pub(super) taken: u32,
+    taken: u32,
+    may_have_been_full: bool,
+}
+
+impl Ring {
+    /// A ring of `capacity` bytes.
+    pub(super) const fn new(records: RingBuf<MapData>, capacity: u32) -> Self {
+        Self { records, capacity, taken: 0, may_have_been_full: false }
+    }
+
+    /// Hands over the next record, if there is one, and takes it off unless `take` breaks off.
+    fn next(
+        &mut self,
+        take: impl FnOnce(Result<KernelRecord, UnknownRecord>) -> ControlFlow<()>,
+    ) -> Option<ControlFlow<()>> {
+        // Dropped, it is consumed, also by a panic in between.
+        let item = ManuallyDrop::new(self.records.next()?);
+        let taken = take(decode(&item));
+        if taken.is_continue() {
+            self.taken += item.len() as u32;
+            drop(ManuallyDrop::into_inner(item));
+            if self.taken >= self.capacity / 2 {
+                self.taken = 0;
+                self.may_have_been_full = true;
+            }
+        }
+        Some(taken)
+    }
 }
 
 impl Rings {
     pub(super) const fn new(denied: Ring, allowed: Ring) -> Self {
-        Self { denied, allowed, may_have_lost: false }
+        Self { denied, allowed }
     }
 
     /// Hands over what is there, denials first, at most `limit` records. A record leaves its ring once
@@ -90,28 +116,33 @@ impl Rings {
         let mut taken = 0;
         for ring in [&mut self.denied, &mut self.allowed] {
             while taken < limit {
-                let Some(item) = ring.records.next() else { break };
-                // Dropped, it is consumed, also by a panic in between.
-                let item = ManuallyDrop::new(item);
-                if take(decode(&item)).is_break() {
-                    return taken;
-                }
-                taken += 1;
-                ring.taken += item.len() as u32;
-                drop(ManuallyDrop::into_inner(item));
-                if ring.taken >= ring.capacity / 2 {
-                    ring.taken = 0;
-                    self.may_have_lost = true;
+                match ring.next(&mut take) {
+                    None => break,
+                    Some(ControlFlow::Break(())) => return taken,
+                    Some(ControlFlow::Continue(())) => taken += 1,
                 }
             }
         }
         taken
     }
 
+    /// Takes the next record off each ring where `is_told` knows it: what a reader that died was done with
+    /// and had not taken off yet, of which there is one at the most.
+    pub fn pass_over(&mut self, mut is_told: impl FnMut(&KernelRecord) -> bool) {
+        for ring in [&mut self.denied, &mut self.allowed] {
+            let _left = ring.next(|record| match record {
+                Ok(record) if is_told(&record) => ControlFlow::Continue(()),
+                Ok(_) | Err(UnknownRecord { .. }) => ControlFlow::Break(()),
+            });
+        }
+    }
+
     /// Whether a ring may have been full since this was last asked, so that the kernel half may have lost
     /// records: a loss is followed by half a ring of records at least.
     pub fn may_have_lost(&mut self) -> bool {
-        std::mem::take(&mut self.may_have_lost)
+        [&mut self.denied, &mut self.allowed]
+            .map(|ring| std::mem::take(&mut ring.may_have_been_full))
+            .contains(&true)
     }
 
     /// Sleeps until a ring has something, or `timeout` is over.

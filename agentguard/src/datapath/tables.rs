@@ -194,7 +194,7 @@ impl Datapath {
         let ring = |name| -> Result<Ring, LoadError> {
             let info = MapData::from_pin(self.pins.map(name)).and_then(|map| map.info());
             let capacity = info.map_err(|error| LoadError::part(name, error))?.max_entries();
-            Ok(Ring { records: open(&self.pins, name)?, capacity, taken: 0 })
+            Ok(Ring::new(open(&self.pins, name)?, capacity))
         };
         Ok(Rings::new(ring("DENIED")?, ring("ALLOWED")?))
     }
