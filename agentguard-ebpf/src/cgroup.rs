@@ -174,11 +174,36 @@ fn forget(task: u64) {
 /// while or after it puts it there (`ensure_cloned_binary`, libcontainer/nsenter).
 #[inline(always)]
 fn entered(task: Task) {
-    if let Some(program) = task.parents_program()
-        && maps::is_runtime(&program)
-    {
+    if is_runtimes_child(task.address()) {
         maps::set_stage(task.address(), Stage::ENTERED);
     }
+}
+
+#[inline(always)]
+fn is_runtimes_child(task: u64) -> bool {
+    kernel::parents_program(task).is_some_and(|program| maps::is_runtime(&program))
+}
+
+/// How far a task is that runs a program in a cgroup of `workload`. It is in that cgroup a moment before
+/// [`attach_task`] is told (`cgroup_attach_task`), in which it may be as far as to run a copy of the runtime:
+/// what would be noted then is noted here.
+#[inline(always)]
+pub(crate) fn stage(
+    task: u64,
+    workload: WorkloadId,
+    by_descent: Option<WorkloadId>,
+) -> Option<Stage> {
+    let stage = maps::stage(task);
+    // Without room the cgroup's own tag still holds it, and nothing it runs is the runtime's.
+    if by_descent.is_none()
+        && maps::tie(task, workload)
+        && stage.is_none()
+        && is_runtimes_child(task)
+    {
+        maps::set_stage(task, Stage::ENTERED);
+        return Some(Stage::ENTERED);
+    }
+    stage
 }
 
 /// A container runtime's process forks before it runs anything of the workload's (`clone` of the stages

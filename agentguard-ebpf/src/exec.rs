@@ -22,14 +22,10 @@ pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
         note_runtimes_step(address, &Program(ctx.arg(2)));
         return Action::Pass;
     };
-    if by_descent.is_none() {
-        // Without room the cgroup's own tag still holds it.
-        let _tied = maps::tie(address, workload);
-    }
+    let stage = cgroup::stage(address, workload, by_descent);
     let program = Program(ctx.arg(2));
     let (file, naming) = program.file();
     remember(task, workload, &program, file);
-    let stage = maps::stage(address);
     if is_runtimes_step(stage, file, naming) {
         maps::set_stage(address, Stage::PREPARED);
         return Action::Pass;
@@ -105,12 +101,13 @@ fn naming_of_start(
 #[inline(always)]
 pub(crate) fn check(ctx: &LsmContext) -> Action {
     let task = kernel::current_task();
-    let Some(workload) = caller(cgroup::by_descent(task)) else {
+    let by_descent = cgroup::by_descent(task);
+    let Some(workload) = caller(by_descent) else {
         return Action::Pass;
     };
+    let stage = cgroup::stage(task, workload, by_descent);
     let program = Program(ctx.arg(0));
     let (file, naming) = program.file();
-    let stage = maps::stage(task);
     if is_runtimes_step(stage, file, naming) {
         return Action::Pass;
     }

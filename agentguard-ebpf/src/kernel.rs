@@ -248,12 +248,6 @@ impl Task {
         }
     }
 
-    /// The file that the process runs which made this one: device and inode; the rest is unknown.
-    #[inline(always)]
-    pub(crate) fn parents_program(self) -> Option<FileId> {
-        program_of(probe!(self.address(), task_real_parent as u64)?)
-    }
-
     /// The task's cgroup in the v2 hierarchy.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> CgroupId {
@@ -518,6 +512,12 @@ pub(crate) fn current_task() -> u64 {
 #[inline(always)]
 pub(crate) fn current_program() -> Option<FileId> {
     program_of(current_task())
+}
+
+/// The file that the process runs which made a task: device and inode; the rest is unknown.
+#[inline(always)]
+pub(crate) fn parents_program(task: u64) -> Option<FileId> {
+    program_of(probe!(task, task_real_parent as u64)?)
 }
 
 #[inline(always)]

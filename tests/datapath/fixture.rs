@@ -22,6 +22,7 @@ use agentguard_common::{
     ScopeId, Tag, WorkloadId, abi::Settings, allowlist::NEVER, event::Hook, stats::Counters,
 };
 use agentguard_tests::{Layer, requires};
+use aya::maps::{HashMap, Map, MapData};
 use nix::{
     sys::signal::{Signal, kill},
     time::{ClockId, clock_gettime},
@@ -68,9 +69,41 @@ pub(crate) struct Fixture {
     pub(crate) datapath: Datapath,
     pub(crate) cgroup: PathBuf,
     pins: Pins,
+    pin_directory: PathBuf,
     generation: u32,
     /// What was counted before.
     before: Counters,
+}
+
+/// The tables of tasks below a pin directory.
+pub(crate) struct Tasks(PathBuf);
+
+impl Tasks {
+    /// Leaves the kernel half as it is before it is told that a task is in a cgroup.
+    #[track_caller]
+    pub(crate) fn forget(&self) {
+        for name in ["TASKS", "ENTERED"] {
+            let path = pinned(&self.0, name).unwrap_or_else(|| panic!("{name} is not pinned"));
+            let map = Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap();
+            let mut table: HashMap<MapData, u64, u32> = map.try_into().unwrap();
+            let tasks: Vec<u64> = table.keys().map(Result::unwrap).collect();
+            for task in tasks {
+                // It may have ended meanwhile.
+                let _absent = table.remove(&task);
+            }
+        }
+    }
+}
+
+/// Where a table is pinned below a directory.
+fn pinned(directory: &Path, name: &str) -> Option<PathBuf> {
+    fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path()).find_map(|path| {
+        if path.is_dir() {
+            pinned(&path, name)
+        } else {
+            path.file_name().is_some_and(|file| file == name).then_some(path)
+        }
+    })
 }
 
 /// Where a datapath is pinned.
@@ -120,8 +153,8 @@ impl Fixture {
                 (Pins::Own(own.clone()), own)
             }
         };
-        let datapath = Datapath::open(&options(pin_directory, sizes)).unwrap();
-        Self::of(datapath, pins, name)
+        let datapath = Datapath::open(&options(pin_directory.clone(), sizes)).unwrap();
+        Self::of(datapath, pins, pin_directory, name)
     }
 
     /// One that finds in its pin directory what `prepare` puts there.
@@ -134,7 +167,7 @@ impl Fixture {
         fs::create_dir_all(&own).unwrap();
         prepare(&own);
         match Datapath::open(&options(own.clone(), SMALL)) {
-            Ok(datapath) => Ok(Self::of(datapath, Pins::Own(own), name)),
+            Ok(datapath) => Ok(Self::of(datapath, Pins::Own(own.clone()), own, name)),
             Err(error) => {
                 uninstall(&own).unwrap();
                 Err(error)
@@ -143,7 +176,7 @@ impl Fixture {
     }
 
     #[track_caller]
-    fn of(datapath: Datapath, pins: Pins, name: String) -> Self {
+    fn of(datapath: Datapath, pins: Pins, pin_directory: PathBuf, name: String) -> Self {
         for (door, state) in datapath.states() {
             if door.layer == DoorLayer::Portable {
                 assert_eq!(*state, DoorState::Active, "{}", door.hook);
@@ -153,7 +186,7 @@ impl Fixture {
         fs::create_dir(&cgroup).unwrap();
         let generation = datapath.highest().0.0;
         let before = datapath.counters(1).unwrap();
-        Self { datapath, cgroup, pins, generation, before }
+        Self { datapath, cgroup, pins, pin_directory, generation, before }
     }
 
     /// A process in the workload's cgroup, which belongs to the workload once that is captured.
@@ -179,6 +212,11 @@ impl Fixture {
     pub(crate) fn attach(&mut self, mode: Mode, permits: &[Permit]) {
         self.permit(mode, permits);
         self.datapath.capture(&self.cgroup, WORKLOAD).unwrap();
+    }
+
+    /// What the kernel half knows of tasks one by one, to be forgotten: their cgroups are what is left.
+    pub(crate) fn tasks(&self) -> Tasks {
+        Tasks(self.pin_directory.clone())
     }
 
     /// Changes the workload's tag.

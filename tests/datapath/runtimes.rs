@@ -41,6 +41,16 @@ impl Unnamed {
 
 /// Runs a program in a child that is put into a cgroup between its birth and its exec; how it ends.
 fn run_in(cgroup: &Path, program: &Path, arguments: &[&str]) -> String {
+    run_in_once(cgroup, program, arguments, || ())
+}
+
+/// The same, once something was done behind its move.
+fn run_in_once(
+    cgroup: &Path,
+    program: &Path,
+    arguments: &[&str],
+    behind: impl FnOnce() + Send + 'static,
+) -> String {
     let (mut born, told_pid) = io::pipe().unwrap();
     let (may_go, mut go) = io::pipe().unwrap();
     let cgroup = cgroup.to_owned();
@@ -48,6 +58,7 @@ fn run_in(cgroup: &Path, program: &Path, arguments: &[&str]) -> String {
         let mut pid = [0; 4];
         born.read_exact(&mut pid).unwrap();
         move_to(&cgroup, u32::from_ne_bytes(pid));
+        behind();
         go.write_all(b".").unwrap();
     });
     let mut command = Command::new(program);
@@ -131,6 +142,35 @@ fn pod() -> Fixture {
 }
 
 const TRUE: &str = "/bin/true";
+
+/// A task is in its new cgroup a moment before the kernel tells of it (`cgroup_attach_task`), and a runtime's
+/// child may be as far as to run its copy then.
+#[test]
+fn a_runtimes_child_that_runs_something_before_its_move_is_told_is_known_for_one() {
+    let mut fixture = pod();
+    let (refused, hook) = fixture.refused_exec();
+    let run = |fixture: &Fixture, name: &str, program: &Path, arguments: &[&str]| {
+        let (cgroup, tasks) = (fixture.below(name), fixture.tasks());
+        run_in_once(&cgroup, program, arguments, move || tasks.forget())
+    };
+    let (copy, shell) = (Unnamed::copy(TRUE), Unnamed::copy("/bin/sh"));
+    assert_eq!(run(&fixture, "copy", &copy.path(), &[]), "ok");
+    // What the copy runs starts the container, and what that runs does not.
+    let starts = format!("exec {TRUE}");
+    assert_eq!(run(&fixture, "starts", &shell.path(), &["-c", &starts]), "ok");
+    assert_eq!(run(&fixture, "start", Path::new(TRUE), &[]), "ok");
+    let counted: Vec<_> = fixture.counters().iter().collect();
+    assert_eq!(counted, [(hook, Mode::Enforce, Verdict::Allow, 2)]);
+    let twice = format!("exec {}", copy.path().display());
+    assert_ne!(run(&fixture, "twice", &shell.path(), &["-c", &twice]), "ok");
+
+    fixture.datapath.set_runtimes(&BTreeSet::new()).unwrap();
+    assert_eq!(
+        run(&fixture, "other", &copy.path(), &[]),
+        refused,
+        "of a program that is no runtime"
+    );
+}
 
 #[test]
 fn what_a_container_starts_with_runs_once_in_each_cgroup_that_the_host_makes_below_a_pods() {

@@ -457,12 +457,13 @@ impl<'a> Container<'a> {
     pub fn report(&self) -> Report {
         let begin = Instant::now();
         loop {
-            let running = self.is_running();
+            let (status, _) = self.status();
+            let is_running = status.state() == v1::ContainerState::ContainerRunning;
             let log = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(report) = log.split_inclusive('\n').find_map(report_of) {
                 return report;
             }
-            assert!(running, "container {} ended without a report: {log}", self.id);
+            assert!(is_running, "container {} ended without a report: {status:?}: {log}", self.id);
             assert!(begin.elapsed() < PATIENCE, "no report of container {}: {log}", self.id);
             thread::sleep(Duration::from_millis(20));
         }
