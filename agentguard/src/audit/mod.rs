@@ -289,8 +289,8 @@ impl AuditLog {
         }
     }
 
-    /// The last verdict in the log, also one from before it was opened; `None` where there is none, or the
-    /// log can not be read back.
+    /// The last verdict in the log, also one from before it was opened; `None` where there is none among the
+    /// last megabytes, or the log can not be read back.
     ///
     /// # Errors
     /// When a file of the log can not be read.

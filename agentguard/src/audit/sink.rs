@@ -23,6 +23,9 @@ const NAME_DIGITS: usize = 20;
 /// Room that is kept in every file so that a crash can be closed off in it.
 const RESERVED_BYTES: u64 = 16 * 1024;
 
+/// How much of the end of a log is searched for a line, in bytes: all of it is in memory meanwhile.
+const SEARCHED_BYTES: u64 = 8 << 20;
+
 /// How much the log may take on disk: never more than the product of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -215,13 +218,17 @@ impl RotatingFile {
         Ok(None)
     }
 
-    /// What `read` makes of the last line that it makes something of, in whichever file that is.
+    /// What `read` makes of the last line that it makes something of, in whichever file that is; `None` where
+    /// too much came after it.
     pub(crate) fn last<T>(&self, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Option<T>> {
         for path in files(&self.path)?.into_iter().rev() {
             let mut file = File::open(path)?;
             let length = file.metadata()?.len();
-            if let Some((found, _)) = last_line(&mut file, length, &read)?.found {
+            if let Some((found, _)) = last_line(&mut file, length, SEARCHED_BYTES, &read)?.found {
                 return Ok(Some(found));
+            }
+            if length > SEARCHED_BYTES {
+                break;
             }
         }
         Ok(None)
@@ -389,7 +396,8 @@ impl End {
     /// Finds the last whole line. Reads backwards, and usually no more than one window.
     fn of(file: &mut File) -> io::Result<Self> {
         let length = file.metadata()?.len();
-        let Tail { bytes, found } = last_line(file, length, |line| chain::read(line).ok())?;
+        let Tail { bytes, found } =
+            last_line(file, length, u64::MAX, |line| chain::read(line).ok())?;
         let (head, end) = found.map_or((None, 0), |(link, end)| (Some(link.head), end));
         let rest = &bytes[end..];
         let rest = if head.is_some() { rest.strip_prefix(b"\n").unwrap_or(rest) } else { rest };
@@ -409,27 +417,29 @@ impl End {
 
 /// The last bytes of a file.
 struct Tail<T> {
-    /// All of them where nothing was found.
+    /// All that was read where nothing was found.
     bytes: Vec<u8>,
     /// What was made of the last line of which anything could be made, and where that line ends in `bytes`.
     found: Option<(T, usize)>,
 }
 
 /// The end of a file of `length` bytes from the last line on that `read` makes something of. Reads
-/// backwards, and usually no more than one window.
+/// backwards, usually no more than one window, and `most` bytes at the most.
 fn last_line<T>(
     file: &mut File,
     length: u64,
+    most: u64,
     read: impl Fn(&[u8]) -> Option<T>,
 ) -> io::Result<Tail<T>> {
     let mut window = 2 * MAX_LINE_BYTES as u64;
     loop {
+        window = window.min(most);
         let start = length.saturating_sub(window);
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = Vec::new();
         file.take(length - start).read_to_end(&mut bytes)?;
         let found = last_line_of(&bytes, &read);
-        if found.is_some() || start == 0 {
+        if found.is_some() || start == 0 || window == most {
             return Ok(Tail { bytes, found });
         }
         window *= 8;

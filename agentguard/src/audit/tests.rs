@@ -415,6 +415,11 @@ async fn the_last_verdict_is_found_wherever_it_stands() {
     assert_eq!(last_of(&path).await, Some(decided(4)));
     fs::write(&path, &whole[..whole.len() - 2]).unwrap();
     assert_eq!(last_of(&path).await, Some(decided(3)));
+    // What is searched is bounded.
+    let mut long = fs::read(&path).unwrap();
+    long.extend(b"{}\n".repeat(4 << 20));
+    fs::write(&path, long).unwrap();
+    assert_eq!(last_of(&path).await, None);
 }
 
 #[test]
