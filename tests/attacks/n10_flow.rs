@@ -1,7 +1,8 @@
 //! N10: a flow that was allowed when it began, and goes on.
 //!
-//! Prints `{"ms", "acknowledged"}` every 100 ms: the bytes that the peer sent back so far. It
-//! worked when the flow still moved at the end, and is refused once it stands still.
+//! Prints `{"ms", "acknowledged", "moved_boot_ns"}` every 100 ms: the bytes that the peer sent back so far,
+//! and the boot time at which the last of them came. It worked when the flow still moved at the end, and is
+//! refused once it stands still.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -10,6 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::time::TimeValLike as _,
+    time::{ClockId, clock_gettime},
+};
 use serde::Serialize;
 use socket2::Socket;
 
@@ -43,6 +48,8 @@ pub(crate) struct Arguments {
 struct Progress {
     ms: u128,
     acknowledged: usize,
+    /// By `CLOCK_BOOTTIME`, as the kernel half tells its times; 0 before the first.
+    moved_boot_ns: i64,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Attempt {
@@ -63,6 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
     let start = Instant::now();
     let mut reported = Duration::ZERO;
     let mut moved = Duration::ZERO;
+    let mut moved_boot_ns = 0;
     let mut acknowledged = 0;
     let lasts = Duration::from_millis(arguments.milliseconds);
     let is_stopped = loop {
@@ -79,10 +87,13 @@ pub(crate) fn run(arguments: &Arguments) -> Attempt {
         if heard > 0 {
             acknowledged += heard;
             moved = start.elapsed();
+            moved_boot_ns = clock_gettime(ClockId::CLOCK_BOOTTIME)
+                .map_err(|errno| Failure::setup("clock_gettime", errno))?
+                .num_nanoseconds();
         }
         if start.elapsed() >= reported + REPORT {
             reported = start.elapsed();
-            let progress = Progress { ms: reported.as_millis(), acknowledged };
+            let progress = Progress { ms: reported.as_millis(), acknowledged, moved_boot_ns };
             let line = serde_json::to_string(&progress)
                 .map_err(|error| Failure::unfit(error.to_string()))?;
             println!("{line}");
