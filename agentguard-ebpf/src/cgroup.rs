@@ -65,37 +65,60 @@ pub(crate) fn by_descent(task: u64) -> Option<WorkloadId> {
 /// (`CLONE_INTO_CGROUP`) is judged as if it had been moved there.
 #[inline(always)]
 pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
-    let parent = Task(ctx.arg(0));
-    let child = Task(ctx.arg(1));
-    let workload = match by_descent(parent.address()) {
-        // The parent's cgroup may be another's by now, and not the child's alone.
-        Some(tied) if maps::gives_way(tied) => maps::member(parent.cgroup()).or(Some(tied)),
-        Some(tied) => Some(tied),
-        None => maps::member(parent.cgroup()),
-    };
-    let Some(workload) = workload else {
-        maps::untie_stale(child.address());
+    born(Task(ctx.arg(1)), false)
+}
+
+/// A child is about to run for the first time: where [`fork`] was not asked, its birth is judged here.
+///
+/// A kernel whose tracepoints may be preempted (7.0 on) does not call a program for a task while another
+/// that it preempted is in the same one on that CPU (`prog->active`, `__bpf_trace_run`). This tracepoint is
+/// called with the run queue locked (`wake_up_new_task`), so that nobody is ever preempted here.
+#[inline(always)]
+pub(crate) fn first_wakeup(ctx: &BtfTracePointContext) -> i32 {
+    let child = Task(ctx.arg(0));
+    if maps::task(child.address()).is_some() { 0 } else { born(child, true) }
+}
+
+/// The calling task has made a child, which has not run yet. `again`: it may have been judged before.
+#[inline(always)]
+fn born(child: Task, again: bool) -> i32 {
+    let parent = kernel::current_task();
+    let parents_cgroup = kernel::current_cgroup();
+    // A number and not an `Option`: out of one the compiler would keep what is not there.
+    let mut workload = by_descent(parent).unwrap_or(WorkloadId::NONE);
+    // Where it gives way, the parent's cgroup may be another's by now, and not the child's alone.
+    if (workload == WorkloadId::NONE || maps::gives_way(workload))
+        && let Some(holder) = maps::member(parents_cgroup)
+    {
+        workload = holder;
+    }
+    let is_thread = child.tgid() == kernel::current_tgid();
+    if workload == WorkloadId::NONE {
         let cgroup = child.cgroup();
-        if cgroup != parent.cgroup() && maps::member(cgroup).is_some() {
+        if cgroup != parents_cgroup && maps::member(cgroup).is_some() {
             entered(child);
-        } else if child.tgid() != parent.tgid() {
+        } else if !is_thread {
             hand_down_stage(parent, child);
         }
         return 0;
-    };
+    }
+    if again && maps::found_no_room(child.address(), child.start()) {
+        return 0;
+    }
     if !maps::tie(child.address(), workload) {
+        maps::note_no_room(child.address(), child.start());
         return without_room(Full::Tasks, child, child.cgroup(), workload);
     }
-    if child.tgid() == parent.tgid() {
+    if is_thread {
         return 0;
     }
     hand_down_stage(parent, child);
-    maps::inherit_process(parent.tgid(), child.tgid(), child.start());
+    maps::inherit_process(kernel::current_tgid(), child.tgid(), child.start());
     let cgroup = child.cgroup();
     if maps::member(cgroup) == Some(workload) {
         return 0;
     }
-    if let Some(moved) = maps::moved(parent.tgid())
+    if let Some(moved) = maps::moved(kernel::current_tgid())
         && moved.cgroup == cgroup.0
     {
         // The parent was moved here by the host, and the child follows.
@@ -148,25 +171,7 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
             leave(task, cgroup.id(), origin, mover());
         }
     }
-    // Also one that has ended is moved, as long as nobody has waited for it. Its exit may have been told of
-    // before, and nothing would take back what was noted of it here until its address is another's. The
-    // count is read last: who is counted still is told of later.
-    if !task.has_threads() {
-        forget(task.address());
-        maps::unfollow(task.tgid());
-    } else if destination.is_some() && task.is_exiting() {
-        // The first thread has ended and others have not, whose tag this is, too. The last one's exit takes it
-        // back, but where one of them runs a program it takes the first one's place, and nobody tells.
-        maps::note_stale();
-    }
     0
-}
-
-/// Forgets what is known of the task at this address.
-#[inline(always)]
-fn forget(task: u64) {
-    maps::untie(task);
-    maps::settle(task);
 }
 
 /// A task from outside is in a workload's cgroup now. Where a container runtime made it, it is the
@@ -188,20 +193,16 @@ fn is_runtimes_child(task: u64) -> bool {
 /// [`attach_task`] is told (`cgroup_attach_task`), in which it may be as far as to run a copy of the runtime:
 /// what would be noted then is noted here.
 #[inline(always)]
-pub(crate) fn stage(
-    task: u64,
-    workload: WorkloadId,
-    by_descent: Option<WorkloadId>,
-) -> Option<Stage> {
+pub(crate) fn stage(task: u64, workload: WorkloadId, by_descent: Option<WorkloadId>) -> Stage {
     let stage = maps::stage(task);
     // Without room the cgroup's own tag still holds it, and nothing it runs is the runtime's.
     if by_descent.is_none()
         && maps::tie(task, workload)
-        && stage.is_none()
+        && stage == Stage::NONE
         && is_runtimes_child(task)
     {
         maps::set_stage(task, Stage::ENTERED);
-        return Some(Stage::ENTERED);
+        return Stage::ENTERED;
     }
     stage
 }
@@ -209,10 +210,11 @@ pub(crate) fn stage(
 /// A container runtime's process forks before it runs anything of the workload's (`clone` of the stages
 /// of `runc init`, libcontainer/nsenter).
 #[inline(always)]
-fn hand_down_stage(parent: Task, child: Task) {
-    if let Some(stage) = maps::stage(parent.address()) {
-        let stage = if stage == Stage::STARTING { Stage::PREPARED } else { stage };
-        maps::set_stage(child.address(), stage);
+fn hand_down_stage(parent: u64, child: Task) {
+    match maps::stage(parent) {
+        Stage::NONE => {}
+        Stage::STARTING => maps::set_stage(child.address(), Stage::PREPARED),
+        stage => maps::set_stage(child.address(), stage),
     }
 }
 
@@ -270,17 +272,19 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
     Origin::Task { tgid: task.tgid(), pid: task.pid(), cgroup: cgroup.0 }
 }
 
-/// Forgets a task, and a process with its last thread, which need not be the one it began with.
+/// Forgets a task whose address may become another's from now on.
+///
+/// Told of in `delayed_put_task_struct`, a callback of RCU's, which nobody preempts: as for
+/// [`first_wakeup`], an exit need not be told of.
 #[inline(always)]
-pub(crate) fn exit(ctx: &BtfTracePointContext) -> i32 {
+pub(crate) fn free(ctx: &BtfTracePointContext) -> i32 {
     let task = Task(ctx.arg(0));
-    forget(task.address());
-    if !task.has_threads() {
-        // Who moved the process after its first thread ended has the kernel speak of that one.
-        let leader = kernel::leader_of(task.address());
-        if leader != task.address() {
-            forget(leader);
-        }
+    let address = task.address();
+    maps::untie(address);
+    maps::settle(address);
+    // The process's first thread goes after all others. One whose place another thread has taken, to run a
+    // program, has that one's number by now (`exchange_tids`).
+    if task.pid() == task.tgid() {
         maps::unfollow(task.tgid());
     }
     0

@@ -8,47 +8,73 @@ use aya_ebpf::programs::{BtfTracePointContext, LsmContext};
 
 use crate::cgroup;
 use crate::judge::{Execs, Inquiry, judge_from};
-use crate::kernel::{self, Program, Task};
+use crate::kernel::{self, Program};
 use crate::maps::{self, Stage};
 use crate::record::Origin;
 
 /// Arguments of the tracepoint: task, old pid, `struct linux_binprm`.
 #[inline(always)]
 pub(crate) fn exec(ctx: &BtfTracePointContext) -> Action {
-    let task = Task(ctx.arg(0));
-    let address = task.address();
-    let by_descent = cgroup::by_descent(address);
-    let Some(workload) = caller(by_descent) else {
-        note_runtimes_step(address, &Program(ctx.arg(2)));
-        return Action::Pass;
-    };
-    let stage = cgroup::stage(address, workload, by_descent);
-    let program = Program(ctx.arg(2));
-    let (file, naming) = program.file();
-    remember(task, workload, &program, file);
-    if is_runtimes_step(stage, file, naming) {
-        maps::set_stage(address, Stage::PREPARED);
+    // Both its hooks are called where this one may not be: see `cgroup::first_wakeup`.
+    if kernel::exec_is_judged_by_lsm() {
         return Action::Pass;
     }
-    let action = if kernel::exec_is_judged_by_lsm() {
-        // Where it was nobody's when the LSM was asked, its start was not noted.
-        let _was_first = stage.is_some() && maps::is_first_start(kernel::current_cgroup());
-        Action::Pass
-    } else {
-        let naming = naming_of_start(address, stage, workload, naming);
-        let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
-        judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0)
+    let task = kernel::current_task();
+    let program = Program(ctx.arg(2));
+    let Some(Begun { workload, stage, file, naming }) = begun(task, &program) else {
+        return Action::Pass;
     };
-    maps::settle(address);
+    let naming = naming_of_start(task, stage, workload, naming);
+    let inquiry = Inquiry::exec(Hook::Exec, &file, naming);
+    let action = judge_from::<Execs>(&inquiry, workload, &Origin::Exec { path: program.path() }, 0);
+    maps::settle(task);
     action
+}
+
+/// Argument of the LSM hook: `struct linux_binprm`. The file is the one that [`check`] was asked about
+/// last, and there is no way back.
+#[inline(always)]
+pub(crate) fn committed(ctx: &LsmContext) {
+    let task = kernel::current_task();
+    let Some(Begun { stage, .. }) = begun(task, &Program(ctx.arg(0))) else { return };
+    // Where it was nobody's when the check was asked, its start was not noted.
+    let _was_first = stage != Stage::NONE && maps::is_first_start(kernel::current_cgroup());
+    maps::settle(task);
+}
+
+/// What the calling task has begun to run as a workload's.
+struct Begun {
+    workload: WorkloadId,
+    stage: Stage,
+    file: FileId,
+    naming: Naming,
+}
+
+/// Keeps account of the program that the calling task is to run from now on. `None`: it is no workload's,
+/// or a container runtime's own step.
+#[inline(always)]
+fn begun(task: u64, program: &Program) -> Option<Begun> {
+    let by_descent = cgroup::by_descent(task);
+    let Some(workload) = caller(by_descent) else {
+        note_runtimes_step(task, program);
+        return None;
+    };
+    let stage = cgroup::stage(task, workload, by_descent);
+    let (file, naming) = program.file();
+    remember(task, workload, program, file);
+    if is_runtimes_step(stage, file, naming) {
+        maps::set_stage(task, Stage::PREPARED);
+        return None;
+    }
+    Some(Begun { workload, stage, file, naming })
 }
 
 /// Whether it is a container runtime that runs a copy of itself, in the cgroup it has just put its
 /// child into: one without a name or, by a mount that only it has, its very file (`try_bindfd`,
 /// libcontainer/nsenter). Nothing that the workload made has run in that task.
 #[inline(always)]
-fn is_runtimes_step(stage: Option<Stage>, file: FileId, naming: Naming) -> bool {
-    stage == Some(Stage::ENTERED)
+fn is_runtimes_step(stage: Stage, file: FileId, naming: Naming) -> bool {
+    stage == Stage::ENTERED
         && match naming {
             Naming::Unnamed => true,
             Naming::Named | Naming::Starting => maps::is_runtime(&FileId { generation: 0, ..file }),
@@ -59,9 +85,12 @@ fn is_runtimes_step(stage: Option<Stage>, file: FileId, naming: Naming) -> bool 
 /// of its pod at any moment, and from then on only a container that was not started is.
 #[inline(always)]
 fn note_runtimes_step(task: u64, program: &Program) {
-    let Some(stage) = maps::stage(task) else { return };
+    let stage = maps::stage(task);
+    if stage == Stage::NONE {
+        return;
+    }
     let (file, naming) = program.file();
-    if is_runtimes_step(Some(stage), file, naming) {
+    if is_runtimes_step(stage, file, naming) {
         maps::set_stage(task, Stage::PREPARED);
     } else {
         maps::settle(task);
@@ -74,13 +103,10 @@ fn note_runtimes_step(task: u64, program: &Program) {
 /// started is in the pod's specification and the image, of which the kernel knows nothing; that a
 /// container is started, and not entered, is what it can tell.
 #[inline(always)]
-fn naming_of_start(
-    task: u64,
-    stage: Option<Stage>,
-    workload: WorkloadId,
-    naming: Naming,
-) -> Naming {
-    let Some(stage) = stage else { return naming };
+fn naming_of_start(task: u64, stage: Stage, workload: WorkloadId, naming: Naming) -> Naming {
+    if stage == Stage::NONE {
+        return naming;
+    }
     if stage != Stage::STARTING {
         // Whatever it runs, and whether it may: it is started by that.
         let is_first = maps::is_first_start(kernel::current_cgroup());
@@ -126,14 +152,14 @@ fn caller(by_descent: Option<WorkloadId>) -> Option<WorkloadId> {
 
 /// Keeps the process for the records of its descendants.
 #[inline(always)]
-fn remember(task: Task, workload: WorkloadId, program: &Program, file: FileId) {
-    let tgid = task.tgid();
+fn remember(task: u64, workload: WorkloadId, program: &Program, file: FileId) {
+    let tgid = kernel::current_tgid();
     if maps::process(tgid).is_none() {
         maps::remember_new(tgid);
     }
     let Some(process) = maps::process(tgid) else { return };
-    process.start = task.start();
-    process.parent = task.parent_tgid();
+    process.start = kernel::start_of(task);
+    process.parent = kernel::parent_of(task);
     process.workload = workload;
     process.file = file;
     // SAFETY: the path is a string in kernel memory; the helper bounds and terminates the copy.

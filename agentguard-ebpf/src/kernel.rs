@@ -24,12 +24,9 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     task_pid: 0,
     task_tgid: 0,
     task_start_boottime: 0,
-    task_flags: 0,
     task_real_parent: 0,
     task_mm: 0,
     mm_exe_file: 0,
-    task_signal: 0,
-    signal_live: 0,
     task_group_leader: 0,
     task_cgroups: 0,
     css_set_default_cgroup: 0,
@@ -76,8 +73,6 @@ pub(crate) fn exec_is_judged_by_lsm() -> bool {
 }
 
 const SIGKILL: u32 = 9;
-/// `PF_EXITING` of the kernel (include/linux/sched.h).
-const PF_EXITING: u32 = 0x4;
 /// `PIDTYPE_TGID` of the kernel: the signal is for the whole process.
 const PIDTYPE_TGID: u32 = 1;
 
@@ -213,39 +208,11 @@ impl Task {
         unsafe { field!(self.0, task_pid as u32) }
     }
 
-    /// Whether any thread of its process is left; the last one is taken from the count before the
-    /// tracepoint of its exit (`do_exit`).
-    #[inline(always)]
-    pub(crate) fn has_threads(self) -> bool {
-        // SAFETY: tasks come from tracepoint arguments only, and one has its signals until it is freed
-        // itself. The count is an `atomic_t`, which is an `int`.
-        unsafe {
-            let signals: Pointer = field!(self.0, task_signal as Pointer);
-            field!(signals, signal_live as i32) != 0
-        }
-    }
-
-    /// Whether it is past the point from which its exit is told of (`do_exit`).
-    #[inline(always)]
-    pub(crate) fn is_exiting(self) -> bool {
-        // SAFETY: tasks come from tracepoint arguments only.
-        unsafe { field!(self.0, task_flags as u32) & PF_EXITING != 0 }
-    }
-
     /// Nanoseconds of boot time.
     #[inline(always)]
     pub(crate) fn start(self) -> u64 {
         // SAFETY: tasks come from tracepoint arguments only.
         unsafe { field!(self.0, task_start_boottime as u64) }
-    }
-
-    #[inline(always)]
-    pub(crate) fn parent_tgid(self) -> u32 {
-        // SAFETY: tasks come from tracepoint arguments only, and every task has a parent.
-        unsafe {
-            let parent: Pointer = field!(self.0, task_real_parent as Pointer);
-            field!(parent, task_tgid as u32)
-        }
     }
 
     /// The task's cgroup in the v2 hierarchy.
@@ -532,6 +499,19 @@ fn program_of(task: u64) -> Option<FileId> {
 #[inline(always)]
 pub(crate) fn leader_of(task: u64) -> u64 {
     probe!(task, task_group_leader as u64).unwrap_or(0)
+}
+
+/// When a task began, in nanoseconds of boot time; 0: it can not be read.
+#[inline(always)]
+pub(crate) fn start_of(task: u64) -> u64 {
+    probe!(task, task_start_boottime as u64).unwrap_or(0)
+}
+
+/// The id of the process that made a task; 0: it can not be read.
+#[inline(always)]
+pub(crate) fn parent_of(task: u64) -> u32 {
+    let parent = probe!(task, task_real_parent as u64);
+    parent.and_then(|parent| probe!(parent, task_tgid as u32)).unwrap_or(0)
 }
 
 /// The calling task's process id in the upper half, thread id in the lower.

@@ -92,9 +92,14 @@ fn process_fork(ctx: BtfTracePointContext) -> i32 {
     cgroup::fork(&ctx)
 }
 
-#[btf_tracepoint(function = "sched_process_exit")]
-fn process_exit(ctx: BtfTracePointContext) -> i32 {
-    cgroup::exit(&ctx)
+#[btf_tracepoint(function = "sched_wakeup_new")]
+fn process_wakeup(ctx: BtfTracePointContext) -> i32 {
+    cgroup::first_wakeup(&ctx)
+}
+
+#[btf_tracepoint(function = "sched_process_free")]
+fn process_free(ctx: BtfTracePointContext) -> i32 {
+    cgroup::free(&ctx)
 }
 
 #[btf_tracepoint(function = "cgroup_attach_task")]
@@ -125,6 +130,12 @@ fn answer(action: Action) -> i32 {
 #[lsm(hook = "bprm_check_security")]
 fn bprm_check(ctx: LsmContext) -> i32 {
     answer(exec::check(&ctx))
+}
+
+#[lsm(hook = "bprm_committed_creds")]
+fn bprm_committed(ctx: LsmContext) -> i32 {
+    exec::committed(&ctx);
+    0
 }
 
 #[lsm(hook = "socket_create")]
@@ -194,11 +205,13 @@ macro_rules! gates {
 gates! {
     btf_tracepoint(function = "sched_process_exec") => gate_exec(BtfTracePointContext): GATE_EXEC;
     btf_tracepoint(function = "sched_process_fork") => gate_fork(BtfTracePointContext): GATE_FORK;
-    btf_tracepoint(function = "sched_process_exit") => gate_exit(BtfTracePointContext): GATE_EXIT;
+    btf_tracepoint(function = "sched_wakeup_new") => gate_wakeup(BtfTracePointContext): GATE_WAKEUP;
+    btf_tracepoint(function = "sched_process_free") => gate_free(BtfTracePointContext): GATE_FREE;
     btf_tracepoint(function = "cgroup_attach_task") => gate_attach(BtfTracePointContext): GATE_ATTACH;
     btf_tracepoint(function = "cgroup_mkdir") => gate_mkdir(BtfTracePointContext): GATE_MKDIR;
     btf_tracepoint(function = "cgroup_rmdir") => gate_rmdir(BtfTracePointContext): GATE_RMDIR;
     lsm(hook = "bprm_check_security") => gate_bprm_check(LsmContext): GATE_BPRM_CHECK;
+    lsm(hook = "bprm_committed_creds") => gate_bprm_done(LsmContext): GATE_BPRM_COMMITTED;
     lsm(hook = "socket_create") => gate_create(LsmContext): GATE_SOCKET_CREATE;
     lsm(hook = "socket_connect") => gate_connect(LsmContext): GATE_SOCKET_CONNECT;
     lsm(hook = "socket_sendmsg") => gate_sendmsg(LsmContext): GATE_SOCKET_SENDMSG;

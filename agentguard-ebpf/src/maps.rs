@@ -62,9 +62,9 @@ static SOCKETS: SocketStorage<SocketVerdict> = SocketStorage::new();
 /// and exists from 5.11 on only.
 #[btf_map]
 static TASKS: HashMap<u64, Membership, 262_144, NO_PREALLOC> = HashMap::new();
-/// Not zero once a tag was written that may outlast its task, so that nobody looks for what has never been.
+/// Tasks that were born without room in `TASKS`, by address, with when they began: of each birth one is told.
 #[btf_map]
-static STALE: Array<u64, 1> = Array::new();
+static ROOMLESS: LruHashMap<u64, u64, 1024> = LruHashMap::new();
 /// What runs containers on this host: files of the host that are known by device and inode alone.
 #[btf_map]
 static RUNTIMES: HashMap<FileId, u32, 64> = HashMap::new();
@@ -105,11 +105,13 @@ pub(crate) mod gates {
     gates!(
         GATE_EXEC,
         GATE_FORK,
-        GATE_EXIT,
+        GATE_WAKEUP,
+        GATE_FREE,
         GATE_ATTACH,
         GATE_MKDIR,
         GATE_RMDIR,
         GATE_BPRM_CHECK,
+        GATE_BPRM_COMMITTED,
         GATE_SOCKET_CREATE,
         GATE_SOCKET_CONNECT,
         GATE_SOCKET_SENDMSG,
@@ -542,27 +544,26 @@ pub(crate) fn tie(address: u64, workload: WorkloadId) -> bool {
     TASKS.insert(address, Membership { workload }, BPF_ANY.into()).is_ok()
 }
 
-/// Forgets a task that ends: its address may become another's.
+/// Forgets a task that is gone: its address may become another's.
 #[inline(always)]
 pub(crate) fn untie(address: u64) {
-    // SAFETY: only whether the entry is there is asked: most tasks that end are nobody's.
+    // SAFETY: only whether the entry is there is asked: most tasks are nobody's.
     if unsafe { TASKS.get(address) }.is_some() {
         let _absent = TASKS.remove(address);
     }
 }
 
-/// Notes that a task was tied whose end was told of before.
+/// Notes that a task, which began at `start`, was born without room.
 #[inline(always)]
-pub(crate) fn note_stale() {
-    let _one = STALE.set(0, 1, BPF_ANY.into());
+pub(crate) fn note_no_room(address: u64, start: u64) {
+    let _full = ROOMLESS.insert(address, start, BPF_ANY.into());
 }
 
-/// Forgets what a task that is gone may have left at the address of one that is born.
+/// Whether [`note_no_room`] noted this task, and not one that was at its address before.
 #[inline(always)]
-pub(crate) fn untie_stale(address: u64) {
-    if STALE.get(0).is_some_and(|ever| *ever != 0) {
-        untie(address);
-    }
+pub(crate) fn found_no_room(address: u64, start: u64) -> bool {
+    // SAFETY: an entry is one word.
+    unsafe { ROOMLESS.get(address) }.is_some_and(|noted| *noted == start)
 }
 
 /// Whether a file is one that runs containers on this host.
@@ -572,11 +573,15 @@ pub(crate) fn is_runtime(file: &FileId) -> bool {
     unsafe { RUNTIMES.get(file) }.is_some()
 }
 
-/// How far a task is that a container runtime has put into a workload's cgroup.
+/// How far a task is that a container runtime has put into a workload's cgroup. A number and not an
+/// `Option` of one: what is not there the compiler would leave unset, and read where it does no harm,
+/// which the verifier refuses.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stage(u32);
 
 impl Stage {
+    /// It is the workload's like any other.
+    pub(crate) const NONE: Self = Self(u32::MAX);
     /// It has run nothing there yet.
     pub(crate) const ENTERED: Self = Self(0);
     /// It has run the runtime's own file.
@@ -592,17 +597,17 @@ pub(crate) fn set_stage(address: u64, stage: Stage) {
     let _full = ENTERED.insert(address, stage.0, BPF_ANY.into());
 }
 
-/// How far the task is; none for what is the workload's like any other.
+/// How far the task is.
 #[inline(always)]
-pub(crate) fn stage(address: u64) -> Option<Stage> {
+pub(crate) fn stage(address: u64) -> Stage {
     // SAFETY: an entry is one word.
-    unsafe { ENTERED.get(address) }.copied().map(Stage)
+    unsafe { ENTERED.get(address) }.map_or(Stage::NONE, |stage| Stage(*stage))
 }
 
 /// From now on the task is the workload's like any other.
 #[inline(always)]
 pub(crate) fn settle(address: u64) {
-    if stage(address).is_some() {
+    if stage(address) != Stage::NONE {
         let _absent = ENTERED.remove(address);
     }
 }

@@ -9,6 +9,8 @@ use nix::{
     unistd::Pid,
 };
 
+use agentguard_tests::wait_until;
+
 use crate::fixture::{Fixture, SCARCE, WORKLOAD, cgroup_id, move_to};
 use crate::worker::Worker;
 
@@ -56,16 +58,13 @@ fn a_process_that_has_ended_is_not_remembered_when_it_is_moved() {
         move_to(&fixture.cgroup, ended.id());
         ended.wait().unwrap();
     }
-    assert_eq!(fixture.entries("tasks"), before, "their addresses are others' from now on");
-    assert!(fixture.datapath.moved().is_empty());
+    wait_until("nobody has the addresses of what has ended", || {
+        fixture.entries("tasks") == before && fixture.datapath.moved().is_empty()
+    });
 }
 
 #[test]
 fn a_first_thread_that_ended_leaves_its_tag_to_nobody() {
-    /// Births that use up every place that the kernel keeps for a task and has free.
-    const ROUNDS: usize = 30;
-    const THREADS: usize = 100;
-
     let mut fixture = Fixture::new();
     fixture.attach(Mode::Audit, &[]);
     let before = fixture.entries("tasks");
@@ -74,14 +73,32 @@ fn a_first_thread_that_ended_leaves_its_tag_to_nobody() {
     // The kernel speaks of the first thread alone, though it has ended.
     move_to(&fixture.cgroup, worker.pid());
     assert_eq!(fixture.entries("tasks"), before + 1);
-    // The thread that runs the program takes the first one's place, whose end was told of long ago.
+    // The thread that runs the program takes the first one's place, which ended long ago.
     assert_eq!(worker.told("become /bin/true"), "exit status: 0");
-    let mut neighbours = Vec::new();
-    while fixture.entries("tasks") > before {
-        assert!(neighbours.len() < ROUNDS, "nobody's thread has the agent's tag");
-        let mut neighbour = Worker::start();
-        assert_eq!(neighbour.told(&format!("threads {THREADS}")), "ok");
-        neighbours.push(neighbour);
+    wait_until("nobody has the addresses of what has ended", || fixture.entries("tasks") == before);
+}
+
+#[test]
+fn of_births_and_ends_that_interrupt_each_other_none_is_missed() {
+    /// A kernel leaves out a hook for a task that runs while another was preempted in it; with so many on
+    /// one processor, some are.
+    const THREADS: usize = 40;
+    const EACH: usize = 15;
+
+    let mut fixture = Fixture::new();
+    let mut worker = fixture.worker();
+    fixture.attach(Mode::Enforce, &[]);
+    let before = fixture.entries("tasks");
+    for round in 0..3 {
+        assert_eq!(worker.told(&format!("bear {THREADS} {EACH}")), "ok", "round {round}");
+        // The threads that made them have ended.
+        wait_until("each child has its tag, and nobody else", || {
+            fixture.entries("tasks") == before + THREADS * EACH
+        });
+        assert_eq!(worker.told("bury"), "ok", "round {round}");
+        wait_until("nobody has the addresses of what has ended", || {
+            fixture.entries("tasks") == before
+        });
     }
 }
 
@@ -129,7 +146,7 @@ fn a_process_that_the_host_moves_keeps_its_tag_and_the_hooks_follow() {
     assert_eq!(neighbour.told(CONNECT), "ok");
     assert_eq!(neighbour.told("run /bin/true"), "ok");
     move_to(&fixture.cgroup, worker.pid());
-    assert!(fixture.datapath.moved().is_empty());
+    assert!(fixture.datapath.moved().iter().all(|(process, _)| *process != worker.pid()));
     assert_eq!(worker.told(CONNECT), "EPERM");
 }
 
@@ -180,7 +197,7 @@ fn a_moved_process_keeps_its_tag_until_its_last_thread_ends() {
     assert_eq!(worker.told(CONNECT), "EPERM", "without its first thread");
     assert_eq!(fixture.datapath.moved()[0].0, worker.pid());
     drop(worker);
-    assert!(fixture.datapath.moved().is_empty(), "ended");
+    wait_until("it is forgotten with its last thread", || fixture.datapath.moved().is_empty());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::{
-        fd::{AsRawFd as _, FromRawFd as _},
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
         linux::net::SocketAddrExt as _,
         unix::{
             self,
@@ -14,11 +14,19 @@ use std::{
         },
     },
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    sys::wait::WaitStatus,
+    unistd::Pid,
+};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 const VARIABLE: &str = "AGENTGUARD_DATAPATH_WORKER";
@@ -184,6 +192,8 @@ fn obey(words: &[&str], flow: &mut Option<Socket>) -> io::Result<String> {
         }
         ["children-leave", number, cgroup] => children_leave(number.parse().unwrap(), cgroup),
         ["clone-into", cgroup] => clone_into(cgroup),
+        ["bear", threads, each] => bear(threads.parse().unwrap(), each.parse().unwrap()).map(ok),
+        ["bury"] => bury().map(ok),
         ["flood", kind, threads, each] => {
             Ok(flood(*kind == "distinct", threads.parse().unwrap(), each.parse().unwrap()))
         }
@@ -312,6 +322,58 @@ fn children_leave(number: usize, cgroup: &str) -> io::Result<String> {
         }
     }
     Ok(format!("{killed} killed, {refused} refused, {free} free"))
+}
+
+/// The children of [`bear`], and what they wait for the end of.
+static BORN: Mutex<(Vec<Pid>, Option<OwnedFd>)> = Mutex::new((Vec::new(), None));
+
+/// Children of several threads at once, on one processor, where births meet each other; they wait until
+/// [`bury`].
+fn bear(threads: usize, each: usize) -> io::Result<()> {
+    let mut one = CpuSet::new();
+    one.set(0)?;
+    sched_setaffinity(Pid::from_raw(0), &one)?;
+    let (waits, ends) = nix::unistd::pipe()?;
+    let (reader, writer) = (waits.as_raw_fd(), ends.as_raw_fd());
+    let fork_all = || {
+        let fork = |_| {
+            // SAFETY: the child runs on a copy, and makes async-signal-safe calls only.
+            match unsafe { libc::fork() } {
+                ..0 => Err(io::Error::last_os_error()),
+                0 => unsafe {
+                    let mut byte = 0_u8;
+                    libc::close(writer);
+                    libc::read(reader, (&raw mut byte).cast(), 1);
+                    libc::_exit(0)
+                },
+                child => Ok(Pid::from_raw(child)),
+            }
+        };
+        (0..each).map(fork).collect::<io::Result<Vec<_>>>()
+    };
+    let born = thread::scope(|scope| {
+        let bearing: Vec<_> = (0..threads).map(|_| scope.spawn(fork_all)).collect();
+        let mut born = Vec::new();
+        for bearing in bearing {
+            born.extend(bearing.join().unwrap()?);
+        }
+        io::Result::Ok(born)
+    })?;
+    *BORN.lock().unwrap() = (born, Some(ends));
+    Ok(())
+}
+
+/// Has all children of [`bear`] end at once, and waits for them.
+fn bury() -> io::Result<()> {
+    let (born, ends) = std::mem::take(&mut *BORN.lock().unwrap());
+    drop(ends);
+    for child in born {
+        let status = nix::sys::wait::waitpid(child, None)?;
+        if status != WaitStatus::Exited(child, 0) {
+            return Err(io::Error::other(format!("{status:?}")));
+        }
+    }
+    Ok(())
 }
 
 /// A child that is born in another cgroup and waits there; how it ends, or that it lives.

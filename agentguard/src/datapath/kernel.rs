@@ -82,12 +82,9 @@ impl Types<'_> {
             // Renamed in 5.5.
             task_start_boottime: at("task_struct", &["start_boottime"])
                 .or_else(|_renamed| at("task_struct", &["real_start_time"]))?,
-            task_flags: at("task_struct", &["flags"])?,
             task_real_parent: at("task_struct", &["real_parent"])?,
             task_mm: at("task_struct", &["mm"])?,
             mm_exe_file: at("mm_struct", &["exe_file"])?,
-            task_signal: at("task_struct", &["signal"])?,
-            signal_live: at("signal_struct", &["live"])?,
             task_group_leader: at("task_struct", &["group_leader"])?,
             task_cgroups: at("task_struct", &["cgroups"])?,
             css_set_default_cgroup: at("css_set", &["dfl_cgrp"])?,

@@ -30,7 +30,7 @@ use super::handover::{self, GlobalProgram};
 use super::kernel::{Kernel, KernelError};
 use super::object;
 use super::pins::{self, ExecJudge, Pins};
-use super::protection::{self, Door, DoorState, EXEC_CHECK, Protection, doors};
+use super::protection::{self, Door, DoorState, EXEC_ACCOUNT, EXEC_CHECK, Protection, doors};
 use super::tables::Tables;
 use crate::fault;
 
@@ -413,23 +413,32 @@ fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
             continue;
         }
         let mut outcomes = load_programs(&mut ebpf, &btf, &asked.lsm);
+        let refused = || {
+            EXEC_BY_LSM.iter().find_map(|program| match outcomes.get(program) {
+                Some(Err(reason)) => Some(reason.clone()),
+                Some(Ok(())) | None => None,
+            })
+        };
         if asked.exec_by_lsm.is_ok()
-            && let Some(Err(reason)) = outcomes.get(EXEC_CHECK)
+            && let Some(reason) = refused()
         {
-            asked.leave_exec(in_force, reason.clone())?;
+            asked.leave_exec(in_force, reason)?;
             continue;
         }
         fault::point("load.loaded");
         match &asked.exec_by_lsm {
-            // The tracepoint's program leaves exec to the check, which must be called for that.
+            // The tracepoint's program leaves exec to these, which must be called for that.
             Ok(()) => {
-                if let Err(reason) = attach_exec_check(&mut ebpf, &btf, pins) {
+                let attached = EXEC_BY_LSM
+                    .iter()
+                    .try_for_each(|program| attach_gate_of(program, &mut ebpf, &btf, pins));
+                if let Err(reason) = attached {
                     asked.leave_exec(in_force, reason)?;
                     continue;
                 }
             }
             Err(reason) => {
-                outcomes.insert(EXEC_CHECK, Err(reason.clone()));
+                outcomes.extend(EXEC_BY_LSM.map(|program| (program, Err(reason.clone()))));
             }
         }
         if asked.ends_others.is_some() {
@@ -487,12 +496,15 @@ fn load<'a>(
     loader.load(object).map_err(|source| LoadError::Load { source: Box::new(source) })
 }
 
-/// Attaches what calls the LSM layer's check of exec.
-fn attach_exec_check(ebpf: &mut Ebpf, btf: &Btf, pins: &Pins) -> Result<(), String> {
-    let is_check = |door: &&Door| door.program == EXEC_CHECK;
-    match doors().iter().find(is_check).and_then(|door| Some((door, door.gate?))) {
+/// The programs by which the LSM layer judges exec, and keeps account of it.
+const EXEC_BY_LSM: [&str; 2] = [EXEC_CHECK, EXEC_ACCOUNT];
+
+/// Attaches what calls the program of a global hook.
+fn attach_gate_of(program: &str, ebpf: &mut Ebpf, btf: &Btf, pins: &Pins) -> Result<(), String> {
+    let is_it = |door: &&Door| door.program == program;
+    match doors().iter().find(is_it).and_then(|door| Some((door, door.gate?))) {
         Some((door, gate)) => handover::attach_gate(ebpf, btf, door, gate, pins),
-        None => Err(format!("there is no gate for {EXEC_CHECK}")),
+        None => Err(format!("there is no gate for {program}")),
     }
 }
 
@@ -600,7 +612,10 @@ pub(super) fn reason_of(name: &str, error: ProgramError) -> String {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
             tracing::debug!(program = name, %log, "the verifier refused a program");
-            let last = log.lines().rev().find(|line| !line.starts_with("processed"));
+            // What it ends with is its own account.
+            let account = ["processed ", "stack depth ", "verification time "];
+            let said = |line: &&str| !account.iter().any(|part| line.starts_with(part));
+            let last = log.lines().rev().find(said);
             format!("{io_error}: {}", last.unwrap_or("the verifier says nothing"))
         }
         error => causes(&error),

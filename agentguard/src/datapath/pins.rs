@@ -31,7 +31,7 @@ const STATE: [&str; 15] = [
     "MOVES",
     "FOLLOWED",
     "TASKS",
-    "STALE",
+    "ROOMLESS",
     "ENTERED",
     "BORN",
     "ATTACHMENTS",

@@ -55,10 +55,12 @@ const fn global(
 
 /// The LSM layer's check of exec. Where it is in force, the tracepoint leaves exec to it.
 pub(super) const EXEC_CHECK: &str = "bprm_check";
+/// What keeps account of what was run after [`EXEC_CHECK`], in the place of the tracepoint.
+pub(super) const EXEC_ACCOUNT: &str = "bprm_committed";
 
-/// Every program of both layers. The LSM layer's check of exec comes before the tracepoint that
-/// leaves exec to it.
-const DOORS: [Door; 24] = [
+/// Every program of both layers. The LSM layer's hooks of exec come before the tracepoint that
+/// leaves exec to them.
+const DOORS: [Door; 26] = [
     cgroup("connect4", "cgroup/connect4", "connect over IPv4"),
     cgroup("connect6", "cgroup/connect6", "connect over IPv6"),
     cgroup("sendmsg4", "cgroup/sendmsg4", "datagrams over IPv4"),
@@ -73,6 +75,13 @@ const DOORS: [Door; 24] = [
         "lsm/bprm_check_security",
         "exec by the caller's own error, and scripts",
         ("gate_bprm_check", "GATE_BPRM_CHECK"),
+    ),
+    global(
+        Layer::Lsm,
+        EXEC_ACCOUNT,
+        "lsm/bprm_committed_creds",
+        "what is known of a process after an exec",
+        ("gate_bprm_done", "GATE_BPRM_COMMITTED"),
     ),
     global(
         Layer::Portable,
@@ -90,10 +99,17 @@ const DOORS: [Door; 24] = [
     ),
     global(
         Layer::Portable,
-        "process_exit",
-        "tp_btf/sched_process_exit",
+        "process_wakeup",
+        "tp_btf/sched_wakeup_new",
+        "births that sched_process_fork did not tell of",
+        ("gate_wakeup", "GATE_WAKEUP"),
+    ),
+    global(
+        Layer::Portable,
+        "process_free",
+        "tp_btf/sched_process_free",
         "stale process tags",
-        ("gate_exit", "GATE_EXIT"),
+        ("gate_free", "GATE_FREE"),
     ),
     global(
         Layer::Portable,
@@ -194,7 +210,7 @@ struct Gap {
     closed_by: &'static [&'static str],
 }
 
-const GAPS: [Gap; 9] = [
+const GAPS: [Gap; 10] = [
     Gap {
         says: "a socket made and connected outside and then received (SCM_RIGHTS, pidfd_getfd) is \
                not judged: no portable hook sees whose it is now (N8)",
@@ -211,6 +227,11 @@ const GAPS: [Gap; 9] = [
     },
     Gap {
         says: "a script is judged by its interpreter, not by its own file (E5)",
+        closed_by: &["bprm_check"],
+    },
+    Gap {
+        says: "where the kernel may preempt a task in a tracepoint (Linux 7.0 and later), an exec may \
+               pass unjudged while another that was preempted there waits on the same CPU (E1)",
         closed_by: &["bprm_check"],
     },
     Gap {
