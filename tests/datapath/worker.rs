@@ -340,6 +340,7 @@ fn bear(threads: usize, each: usize) -> io::Result<()> {
             // SAFETY: the child runs on a copy, and makes async-signal-safe calls only.
             match unsafe { libc::fork() } {
                 ..0 => Err(io::Error::last_os_error()),
+                // SAFETY: as above, with a byte of its own to be read into.
                 0 => unsafe {
                     let mut byte = 0_u8;
                     libc::close(writer);
