@@ -36,6 +36,7 @@ pub struct KernelOffsets {
     pub inode_generation: u32,
     pub super_block_device: u32,
     pub task_pid: u32,
+    pub task_thread_pid: u32,
     pub task_tgid: u32,
     pub task_start_boottime: u32,
     pub task_real_parent: u32,
@@ -85,8 +86,10 @@ pub struct KernelOffsets {
 )]
 pub struct Achieved {
     /// Not zero: exec is judged before the point of no return (`bprm_check_security`), and the
-    /// tracepoint behind it only keeps what it knows of the process.
+    /// tracepoint behind it does nothing.
     pub exec_by_lsm: u32,
+    /// Not zero: a table may be given a row under any lock, as its memory is not the kernel's own allocator's.
+    pub writes_under_locks: u32,
 }
 
 /// The entry of a cgroup: which workload its processes are.

@@ -76,7 +76,14 @@ pub(crate) fn fork(ctx: &BtfTracePointContext) -> i32 {
 #[inline(always)]
 pub(crate) fn first_wakeup(ctx: &BtfTracePointContext) -> i32 {
     let child = Task(ctx.arg(0));
-    if maps::task(child.address()).is_some() { 0 } else { born(child, true) }
+    // For a thread its process's first one speaks. Kernels that may not write here preempt nobody in a tracepoint.
+    if !kernel::may_write_under_locks()
+        || child.tgid() == kernel::current_tgid()
+        || maps::task(child.address()).is_some()
+    {
+        return 0;
+    }
+    born(child, true)
 }
 
 /// The calling task has made a child, which has not run yet. `again`: it may have been judged before.
@@ -94,6 +101,8 @@ fn born(child: Task, again: bool) -> i32 {
     }
     let is_thread = child.tgid() == kernel::current_tgid();
     if workload == WorkloadId::NONE {
+        // Of one that was at its address before.
+        maps::untie(child.address());
         let cgroup = child.cgroup();
         if cgroup != parents_cgroup && maps::member(cgroup).is_some() {
             entered(child);
@@ -170,6 +179,11 @@ pub(crate) fn attach_task(ctx: &BtfTracePointContext) -> i32 {
         (Some(origin), _) => {
             leave(task, cgroup.id(), origin, mover());
         }
+    }
+    // Who moved it may have found it before it was waited for, and be told of here after `free` was. This is
+    // read last: of who is not released yet, `free` is told later.
+    if task.is_released() {
+        forget(task);
     }
     0
 }
@@ -278,7 +292,13 @@ fn origin(task: Task, cgroup: CgroupId) -> Origin {
 /// [`first_wakeup`], an exit need not be told of.
 #[inline(always)]
 pub(crate) fn free(ctx: &BtfTracePointContext) -> i32 {
-    let task = Task(ctx.arg(0));
+    forget(Task(ctx.arg(0)));
+    0
+}
+
+/// Forgets what is known of a task that has ended.
+#[inline(always)]
+fn forget(task: Task) {
     let address = task.address();
     maps::untie(address);
     maps::settle(address);
@@ -287,5 +307,4 @@ pub(crate) fn free(ctx: &BtfTracePointContext) -> i32 {
     if task.pid() == task.tgid() {
         maps::unfollow(task.tgid());
     }
-    0
 }

@@ -22,6 +22,7 @@ static OFFSETS: KernelOffsets = KernelOffsets {
     inode_generation: 0,
     super_block_device: 0,
     task_pid: 0,
+    task_thread_pid: 0,
     task_tgid: 0,
     task_start_boottime: 0,
     task_real_parent: 0,
@@ -63,13 +64,20 @@ static OFFSETS: KernelOffsets = KernelOffsets {
 
 /// As [`OFFSETS`]: which layers are in force beside this one.
 #[unsafe(no_mangle)]
-static ACHIEVED: Achieved = Achieved { exec_by_lsm: 0 };
+static ACHIEVED: Achieved = Achieved { exec_by_lsm: 0, writes_under_locks: 0 };
 
 /// Whether exec is judged by the LSM layer, before the point of no return.
 #[inline(always)]
 pub(crate) fn exec_is_judged_by_lsm() -> bool {
     // SAFETY: a global that is never written once the object is loaded.
     unsafe { core::ptr::read_volatile(&raw const ACHIEVED.exec_by_lsm) != 0 }
+}
+
+/// Whether a table may be given a row under any lock of the kernel's.
+#[inline(always)]
+pub(crate) fn may_write_under_locks() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const ACHIEVED.writes_under_locks) != 0 }
 }
 
 const SIGKILL: u32 = 9;
@@ -206,6 +214,14 @@ impl Task {
     pub(crate) fn pid(self) -> u32 {
         // SAFETY: tasks come from tracepoint arguments only.
         unsafe { field!(self.0, task_pid as u32) }
+    }
+
+    /// Whether nobody is to wait for it any more: its structure may be about to be freed
+    /// (`release_task`, which takes its number from it).
+    #[inline(always)]
+    pub(crate) fn is_released(self) -> bool {
+        // SAFETY: tasks come from tracepoint arguments only.
+        unsafe { field!(self.0, task_thread_pid as Pointer).is_null() }
     }
 
     /// Nanoseconds of boot time.

@@ -78,6 +78,7 @@ impl Types<'_> {
             inode_generation: at("inode", &["i_generation"])?,
             super_block_device: at("super_block", &["s_dev"])?,
             task_pid: at("task_struct", &["pid"])?,
+            task_thread_pid: at("task_struct", &["thread_pid"])?,
             task_tgid: at("task_struct", &["tgid"])?,
             // Renamed in 5.5.
             task_start_boottime: at("task_struct", &["start_boottime"])

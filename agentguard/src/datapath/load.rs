@@ -379,6 +379,9 @@ fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
     let kernel = Kernel::running()?;
     let types = kernel.types()?;
     let offsets = types.offsets()?;
+    // The allocator of tables, from 6.1 on. Before, a row is allocated like any other memory, which may wake
+    // a task, and so ask for the lock of a run queue.
+    let writes_under_locks = types.function("bpf_mem_cache_alloc").is_some();
     let in_force = pins.exec_judge_of_others()?;
     let mut asked = Asked {
         ends_others: types.function("bpf_send_signal_task"),
@@ -396,7 +399,10 @@ fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
     let btf = btf?;
     let mut loader = Some(loader.unwrap_or_else(|_panic| EbpfLoader::new()));
     loop {
-        let achieved = Achieved { exec_by_lsm: u32::from(asked.exec_by_lsm.is_ok()) };
+        let achieved = Achieved {
+            exec_by_lsm: u32::from(asked.exec_by_lsm.is_ok()),
+            writes_under_locks: u32::from(writes_under_locks),
+        };
         let object = object::bind(asked.ends_others);
         let loader = loader.take().unwrap_or_default();
         let mut ebpf = load(loader, options, pins, &offsets, &achieved, &btf, &object)?;
