@@ -382,6 +382,12 @@ fn fit(pins: &Pins, options: &Options) -> Result<Fitted, LoadError> {
     // The allocator of tables, from 6.1 on. Before, a row is allocated like any other memory, which may wake
     // a task, and so ask for the lock of a run queue.
     let writes_under_locks = types.function("bpf_mem_cache_alloc").is_some();
+    if !writes_under_locks {
+        tracing::info!(
+            "this kernel allocates rows of tables as kernels before 6.1 do: births are judged at \
+             sched_process_fork alone"
+        );
+    }
     let in_force = pins.exec_judge_of_others()?;
     let mut asked = Asked {
         ends_others: types.function("bpf_send_signal_task"),
