@@ -18,7 +18,7 @@ const CURRENT: u32 = 4;
 /// and tasks, attachments, sockets, counters) or writes for user space (events), or to the meaning
 /// of one. It goes from build to build and cannot be made anew while anything runs, so a daemon
 /// refuses to begin beside one of another version.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// Byte offsets in structures of the running kernel, from its BTF.
 #[repr(C)]

@@ -56,9 +56,6 @@ impl Layer {
 }
 
 impl Hook {
-    /// Room for hooks in the counters.
-    pub const SLOTS: usize = 24;
-
     pub const ALL: [Self; 19] = [
         Self::Connect4,
         Self::Connect6,

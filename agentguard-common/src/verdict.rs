@@ -82,8 +82,8 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// How many codes there can be; the size of a row of counters.
-    pub const CODES: usize = 16;
+    /// How many codes there are, from 0 on.
+    pub const CODES: usize = Reason::ALL.len() + 2;
 
     /// The number by which the kernel counts and records it.
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use agentguard_common::abi::CachedVerdict;
 use agentguard_common::event::{Class, Hook, RequestKey, RequestKind};
-use agentguard_common::stats::OTHER;
+use agentguard_common::stats::{Fate, OTHER};
 use agentguard_common::{
     Action, Address, CgroupId, Decision, Destination, Endpoint, FileId, Mode, Mover, Naming, Peer,
     Permission, Reason, Request, Tag, UnixSocket, Verdict, WorkloadId, decide,
@@ -10,7 +10,7 @@ use agentguard_common::{
 
 use crate::kernel::Sock;
 use crate::maps::{self, KernelTables};
-use crate::record::{self, Fate, Origin, Record};
+use crate::record::{self, Origin, Record};
 use crate::{diagnostics, kernel};
 
 /// How long a cached verdict needs no other look, in jiffies: 25 to 250 ms, as the kernel was

@@ -4,7 +4,7 @@ use agentguard_common::allowlist::UNIX_NAME_BYTES;
 use agentguard_common::event::{
     COMM_BYTES, Event, Hook, PATH_BYTES, PathEvent, RequestKey, RequestKind,
 };
-use agentguard_common::stats::Counters;
+use agentguard_common::stats::{Counters, Fate};
 use agentguard_common::{Permission, Tag, Verdict};
 use aya_ebpf::helpers::generated::{
     bpf_get_current_comm, bpf_get_current_uid_gid, bpf_probe_read_kernel,
@@ -12,15 +12,6 @@ use aya_ebpf::helpers::generated::{
 };
 
 use crate::{kernel, maps};
-
-/// What became of the record of a verdict.
-#[repr(u32)]
-#[derive(Clone, Copy)]
-pub(crate) enum Fate {
-    Logged,
-    Aggregated,
-    Lost,
-}
 
 /// Whose doing a request is.
 pub(crate) enum Origin {
@@ -51,8 +42,8 @@ pub(crate) struct Record {
 /// Counts a verdict and what became of its record.
 #[inline(always)]
 pub(crate) fn count(tag: &Tag, hook: Hook, code: u8, fate: Fate) {
-    let cell = Counters::cell_of(hook, tag.mode(), code) as u32;
-    count_cell(tag.counters.into(), cell, fate as u32);
+    let cell = Counters::cell_of(hook, tag.mode(), code, fate) as u32;
+    count_cell(tag.counters.into(), cell);
 }
 
 /// Counts a verdict that was given before, as aggregated. In place: here the code comes out of a
@@ -60,28 +51,20 @@ pub(crate) fn count(tag: &Tag, hook: Hook, code: u8, fate: Fate) {
 #[inline(always)]
 pub(crate) fn count_again(tag: &Tag, hook: Hook, code: u8) {
     let Some(counters) = maps::counters(tag.counters) else { return };
-    let cell = kernel::opaque(Counters::cell_of(hook, tag.mode(), code) as u64) as usize;
-    if let Some(cell) = counters.verdicts.get_mut(cell) {
+    let cell = Counters::cell_of(hook, tag.mode(), code, Fate::Aggregated);
+    if let Some(cell) = counters.cells.get_mut(kernel::opaque(cell as u64) as usize) {
         increment(cell);
     }
-    increment(&mut counters.aggregated);
 }
 
 /// A global function, which the verifier checks once for all arguments. Where it follows every path
 /// to here, every verdict is a place of its own in the counters, and no two paths are alike.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn count_cell(row: u32, cell: u32, fate: u32) -> u32 {
+extern "C" fn count_cell(row: u32, cell: u32) -> u32 {
     let Some(counters) = maps::counters(row as u16) else { return 0 };
-    if let Some(cell) = counters.verdicts.get_mut(cell as usize) {
+    if let Some(cell) = counters.cells.get_mut(cell as usize) {
         increment(cell);
-    }
-    const LOGGED: u32 = Fate::Logged as u32;
-    const AGGREGATED: u32 = Fate::Aggregated as u32;
-    match fate {
-        LOGGED => increment(&mut counters.logged),
-        AGGREGATED => increment(&mut counters.aggregated),
-        _lost => increment(&mut counters.lost),
     }
     0
 }

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::thread;
 
+use agentguard_common::stats::{Counters, Fate};
 use agentguard_common::{Mode, event::Hook};
 
 use crate::fixture::{Fixture, SMALL};
@@ -10,8 +11,12 @@ use crate::fixture::{Fixture, SMALL};
 const THREADS: u64 = 4;
 const EACH: u64 = 300_000;
 
+fn connects(counters: &Counters) -> u64 {
+    counters.iter().filter(|kind| kind.0 == Hook::Connect4).map(|kind| kind.3).sum()
+}
+
 /// Refused connects from all threads at once, with rings that hold next to nothing.
-fn flood(kind: &str) -> (Fixture, agentguard_common::stats::Counters) {
+fn flood(kind: &str) -> (Fixture, Counters) {
     let sizes = agentguard::datapath::Sizes { denied_ring: 4096, allowed_ring: 4096, ..SMALL };
     let mut fixture = Fixture::with(sizes);
     let mut worker = fixture.worker();
@@ -19,23 +24,20 @@ fn flood(kind: &str) -> (Fixture, agentguard_common::stats::Counters) {
     let all = THREADS * EACH;
     assert_eq!(worker.told(&format!("flood {kind} {THREADS} {EACH}")), all.to_string());
     let counters = fixture.counters();
-    let connects: u64 =
-        counters.iter().filter(|cell| cell.0 == Hook::Connect4).map(|cell| cell.3).sum();
-    assert_eq!(connects, all);
-    assert!(counters.reconciles());
+    assert_eq!(connects(&counters), all);
     (fixture, counters)
 }
 
 #[test]
 fn a_flood_of_identical_requests_is_folded_and_counted_exactly() {
     let (_fixture, counters) = flood("identical");
-    assert!(counters.aggregated > counters.logged);
+    assert!(counters.of(Fate::Aggregated) > counters.of(Fate::Logged));
 }
 
 #[test]
 fn a_flood_of_distinct_requests_is_lost_in_part_and_counted_exactly() {
     let (fixture, counters) = flood("distinct");
-    assert!(counters.lost > 0);
+    assert!(counters.of(Fate::Lost) > 0);
     let mut read = 0;
     let mut rings = fixture.datapath.rings().unwrap();
     let mut take = |record: Result<_, _>| {
@@ -45,7 +47,7 @@ fn a_flood_of_distinct_requests_is_lost_in_part_and_counted_exactly() {
     // What is not taken stays, and is there the next time.
     assert_eq!(rings.drain(1000, |_record| ControlFlow::Break(())), 0);
     while rings.drain(1000, &mut take) > 0 {}
-    assert_eq!(read, counters.logged);
+    assert_eq!(read, counters.of(Fate::Logged));
     assert!(rings.may_have_lost() && !rings.may_have_lost());
 }
 
@@ -54,24 +56,24 @@ fn counters_that_are_read_while_they_count_reconcile() {
     let mut fixture = Fixture::with(SMALL);
     let mut worker = fixture.worker();
     fixture.attach(Mode::Enforce, &[]);
-    let mut decided = Vec::new();
+    let mut read: Vec<Counters> = Vec::new();
     thread::scope(|scope| {
         let flood = scope.spawn(|| worker.told(&format!("flood identical {THREADS} {EACH}")));
         while !flood.is_finished() {
             let counters = fixture.counters();
-            assert!(
-                counters.reconciles(),
-                "{} decided = {} logged + {} aggregated + {} lost",
-                counters.decided(),
-                counters.logged,
-                counters.aggregated,
-                counters.lost
-            );
-            decided.push(counters.decided());
+            let fates = Fate::ALL.map(|fate| counters.of(fate));
+            assert_eq!(counters.decided(), fates.iter().sum::<u64>(), "{fates:?}");
+            read.push(counters);
         }
         assert_eq!(flood.join().unwrap(), (THREADS * EACH).to_string());
     });
-    assert!(decided.is_sorted(), "counters only grow");
+    let last = fixture.counters();
+    assert_eq!(connects(&last), THREADS * EACH);
+    for pair in [read.as_slice(), &[last]].concat().windows(2) {
+        let grew = pair[0].cells.iter().zip(&pair[1].cells).all(|(before, after)| before <= after);
+        assert!(grew, "every counter only grows");
+    }
+    let mut decided: Vec<u64> = read.iter().map(Counters::decided).collect();
     decided.dedup();
     assert!(decided.len() > 100, "read {} times while they counted", decided.len());
 }

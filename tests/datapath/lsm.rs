@@ -19,7 +19,7 @@ use agentguard::datapath::events::Rings;
 use agentguard_common::{
     Mode, Protocol, Verdict,
     event::{Hook, RequestKind},
-    stats::Counters,
+    stats::{Counters, Fate},
 };
 use agentguard_tests::{Layer, requires};
 
@@ -264,7 +264,7 @@ fn assert_each_once(fixture: &Fixture, rings: &mut Rings, worker: &mut Worker, c
             decided.iter().enumerate().map(|(at, (hook, _))| (*hook, verdict_of(at))).collect();
         expected.sort();
         assert_eq!(counted, expected, "{command} is decided and counted once");
-        let fates = |counters: &Counters| [counters.logged, counters.aggregated, counters.lost];
+        let fates = |counters: &Counters| Fate::ALL.map(|fate| counters.of(fate));
         let [was, now] = [fates(&before), fates(&after)];
         let fate: Vec<u64> = now.iter().zip(was).map(|(now, was)| now - was).collect();
         let all = decided.len();

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use agentguard_common::allowlist::{NEVER, UnixName};
-use agentguard_common::stats::{Counters, OTHER};
+use agentguard_common::stats::{Counters, Fate, OTHER};
 use agentguard_common::{
     AllowlistId, CgroupId, FileId, GrantId as GrantNumber, IdentityId, Layer, Mode, RuleSetId,
     ScopeId, Tag, UnixNameId, UnixSocket, WorkloadId,
@@ -1805,7 +1805,8 @@ impl Engine {
     pub fn look_for_losses(&mut self) {
         self.looked_for_losses = Some(Instant::now());
         let rows: BTreeSet<u16> = self.counter_rows.values().copied().chain([OTHER]).collect();
-        let lost = |row: u16| self.datapath.counters(row).map(|counters| (row, counters.lost));
+        let lost =
+            |row: u16| self.datapath.counters(row).map(|counters| (row, counters.of(Fate::Lost)));
         match rows.into_iter().map(lost).collect::<Result<Vec<_>, _>>() {
             Ok(rows) => {
                 let before = self.losses.clone();

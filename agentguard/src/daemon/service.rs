@@ -10,7 +10,7 @@ use std::time::Instant;
 use agentguard_common::abi::Moved;
 use agentguard_common::event::{self, Event, Hook, RequestKind};
 use agentguard_common::request::ip;
-use agentguard_common::stats::Counters;
+use agentguard_common::stats::{self, Counters};
 use agentguard_common::{
     Action, Address, Decision, Destination, Endpoint, FileId, Mode as RequestMode, Naming, Peer,
     Permission, Protocol, Reason, Request, Verdict, decide,
@@ -294,9 +294,9 @@ impl Service for Daemon {
                 },
                 events: EventCounts {
                     decided: sum(Counters::decided),
-                    logged: sum(|row| row.logged),
-                    aggregated: sum(|row| row.aggregated),
-                    lost: sum(|row| row.lost),
+                    logged: sum(|row| row.of(stats::Fate::Logged)),
+                    aggregated: sum(|row| row.of(stats::Fate::Aggregated)),
+                    lost: sum(|row| row.of(stats::Fate::Lost)),
                 },
                 starts: starts_view(shared.containers.nri.state()),
             }),

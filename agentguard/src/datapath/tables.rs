@@ -5,8 +5,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use agentguard_common::abi::{Attachment, CachedVerdict, Membership, Moved, Settings};
 use agentguard_common::allowlist::{
@@ -54,12 +52,6 @@ pub enum DatapathError {
 /// the table is full takes no room of the next one's. Each is the row of a cgroup that can not be,
 /// given up for one that is.
 const RESERVE: u32 = 256;
-
-/// How often a row of counters is copied at most until every CPU's part is one that reconciles.
-const COPIES: u32 = 50;
-/// For how long what counts in it is left to end: some hundred nanoseconds, or its thread's turn when
-/// it was preempted.
-const BETWEEN_COPIES: Duration = Duration::from_micros(100);
 
 /// The kernel's tables, by what they mean.
 #[expect(deprecated, reason = "see the import of CgroupStorage")]
@@ -653,29 +645,17 @@ impl Datapath {
 
     /// A row of counters, summed over all CPUs.
     ///
-    /// The kernel copies the rows of other CPUs while these count (`bpf_percpu_array_copy` in its
-    /// `kernel/bpf/arraymap.c`): a copy may have the record of a verdict and not the verdict, or the
-    /// other way round where a program was preempted in between. Such a copy is not taken, but one
-    /// that is made anew; after `COPIES` it is handed out as it is, since then it is no accident.
+    /// The kernel copies the rows of other CPUs word by word while these count
+    /// (`bpf_percpu_array_copy` in its `kernel/bpf/arraymap.c`), which is why each verdict is counted
+    /// in one word alone.
     ///
     /// # Errors
     ///
     /// When the kernel does not hand it out.
     pub fn counters(&self, row_number: u16) -> Result<Counters, DatapathError> {
-        let copy =
-            || self.tables.counters.get(&u32::from(row_number), 0).map_err(refused("COUNTERS"));
-        let mut values: Vec<Counters> = copy()?.to_vec();
-        for _ in 1..COPIES {
-            if values.iter().all(Counters::reconciles) {
-                break;
-            }
-            thread::sleep(BETWEEN_COPIES);
-            let again = copy()?;
-            let torn = values.iter_mut().zip(again.iter()).filter(|(value, _)| !value.reconciles());
-            torn.for_each(|(value, again)| *value = *again);
-        }
+        let values = self.tables.counters.get(&u32::from(row_number), 0);
         let mut sum = Counters::ZERO;
-        for counters in &values {
+        for counters in values.map_err(refused("COUNTERS"))?.iter() {
             sum.add(counters);
         }
         Ok(sum)

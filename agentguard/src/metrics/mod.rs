@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agentguard_common::stats::Counters;
-use agentguard_common::{Layer, Mode, Reason, Verdict};
+use agentguard_common::stats::{Counters, Fate};
+use agentguard_common::{Layer, Mode, Reason};
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -372,22 +372,16 @@ struct Rows {
     protected: BTreeSet<String>,
 }
 
-/// One row as it was last read; only what is not zero.
+/// One row as it was last read: its cells that are not zero.
 #[derive(Default)]
 struct Seen {
     cells: HashMap<usize, u64>,
-    logged: u64,
-    aggregated: u64,
-    lost: u64,
 }
 
 impl Seen {
     /// Whether a total fell, so that the row was begun anew since.
     fn was_reset(&self, now: &Counters) -> bool {
-        self.cells.iter().any(|(cell, seen)| now.verdicts[*cell] < *seen)
-            || now.logged < self.logged
-            || now.aggregated < self.aggregated
-            || now.lost < self.lost
+        self.cells.iter().any(|(cell, seen)| now.cells[*cell] < *seen)
     }
 }
 
@@ -433,8 +427,8 @@ impl Metrics {
             registry,
         };
         // Alerts need these to be there before the first loss.
-        for outcome in ["logged", "aggregated", "lost"] {
-            metrics.events.with_label_values(&[outcome]);
+        for fate in Fate::ALL {
+            metrics.events.with_label_values(&[fate.as_str()]);
         }
         for outcome in ["written", "lost"] {
             metrics.audit_records.with_label_values(&[outcome]);
@@ -456,8 +450,8 @@ impl Metrics {
         for (identity, label) in gone {
             if let (Some(label), Some(seen)) = (label, seen.remove(&Some(identity))) {
                 for cell in seen.cells.into_keys() {
-                    if let Some(values) = cell_labels(cell) {
-                        let [hook, verdict, reason, mode] = values;
+                    if let Some(labels) = cell_labels(cell) {
+                        let [hook, verdict, reason, mode] = labels.verdict;
                         // A series that is not there needs no removal.
                         let _ = self
                             .verdicts
@@ -472,26 +466,18 @@ impl Metrics {
             if before.was_reset(counters) {
                 before.forget_totals();
             }
-            for (hook, mode, verdict, total) in counters.iter() {
-                let last = before.cells.entry(Counters::cell(hook, mode, verdict)).or_default();
-                self.verdicts
-                    .with_label_values(&[
-                        hook.as_str(),
-                        verdict.as_str(),
-                        verdict.reason().map_or("none", Reason::as_str),
-                        mode.as_str(),
-                        label,
-                    ])
-                    .inc_by(total - *last);
-                *last = total;
-            }
-            for (outcome, last, total) in [
-                ("logged", &mut before.logged, counters.logged),
-                ("aggregated", &mut before.aggregated, counters.aggregated),
-                ("lost", &mut before.lost, counters.lost),
-            ] {
-                self.events.with_label_values(&[outcome]).inc_by(total - *last);
-                *last = total;
+            for (cell, total) in counters.cells.iter().enumerate().filter(|(_, total)| **total > 0)
+            {
+                let Some(CellLabels { verdict: [hook, verdict, reason, mode], fate }) =
+                    cell_labels(cell)
+                else {
+                    continue;
+                };
+                let last = before.cells.entry(cell).or_default();
+                let more = total - *last;
+                self.verdicts.with_label_values(&[hook, verdict, reason, mode, label]).inc_by(more);
+                self.events.with_label_values(&[fate]).inc_by(more);
+                *last = *total;
             }
         }
     }
@@ -659,23 +645,22 @@ impl Seen {
     /// Takes all totals for zero, and still knows which series there are.
     fn forget_totals(&mut self) {
         self.cells.values_mut().for_each(|total| *total = 0);
-        (self.logged, self.aggregated, self.lost) = (0, 0, 0);
     }
 }
 
-/// The labels of a cell: hook, verdict, reason, mode.
-fn cell_labels(cell: usize) -> Option<[&'static str; 4]> {
-    let verdict = Verdict::try_from(u8::try_from(cell % Verdict::CODES).ok()?).ok()?;
-    let rest = cell / Verdict::CODES;
-    let mode = Mode::ALL.get(rest % Mode::ALL.len())?;
-    let hook = u8::try_from(rest / Mode::ALL.len()).ok()?;
-    let hook = agentguard_common::event::Hook::try_from(hook).ok()?;
-    Some([
-        hook.as_str(),
-        verdict.as_str(),
-        verdict.reason().map_or("none", Reason::as_str),
-        mode.as_str(),
-    ])
+/// The labels of a cell.
+#[derive(Debug, PartialEq, Eq)]
+struct CellLabels {
+    /// Hook, verdict, reason, mode.
+    verdict: [&'static str; 4],
+    fate: &'static str,
+}
+
+fn cell_labels(cell: usize) -> Option<CellLabels> {
+    let (hook, mode, verdict, fate) = Counters::counted_in(cell)?;
+    let reason = verdict.reason().map_or("none", Reason::as_str);
+    let verdict = [hook.as_str(), verdict.as_str(), reason, mode.as_str()];
+    Some(CellLabels { verdict, fate: fate.as_str() })
 }
 
 fn register<C: Collector + Clone + 'static>(
@@ -720,6 +705,7 @@ mod tests {
     use std::io::Write;
     use std::process::{Command, Stdio};
 
+    use agentguard_common::Verdict;
     use agentguard_common::event::Hook;
 
     use super::*;
@@ -730,8 +716,7 @@ mod tests {
     fn counters_of(counts: &[(Hook, Mode, Verdict, u64)]) -> Counters {
         let mut counters = Counters::ZERO;
         for (hook, mode, verdict, count) in counts {
-            counters.verdicts[Counters::cell(*hook, *mode, *verdict)] = *count;
-            counters.logged += count;
+            counters.cells[Counters::cell(*hook, *mode, *verdict, Fate::Logged)] = *count;
         }
         counters
     }
@@ -935,8 +920,9 @@ mod tests {
     fn every_cell_knows_its_labels() {
         for hook in Hook::ALL {
             for mode in Mode::ALL {
-                let labels = cell_labels(Counters::cell(hook, mode, DENY));
-                assert_eq!(labels, Some([hook.as_str(), "deny", "not_granted", mode.as_str()]));
+                let labels = cell_labels(Counters::cell(hook, mode, DENY, Fate::Lost));
+                let verdict = [hook.as_str(), "deny", "not_granted", mode.as_str()];
+                assert_eq!(labels, Some(CellLabels { verdict, fate: "lost" }));
             }
         }
     }
