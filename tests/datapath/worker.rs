@@ -5,7 +5,7 @@ use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         linux::net::SocketAddrExt as _,
         unix::{
             self,
@@ -14,6 +14,7 @@ use std::{
         },
     },
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
+    ptr,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
@@ -329,31 +330,18 @@ static BORN: Mutex<(Vec<Pid>, Option<OwnedFd>)> = Mutex::new((Vec::new(), None))
 
 /// Children of several threads at once, on one processor, where births meet each other; they wait until
 /// [`bury`].
+///
+/// They are processes that share this one's memory: what a fork copies takes ten times as long as all that
+/// is asked of it here, which is that it calls the hooks.
 fn bear(threads: usize, each: usize) -> io::Result<()> {
     let mut one = CpuSet::new();
     one.set(0)?;
     sched_setaffinity(Pid::from_raw(0), &one)?;
     let (waits, ends) = nix::unistd::pipe()?;
-    let (reader, writer) = (waits.as_raw_fd(), ends.as_raw_fd());
-    let fork_all = || {
-        let fork = |_| {
-            // SAFETY: the child runs on a copy, and makes async-signal-safe calls only.
-            match unsafe { libc::fork() } {
-                ..0 => Err(io::Error::last_os_error()),
-                // SAFETY: as above, with a byte of its own to be read into.
-                0 => unsafe {
-                    let mut byte = 0_u8;
-                    libc::close(writer);
-                    libc::read(reader, (&raw mut byte).cast(), 1);
-                    libc::_exit(0)
-                },
-                child => Ok(Pid::from_raw(child)),
-            }
-        };
-        (0..each).map(fork).collect::<io::Result<Vec<_>>>()
-    };
+    let ends_of_pipe = [waits.as_raw_fd(), ends.as_raw_fd()];
+    let bear_all = || (0..each).map(|_| bear_one(ends_of_pipe)).collect::<io::Result<Vec<Pid>>>();
     let born = thread::scope(|scope| {
-        let bearing: Vec<_> = (0..threads).map(|_| scope.spawn(fork_all)).collect();
+        let bearing: Vec<_> = (0..threads).map(|_| scope.spawn(bear_all)).collect();
         let mut born = Vec::new();
         for bearing in bearing {
             born.extend(bearing.join().unwrap()?);
@@ -362,6 +350,40 @@ fn bear(threads: usize, each: usize) -> io::Result<()> {
     })?;
     *BORN.lock().unwrap() = (born, Some(ends));
     Ok(())
+}
+
+/// A child that waits for the end of a pipe, of which it holds only the end that it reads.
+fn bear_one([reader, writer]: [RawFd; 2]) -> io::Result<Pid> {
+    /// What a child does: system calls that do not fail, and so leave the memory that is not its own alone.
+    /// The thread that bore it may have ended, and its `errno` with it.
+    extern "C" fn wait(ends: *mut libc::c_void) -> libc::c_int {
+        let ends = ends.addr();
+        let (reader, writer) = (ends >> 16, ends & 0xffff);
+        let mut byte = 0_u8;
+        // SAFETY: a descriptor of this process's own table, and a byte of its own to be read into.
+        unsafe {
+            libc::syscall(libc::SYS_close, writer);
+            libc::syscall(libc::SYS_read, reader, &raw mut byte, 1);
+        }
+        0
+    }
+    /// In bytes: room for a few calls.
+    const STACK: usize = 16 << 10;
+    // Never given back: a child may outlive whoever bore it.
+    let stack = vec![0_u8; STACK].leak();
+    let ends = usize::try_from(reader).unwrap() << 16 | usize::try_from(writer).unwrap();
+    // SAFETY: the stack, whose top is aligned as calls ask for, is this child's alone for as long as there
+    // is a process with this memory; the argument is a number.
+    let child = unsafe {
+        let top = stack.as_mut_ptr().add(STACK).map_addr(|address| address & !0xf);
+        libc::clone(
+            wait,
+            top.cast(),
+            libc::CLONE_VM | libc::SIGCHLD,
+            ptr::without_provenance_mut(ends),
+        )
+    };
+    if child < 0 { Err(io::Error::last_os_error()) } else { Ok(Pid::from_raw(child)) }
 }
 
 /// Has all children of [`bear`] end at once, and waits for them.

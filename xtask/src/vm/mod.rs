@@ -15,7 +15,6 @@ mod setup;
 mod verdict;
 
 use std::{
-    collections::VecDeque,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread,
@@ -208,14 +207,15 @@ pub(crate) fn matrix(
     heading(&format!("kernel matrix, with {}", host.accelerator.as_str()));
     let rows: Vec<&Row> =
         if wanted.rows.is_empty() { ROWS.iter().collect() } else { wanted.rows.to_vec() };
-    let queue = Mutex::new(rows.iter().copied().collect::<VecDeque<_>>());
+    let queue = Mutex::new(rows.clone());
     let outcomes = Mutex::new(Vec::new());
     thread::scope(|scope| {
         let workers: Vec<_> = (0..AT_ONCE.min(rows.len()))
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     loop {
-                        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                        // Those that take longest stand last, and a short one is to be what runs alone.
+                        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                         let Some(row) = next else { return Ok(()) };
                         let outcome = host.run(row, suites, wanted)?;
                         outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
