@@ -13,10 +13,10 @@ mod containers {
         path::{Path, PathBuf},
     };
 
+    use agentguard_agent::{Ask, Ended};
     use agentguard_tests::{
         Containerd, Protocol,
         address::{API, CLIENT, GRANTED_PORT, OTHER_PORT},
-        attempt::{Ask, Ended},
         containerd::{PROGRAM, TOOL},
         tell,
     };

@@ -177,10 +177,10 @@ fn a_node_that_is_a_container_is_guarded_by_a_daemon_in_it() {
 mod containers {
     use std::net::SocketAddr;
 
+    use agentguard_agent::{Ask, Report};
     use agentguard_tests::{
         Containerd, World,
         address::{API, GRANTED_PORT, OTHER_PORT},
-        attempt::{Ask, Report},
         containerd::TOOL,
         daemon::scope_of,
     };

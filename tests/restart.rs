@@ -55,7 +55,7 @@ fn held_files(daemon: &Daemon) -> Vec<String> {
 
 #[test]
 fn whatever_was_given_or_taken_stays_so_over_many_restarts() {
-    let mut daemon = Daemon::installed();
+    let mut daemon = Daemon::installed_where_others_were();
     let servers = [(); 6].map(|()| Reachable::start());
     let [kept, revoked, brief, listed, unlisted, _never] = &servers;
     let agent = identity("agent");

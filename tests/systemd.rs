@@ -74,20 +74,17 @@ mod systemd {
             installed
         }
 
-        /// What an agent is and is granted, and no daemon.
+        /// What an agent is and is granted, of which systemd is still to be told, and no daemon.
         #[track_caller]
         fn with_nothing_started() -> Self {
             requires(Layer::Portable);
             assert!(Path::new("/run/systemd/system").is_dir(), "systemd is not the first process");
             let installed = Self { granted: Reachable::start(), denied: Reachable::start() };
-            for unit in [AGENT, SERVICE] {
-                let _not_there_yet = Command::new("systemctl").args(["stop", unit]).status();
-            }
+            let _not_there_yet = Command::new("systemctl").args(["stop", AGENT, SERVICE]).status();
             fs::create_dir_all("/etc/agentguard/manifests").unwrap();
             installed.write_manifests();
             // With `Requires=` systemd would start the agent anew with each daemon that dies.
             installed.write_agent("Wants");
-            systemctl(&["daemon-reload"]);
             installed
         }
 
@@ -115,13 +112,15 @@ mod systemd {
             }
         }
 
-        /// A unit that asks both ports from its first line on, and needs no other program for it.
+        /// A unit that asks both ports from its first line on, and needs no other program and no other
+        /// process for it: those would be most of what an emulated machine does.
         fn write_agent(&self, needs: &str) {
             let script = format!(
-                "asks() {{ if (exec 3<>/dev/tcp/127.0.0.1/$1) 2>/dev/null; then echo open; \
-                 else echo refused; fi; }}\n\
+                "ask() {{ if {{ :; }} 3<>/dev/tcp/127.0.0.1/$1; then said=open; \
+                 else said=refused; fi 2>/dev/null; }}\n\
                  exec 9<>/run/agent.wait\n\
-                 while :; do\n    echo \"$(asks {}) $(asks {})\" >>{LOG}\n    \
+                 while :; do\n    ask {}; first=$said; ask {}\n    \
+                 echo \"$first $said\" >>{LOG}\n    \
                  read -r -t 0.1 -u 9\ndone\n",
                 self.denied.port(),
                 self.granted.port()
@@ -223,6 +222,9 @@ mod systemd {
     /// Waits for a daemon other than `old` that says it is ready.
     #[track_caller]
     fn next_daemon(old: Pid) -> Pid {
+        // A question to systemd takes an emulated machine as long as ten of these.
+        let process = format!("/proc/{old}");
+        within("the end of the old one", || (!Path::new(&process).exists()).then_some(()));
         within("a new daemon", || {
             let new = daemon();
             (new != old && new.as_raw() != 0 && property(SERVICE, "ActiveState") == "active")

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use agentguard_tests::attempt::{Ask, Ended, Report, Tally};
+use agentguard_agent::{Ask, Ended, Report, Tally};
 use clap::Parser;
 use nix::{
     errno::Errno,

@@ -16,10 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agentguard_agent::{Ask, Report};
 use agentguard_tests::{
     Containerd, Guard,
     address::{API, OTHER_PORT},
-    attempt::{Ask, Report},
     containerd::{Container, PROGRAM, Pod, PodPlan, TOOL, agent_binary},
     daemon::program,
     tell, wait_until,

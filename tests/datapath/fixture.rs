@@ -21,7 +21,7 @@ use agentguard_common::{
     AllowlistId, FileId, GrantId, IdentityId, Layer as DoorLayer, Mode, Protocol, RuleSetId,
     ScopeId, Tag, WorkloadId, abi::Settings, allowlist::NEVER, event::Hook, stats::Counters,
 };
-use agentguard_tests::{Layer, requires};
+use agentguard_tests::{Layer, requires, wait_until};
 use aya::maps::{HashMap, Map, MapData};
 use nix::{
     sys::signal::{Signal, kill},
@@ -154,7 +154,10 @@ impl Fixture {
             }
         };
         let datapath = Datapath::open(&options(pin_directory.clone(), sizes)).unwrap();
-        Self::of(datapath, pins, pin_directory, name)
+        let fixture = Self::of(datapath, pins, pin_directory, name);
+        // Where tables are shared: a task is forgotten only once the kernel has done with it.
+        wait_until("what ended in the test before is forgotten", || fixture.entries("tasks") == 0);
+        fixture
     }
 
     /// One that finds in its pin directory what `prepare` puts there.

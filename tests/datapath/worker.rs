@@ -371,7 +371,8 @@ fn bear_one([reader, writer]: [RawFd; 2]) -> io::Result<Pid> {
     const STACK: usize = 16 << 10;
     // Never given back: a child may outlive whoever bore it.
     let stack = vec![0_u8; STACK].leak();
-    let ends = usize::try_from(reader).unwrap() << 16 | usize::try_from(writer).unwrap();
+    let number = |end| usize::from(u16::try_from(end).expect("a worker has few descriptors"));
+    let ends = number(reader) << 16 | number(writer);
     // SAFETY: the stack, whose top is aligned as calls ask for, is this child's alone for as long as there
     // is a process with this memory; the argument is a number.
     let child = unsafe {

@@ -22,8 +22,10 @@ use tempfile::TempDir;
 
 use crate::{
     Cgroup, Layer, capabilities, cgroup,
+    guard::shared_pins,
     process::{Finished, Running, binary, run},
     requires, scrape, unique,
+    world::PINS,
 };
 
 /// How long any one command may take.
@@ -40,6 +42,10 @@ pub const USER: u32 = 65534;
 pub struct Daemon {
     name: String,
     directory: TempDir,
+    /// Where its kernel half is pinned.
+    pins: PathBuf,
+    /// Whether its kernel half is left to the next daemon.
+    shares: bool,
     metrics: SocketAddr,
     running: Option<Running>,
     /// Which program runs as the daemon.
@@ -55,6 +61,23 @@ impl Daemon {
     #[track_caller]
     #[must_use]
     pub fn installed() -> Self {
+        Self::installed_with(None)
+    }
+
+    /// The same, going on with the kernel half of others where a machine has them share it: nothing may
+    /// be said of what is pinned, nor of what is counted in all.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::installed`] does.
+    #[track_caller]
+    #[must_use]
+    pub fn installed_where_others_were() -> Self {
+        Self::installed_with(shared_pins())
+    }
+
+    #[track_caller]
+    fn installed_with(shared: Option<PathBuf>) -> Self {
         requires(Layer::Portable);
         let name = unique::name();
         let directory = tempfile::tempdir().expect("a temporary directory");
@@ -62,7 +85,10 @@ impl Daemon {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("ours");
         fs::create_dir(directory.path().join("manifests")).expect("a directory can be made");
         let metrics = scrape::unused_address();
-        let daemon = Self { name, directory, metrics, running: None, program: program() };
+        let shares = shared.is_some();
+        let pins = shared.unwrap_or_else(|| Path::new(PINS).join(&name));
+        let program = program();
+        let daemon = Self { name, directory, pins, shares, metrics, running: None, program };
         daemon.configure(|_| {});
         daemon
     }
@@ -85,7 +111,7 @@ impl Daemon {
         let mut config = json!({
             "node": self.name,
             "trust_domain": TRUST_DOMAIN,
-            "pin_directory": self.pins(),
+            "pin_directory": self.pins,
             "cgroup_parent": self.exec_parent(),
             "state_directory": self.path("state"),
             "runtime_directory": self.path("run"),
@@ -130,9 +156,10 @@ impl Daemon {
         self.path("run/agentguard.sock")
     }
 
+    /// Where its kernel half is pinned.
     #[must_use]
     pub fn pins(&self) -> PathBuf {
-        Path::new("/sys/fs/bpf").join(&self.name)
+        self.pins.clone()
     }
 
     /// Starts the daemon and waits until it is ready.
@@ -409,10 +436,13 @@ impl Drop for Daemon {
             eprintln!("the daemon said: {}", self.said());
         }
         self.kill();
+        if self.shares {
+            return;
+        }
         // A workload that is still running is the test's: it ends with what started it.
         let _removed = self.command(["uninstall"]).stdout(Stdio::null()).status();
-        if self.pins().exists() {
-            eprintln!("{} is left behind", self.pins().display());
+        if self.pins.exists() {
+            eprintln!("{} is left behind", self.pins.display());
         }
     }
 }

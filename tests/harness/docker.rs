@@ -15,15 +15,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agentguard_agent::{Ask, Report};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
 use crate::{
-    Finished, Layer, World,
-    attempt::{Ask, Report},
-    cgroup,
+    Finished, Layer, World, cgroup,
     containerd::{PATH, PROGRAM, agent_binary, image, socket_of_shim},
     layer::is_promised,
     mounts,

@@ -118,8 +118,7 @@ impl Guard {
         more: &Value,
         scopes: &[(&'static str, Value)],
     ) -> Self {
-        let shared = env::var_os(SHARED_PINS).map(PathBuf::from);
-        Self::start_in(world, programs, more, scopes, shared)
+        Self::start_in(world, programs, more, scopes, shared_pins())
     }
 
     /// Pinned at `shared`, or at a place of its own.
@@ -386,6 +385,11 @@ impl Guard {
 /// Where guards are pinned that leave their kernel half to the next one: a machine that only runs tests
 /// says so, where verifying every program anew for each test takes most of the time.
 const SHARED_PINS: &str = "AGENTGUARD_TEST_PINS";
+
+/// That place, where there is one.
+pub(crate) fn shared_pins() -> Option<PathBuf> {
+    env::var_os(SHARED_PINS).map(PathBuf::from)
+}
 
 impl Drop for Guard {
     fn drop(&mut self) {

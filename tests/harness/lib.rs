@@ -28,7 +28,6 @@ pub fn write_to_stderr(text: &str) {
 }
 
 mod attack;
-pub mod attempt;
 mod capabilities;
 mod cgroup;
 pub mod containerd;

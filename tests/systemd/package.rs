@@ -93,6 +93,7 @@ fn a_package_is_installed_upgraded_and_removed_and_what_is_in_force_stays() {
 
     // Enabled, as the package says. The unit is the package's own: no other is in its place.
     let installed = Installed::with_nothing_started();
+    systemctl(&["daemon-reload"]);
     assert!(!Path::new(&format!("{UNITS}/{SERVICE}")).exists());
     systemctl(&["enable", "--now", SERVICE]);
     assert_eq!(enablement(), "enabled");

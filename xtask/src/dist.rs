@@ -116,24 +116,25 @@ pub(crate) fn release_daemon() -> Result<PathBuf> {
 ///
 /// The build fails.
 pub(crate) fn daemon_binary() -> Result<PathBuf> {
-    // All programs, as the tests are built: cargo chooses the features of what is shared by what is
-    // built together, and would build it all again for one of them.
-    run(&mut cargo(&["build", "--locked", "--bins"]))?;
+    run(&mut cargo(&DAEMON))?;
     Ok(target_dir().join("debug/agentguard"))
 }
+
+/// Cargo chooses the features of what is shared by what is built together, and would build all of it
+/// again for the daemon alone: a test beside it makes them those that the tests are built with.
+const DAEMON: [&str; 6] = ["build", "--locked", "--bin", "agentguard", "--test", "control_api"];
 
 /// Builds the daemon of the next version of the ABI, which tests put in the place of the ordinary
 /// one, and gives the path of the binary.
 ///
-/// Where the ordinary one is built too, since all but two crates are the same: that one has to be
-/// built afterwards.
+/// Where the ordinary one is built too, and as that one is, since all but two crates are the same: the
+/// ordinary one has to be built afterwards.
 ///
 /// # Errors
 ///
 /// The build fails, or the binary cannot be put aside.
 pub(crate) fn next_daemon_binary() -> Result<PathBuf> {
-    let mut build = cargo(&["build", "--locked", "--package", "agentguard"]);
-    run(build.args(["--features", "next-abi"]))?;
+    run(cargo(&DAEMON).args(["--features", "agentguard/next-abi"]))?;
     let next = target_dir().join("next-abi/agentguard");
     copy(&target_dir().join("debug/agentguard"), &next)?;
     Ok(next)
@@ -148,7 +149,7 @@ pub(crate) fn next_daemon_binary() -> Result<PathBuf> {
 ///
 /// The build fails, or the binary cannot be put aside.
 pub(crate) fn static_agent_binary() -> Result<PathBuf> {
-    let mut build = cargo(&["rustc", "--locked", "--package", "agentguard-tests"]);
+    let mut build = cargo(&["rustc", "--locked", "--package", "agentguard-agent"]);
     // Only what is linked last has to be told. A runtime unpacks it into each image, for which an
     // emulated machine would take minutes with its symbols.
     run(build

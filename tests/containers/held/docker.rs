@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use agentguard_agent::Ask;
 use agentguard_tests::{
     Docker, Guard,
-    attempt::Ask,
     containerd::{PROGRAM, TOOL},
     wait_until,
 };

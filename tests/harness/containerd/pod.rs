@@ -9,14 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agentguard_agent::{Ask, Report};
 use k8s_cri::v1;
 use serde_json::Value;
 
 use super::{Containerd, image, slice};
-use crate::{
-    attempt::{Ask, Report},
-    cgroup,
-};
+use crate::cgroup;
 
 /// How long a container may take to say or to do something.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -53,6 +53,12 @@ units() {
         ln -s /dev/null "/run/systemd/system/$mount.mount"
     done
     ln -s /dev/null /run/systemd/system/proc-sys-fs-binfmt_misc.automount
+    # A dozen programs that each `daemon-reload` runs, to make units of what a machine has.
+    mkdir -p /run/systemd/system-generators
+    for generator in /lib/systemd/system-generators/* /etc/systemd/system-generators/* \
+        /usr/local/lib/systemd/system-generators/*; do
+        ln -sf /dev/null "/run/systemd/system-generators/$(basename "$generator")"
+    done
 }
 
 run() {

@@ -1,6 +1,7 @@
 //! What a process in a container asks of the kernel, and how each attempt ended.
 //!
 //! Its one job is the words that the program in the container and the test outside share.
+#![forbid(unsafe_code)]
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf};
 
