@@ -100,7 +100,7 @@ impl Tests {
             (Self::Hooks, "datapath") => !floods() && !loads(),
             (Self::Kernel, "daemon") => test == BOTH_LAYERS_REQUIRED,
             (Self::Kernel, "full") if test.starts_with("lsm::") => true,
-            // Two minutes for each emulated kernel.
+            // Half a minute each: a row names the one that it runs.
             (Self::Hooks, "upgrade") => false,
             (Self::Kernel | Self::Hooks, "guard") if test == TELLS_WHAT_IT_GIVES => true,
             (Self::Kernel | Self::Hooks, "harness") => test == HAS_WHAT_IT_DECLARES,
@@ -109,13 +109,10 @@ impl Tests {
     }
 }
 
-/// Tests that only `--all` runs, by suite: each loads an emulated kernel for minutes. On this kernel their
-/// like is run without the LSM layer.
-const LEFT_TO_ALL: [(&str, &str); 3] = [
-    ("upgrade", "lsm::a_daemon_that_is_killed_and_started_leaves_no_gap"),
-    ("upgrade", "lsm::a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request"),
-    ("upgrade", "lsm::tables_of_another_size_take_over_without_a_gap"),
-];
+/// Tests that only `--all` runs, by suite: an emulated kernel takes minutes for it. On this kernel its like
+/// is run without the LSM layer.
+const LEFT_TO_ALL: [(&str, &str); 1] =
+    [("upgrade", "lsm::a_daemon_that_dies_while_it_takes_over_leaves_one_program_to_each_request")];
 
 /// Whether a test is among [`LEFT_TO_ALL`].
 pub(super) fn is_left_to_all(suite: &str, test: &str) -> bool {
@@ -133,8 +130,15 @@ const OF_TWO_BUILDS: [&str; 3] = [
 const BOTH_LAYERS_REQUIRED: &str = "lsm::both_layers_may_be_required";
 /// The test of a daemon without `CAP_NET_ADMIN`, which starts several in turn: for one kernel that asks for
 /// it to attach `cgroup_skb` programs, and one that does not.
-const WITHOUT_A_CAPABILITY: &[(&str, &str)] =
-    &[("daemon", "a_daemon_that_may_not_attach_a_hook_anywhere_says_so_before_it_holds_anything")];
+const WITHOUT_A_CAPABILITY: (&str, &str) =
+    ("daemon", "a_daemon_that_may_not_attach_a_hook_anywhere_says_so_before_it_holds_anything");
+/// What may take over from a daemon while both layers decide, each on another kernel.
+const OF_ANOTHER_VERSION: (&str, &str) =
+    ("upgrade", "lsm::a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap");
+const OF_ANOTHER_SIZE: (&str, &str) =
+    ("upgrade", "lsm::tables_of_another_size_take_over_without_a_gap");
+const KILLED_AND_STARTED: (&str, &str) =
+    ("upgrade", "lsm::a_daemon_that_is_killed_and_started_leaves_no_gap");
 /// The test that what is told of protection is what the row promises.
 const TELLS_WHAT_IT_GIVES: &str = "what_is_told_of_protection_is_what_this_machine_is_to_give";
 /// The test that the kernel has the facilities of its row.
@@ -203,7 +207,7 @@ pub(super) const ATTACKS: [(&str, &str, &str); 36] = [
         "leaving::whoever_makes_cgroups_until_the_table_is_full_is_stopped_and_counted",
     ),
     ("G6", "restart", "whatever_was_given_or_taken_stays_so_over_many_restarts"),
-    ("G6", "upgrade", "lsm::a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap"),
+    ("G6", OF_ANOTHER_VERSION.0, OF_ANOTHER_VERSION.1),
     ("G8", "guard", "an_invalid_manifest_changes_nothing_that_is_enforced_and_is_shown"),
 ];
 
@@ -231,7 +235,7 @@ pub(super) const ROWS: [Row; 6] = [
         promises: BOTH_LAYERS,
         has: "io-uring-send veth",
         tests: Tests::Hooks,
-        also: &[],
+        also: &[OF_ANOTHER_VERSION],
     },
     Row {
         name: "5.10-nolsm",
@@ -251,7 +255,7 @@ pub(super) const ROWS: [Row; 6] = [
         promises: BOTH_LAYERS,
         has: "io-uring-send io-uring-socket veth",
         tests: Tests::Hooks,
-        also: WITHOUT_A_CAPABILITY,
+        also: &[WITHOUT_A_CAPABILITY, OF_ANOTHER_SIZE],
     },
     Row {
         name: "6.12",
@@ -261,7 +265,7 @@ pub(super) const ROWS: [Row; 6] = [
         promises: BOTH_LAYERS,
         has: "io-uring-send io-uring-socket io-uring-listen veth",
         tests: Tests::Hooks,
-        also: &[],
+        also: &[KILLED_AND_STARTED],
     },
     Row {
         name: "newest",
@@ -271,7 +275,7 @@ pub(super) const ROWS: [Row; 6] = [
         promises: END_OTHERS,
         has: "io-uring-send io-uring-socket io-uring-listen veth",
         tests: Tests::Kernel,
-        also: WITHOUT_A_CAPABILITY,
+        also: &[WITHOUT_A_CAPABILITY],
     },
     Row {
         name: "systemd",
@@ -323,14 +327,14 @@ mod tests {
         assert!(Tests::Kernel.include("daemon", BOTH_LAYERS_REQUIRED));
         assert!(!Tests::Kernel.include("daemon", "events_are_followed"));
         assert!(!Tests::Hooks.include("daemon", BOTH_LAYERS_REQUIRED));
-        let [(suite, test)] = WITHOUT_A_CAPABILITY else { unreachable!("there is one") };
-        let of = ROWS.iter().filter(|row| row.include(suite, test)).map(|row| row.name);
-        assert_eq!(of.collect::<Vec<_>>(), ["6.1", "newest"]);
+        let rows_of = |(suite, test)| -> Vec<&str> {
+            ROWS.iter().filter(|row| row.include(suite, test)).map(|row| row.name).collect()
+        };
+        assert_eq!(rows_of(WITHOUT_A_CAPABILITY), ["6.1", "newest"]);
+        assert_eq!(rows_of(OF_ANOTHER_VERSION), ["5.10", "newest"]);
+        assert_eq!(rows_of(OF_ANOTHER_SIZE), ["6.1"]);
+        assert_eq!(rows_of(KILLED_AND_STARTED), ["6.12"]);
         assert!(!Tests::Kernel.include("datapath", "counting::a_flood"));
-        let other_version =
-            "lsm::a_daemon_of_another_version_takes_over_and_gives_back_without_a_gap";
-        assert!(Tests::Kernel.include("upgrade", other_version));
-        assert!(!Tests::Hooks.include("upgrade", other_version));
         for (suite, test) in LEFT_TO_ALL {
             assert!(!Tests::Kernel.include(suite, test));
         }
