@@ -72,12 +72,18 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     // All at once: cargo chooses the features of what is shared by what is built together, and
     // would build it again for each part.
     heading("build");
-    run(&mut cargo(&["test", "--locked", "--no-run"]))?;
-    static_agent_binary()?;
-    let next = next_daemon_binary()?;
-    let daemon = daemon_binary()?;
-
+    let build = || {
+        run(&mut cargo(&["test", "--locked", "--no-run"]))?;
+        static_agent_binary()?;
+        let next = next_daemon_binary()?;
+        Ok((next, daemon_binary()?))
+    };
     let filter = arguments.filter.as_deref();
+    let rows = vm::Wanted::everywhere(filter);
+    let has_matrix = !arguments.without_kernel && !arguments.without_vms;
+    let (next, daemon) =
+        if has_matrix { vm::beside_machines(&rows, false, build)? } else { build()? };
+
     let mut total = Total::default();
     heading("crates");
     let mut crates = cargo(&["test", "--locked", "--no-fail-fast"]);
@@ -92,12 +98,9 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         let promises = [suites::THIS_KERNEL, &arguments.this_kernel_gives].concat();
         let has = [THIS_KERNEL_HAS, &arguments.this_kernel_has.join(" ")].join(" ");
         total += on_this_kernel(&suites, &promises, &has, filter, &daemon, &next)?;
-        if !arguments.without_vms {
-            matrix = Some(vm::matrix(
-                &suites,
-                vm::Daemons { this: &daemon, next: &next, packages: None },
-                &vm::Wanted::everywhere(filter),
-            )?);
+        if has_matrix {
+            let daemons = vm::Daemons { this: &daemon, next: &next, packages: None };
+            matrix = Some(vm::matrix(&suites, daemons, &rows)?);
         }
     }
 

@@ -27,7 +27,7 @@ use self::{
     image::Job,
     kernels::Kernel,
     machine::{Accelerator, Machine},
-    matrix::{ATTACKS, PACKAGES, ROWS, Row, is_attack, is_left_to_all, is_of},
+    matrix::{ATTACKS, PACKAGES, ROWS, Row, is_attack, is_left_to_all, is_of, longest_first},
     results::Outcome,
     verdict::Found,
 };
@@ -116,13 +116,17 @@ pub(crate) struct Wanted<'a> {
     /// Also tests that the rows leave to other rows.
     all: bool,
     limit: Duration,
-    refresh: bool,
 }
 
 impl<'a> Wanted<'a> {
     /// The whole matrix, of the tests whose name contains `filter`.
     pub(crate) const fn everywhere(filter: Option<&'a str>) -> Self {
-        Self { rows: &[], filter, attacks: false, all: false, limit: LIMIT, refresh: false }
+        Self { rows: &[], filter, attacks: false, all: false, limit: LIMIT }
+    }
+
+    /// The rows, oldest first.
+    fn rows(&self) -> Vec<&'static Row> {
+        if self.rows.is_empty() { ROWS.iter().collect() } else { self.rows.to_vec() }
     }
 }
 
@@ -137,23 +141,25 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     }
     interrupt::defer()?;
     crate::setup::setup(Purpose::Vm)?;
-    heading("build");
-    static_agent_binary()?;
-    let next = next_daemon_binary()?;
-    let daemon = daemon_binary()?;
-    let daemons = Daemons { this: &daemon, next: &next, packages: None };
     let wanted = Wanted {
         rows: &arguments.kernels,
         filter: arguments.filter.as_deref(),
         attacks: arguments.attacks,
         all: arguments.all,
         limit: Duration::from_secs(arguments.limit),
-        refresh: arguments.refresh,
     };
+    heading("build");
+    let (next, daemon, suites) = beside_machines(&wanted, arguments.refresh, || {
+        static_agent_binary()?;
+        let next = next_daemon_binary()?;
+        let daemon = daemon_binary()?;
+        let suites = if arguments.run.is_some() { Vec::new() } else { suites::build()? };
+        Ok((next, daemon, suites))
+    })?;
+    let daemons = Daemons { this: &daemon, next: &next, packages: None };
     if let Some(command) = &arguments.run {
         return by_hand(command, daemons, &wanted);
     }
-    let suites = suites::build()?;
     let matrix = matrix(&suites, daemons, &wanted)?;
     println!("\n{}", matrix.closing_line());
     ensure!(matrix.is_good(), "not every row is good");
@@ -177,6 +183,27 @@ pub(crate) fn verify_packages(daemon: &Path, packages: [&Path; 2]) -> Result<()>
     println!("\n{}", matrix.closing_line());
     ensure!(matrix.is_good(), "the package is not as it is to be");
     Ok(())
+}
+
+/// Builds, and gets meanwhile what machines take beside it: that takes a minute, of which the processors
+/// are idle for the most.
+///
+/// # Errors
+///
+/// The build fails, or a kernel can not be had.
+pub(crate) fn beside_machines<T>(
+    wanted: &Wanted<'_>,
+    refresh: bool,
+    build: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    thread::scope(|scope| {
+        let machines = scope.spawn(|| Ready::get(wanted, refresh));
+        let built = build()?;
+        match machines.join() {
+            Ok(ready) => ready.map(|_| built),
+            Err(_) => bail!("what gets machines ready panicked"),
+        }
+    })
 }
 
 /// Runs rows of the matrix and keeps what came of them.
@@ -204,18 +231,18 @@ pub(crate) fn matrix(
         nowhere.join(", ")
     );
     let host = Host::new(daemons, wanted)?;
-    heading(&format!("kernel matrix, with {}", host.accelerator.as_str()));
-    let rows: Vec<&Row> =
-        if wanted.rows.is_empty() { ROWS.iter().collect() } else { wanted.rows.to_vec() };
-    let queue = Mutex::new(rows.clone());
+    heading(&format!("kernel matrix, with {}", host.ready.accelerator.as_str()));
+    let rows = wanted.rows();
+    let mut queue = rows.clone();
+    longest_first(&mut queue);
+    let queue = Mutex::new(queue.into_iter());
     let outcomes = Mutex::new(Vec::new());
     thread::scope(|scope| {
         let workers: Vec<_> = (0..AT_ONCE.min(rows.len()))
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     loop {
-                        // Those that take longest stand last, and a short one is to be what runs alone.
-                        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
                         let Some(row) = next else { return Ok(()) };
                         let outcome = host.run(row, suites, wanted)?;
                         outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
@@ -285,70 +312,76 @@ fn by_hand(command: &str, daemons: Daemons<'_>, wanted: &Wanted<'_>) -> Result<(
 pub(crate) fn run_script(row: &str, script: &str, memory: u32, limit: Duration) -> Result<()> {
     crate::setup::setup(Purpose::Vm)?;
     let row = self::row(row)?;
-    let wanted =
-        Wanted { rows: &[row], filter: None, attacks: false, all: false, limit, refresh: false };
+    let wanted = Wanted { rows: &[row], filter: None, attacks: false, all: false, limit };
     let nothing = Path::new("");
     let daemons = Daemons { this: nothing, next: nothing, packages: None };
     let host = Host::new(daemons, &wanted)?;
     let machine = Machine { memory, ..host.machine(row, &wanted)? };
-    println!("boots     {} by {}", host.kernel(row)?.release, host.accelerator.as_str());
+    println!("boots     {} by {}", host.kernel(row)?.release, host.ready.accelerator.as_str());
     let job = Job { script, manager: row.manager, visible: &host.visible() };
     let ended = machine.run(&job, |line| println!("{line}"))?;
     ensure!(ended.code == Some(0), "the machine's job ended with {:?}", ended.code);
     Ok(())
 }
 
-/// What all machines of a run share.
-struct Host<'a> {
-    daemons: Daemons<'a>,
+/// What machines take that is not built here.
+struct Ready {
     virtiofsd: PathBuf,
     accelerator: Accelerator,
     /// By suite, in the order of the rows.
     kernels: Vec<(matrix::Suite, Kernel)>,
-    target: PathBuf,
     cache: PathBuf,
 }
 
-impl<'a> Host<'a> {
-    fn new(daemons: Daemons<'a>, wanted: &Wanted<'_>) -> Result<Self> {
+impl Ready {
+    /// Finds it, or gets it: kernels from Debian's archive, and by a boot what boots them.
+    fn get(wanted: &Wanted<'_>, refresh: bool) -> Result<Self> {
         let cache = cache()?;
-        let rows: Vec<&Row> =
-            if wanted.rows.is_empty() { ROWS.iter().collect() } else { wanted.rows.to_vec() };
         let mut kernels: Vec<(matrix::Suite, Kernel)> = Vec::new();
-        for row in rows {
+        for row in wanted.rows() {
             if !kernels.iter().any(|(suite, _)| *suite == row.suite) {
-                kernels.push((row.suite, Kernel::of(row.suite, &cache, wanted.refresh)?));
+                kernels.push((row.suite, Kernel::of(row.suite, &cache, refresh)?));
             }
         }
         let virtiofsd = machine::find_virtiofsd(&cache)
             .context("virtiofsd is missing; run `cargo xtask setup`")?;
         let (_, newest) = kernels.last().context("no kernel")?;
         let accelerator = machine::probe(newest, &virtiofsd, &cache)?;
+        Ok(Self { virtiofsd, accelerator, kernels, cache })
+    }
+}
+
+/// What all machines of a run share.
+struct Host<'a> {
+    daemons: Daemons<'a>,
+    ready: Ready,
+    target: PathBuf,
+}
+
+impl<'a> Host<'a> {
+    fn new(daemons: Daemons<'a>, wanted: &Wanted<'_>) -> Result<Self> {
         Ok(Self {
             daemons,
-            virtiofsd,
-            accelerator,
-            kernels,
+            ready: Ready::get(wanted, false)?,
             target: target_dir().canonicalize()?,
-            cache,
         })
     }
 
     fn kernel(&self, row: &Row) -> Result<&Kernel> {
-        let kernel = self.kernels.iter().find(|(suite, _)| *suite == row.suite);
+        let kernel = self.ready.kernels.iter().find(|(suite, _)| *suite == row.suite);
         kernel.map(|(_, kernel)| kernel).with_context(|| format!("{}: no kernel", row.name))
     }
 
     fn console(&self, row: &Row) -> PathBuf {
-        self.cache.join(format!("{}.console", row.name))
+        self.ready.cache.join(format!("{}.console", row.name))
     }
 
     fn machine(&self, row: &Row, wanted: &Wanted<'_>) -> Result<Machine<'_>> {
         Ok(Machine {
             kernel: self.kernel(row)?,
             parameters: row.boot.parameters(),
-            accelerator: self.accelerator,
-            virtiofsd: &self.virtiofsd,
+            accelerator: self.ready.accelerator,
+            virtiofsd: &self.ready.virtiofsd,
             memory: machine::MEMORY,
             limit: wanted.limit,
             console: self.console(row),

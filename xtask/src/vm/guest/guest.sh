@@ -57,7 +57,7 @@ units() {
     mkdir -p /run/systemd/system-generators
     for generator in /lib/systemd/system-generators/* /etc/systemd/system-generators/* \
         /usr/local/lib/systemd/system-generators/*; do
-        ln -sf /dev/null "/run/systemd/system-generators/$(basename "$generator")"
+        [ ! -e "$generator" ] || ln -sf /dev/null "/run/systemd/system-generators/${generator##*/}"
     done
 }
 
