@@ -15,6 +15,7 @@ mod setup;
 mod verdict;
 
 use std::{
+    panic,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread,
@@ -201,7 +202,8 @@ pub(crate) fn beside_machines<T>(
         let built = build()?;
         match machines.join() {
             Ok(ready) => ready.map(|_| built),
-            Err(_) => bail!("what gets machines ready panicked"),
+            // As it would have ended the run here.
+            Err(panic) => panic::resume_unwind(panic),
         }
     })
 }
